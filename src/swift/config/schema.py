@@ -1,0 +1,128 @@
+"""The one table of options: sections, their fields, and what a resolved configuration is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from pydantic import ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from swift.config.option import Section
+from swift.config.sections.checkpoint import CheckpointSection
+from swift.config.sections.data import DataSection
+from swift.config.sections.evaluation import EvaluationSection
+from swift.config.sections.generation import GenerationSection
+from swift.config.sections.model import ModelSection
+from swift.config.sections.parallel import ParallelSection
+from swift.config.sections.report import ReportSection
+from swift.config.sections.template import TemplateSection
+from swift.config.sections.training import TrainingSection
+from swift.config.sections.tuner import TunerSection
+
+__all__ = ["SECTIONS", "Config", "Option", "Resolved", "Source", "options"]
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "template": TemplateSection,
+    "tuner": TunerSection,
+    "training": TrainingSection,
+    "parallel": ParallelSection,
+    "checkpoint": CheckpointSection,
+    "evaluation": EvaluationSection,
+    "report": ReportSection,
+    "generation": GenerationSection,
+}
+
+
+class Config(Section):
+    """All sections. Read values as ``config.training.learning_rate``."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, defer_build=True)
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    template: TemplateSection = Field(default_factory=TemplateSection)
+    tuner: TunerSection = Field(default_factory=TunerSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    report: ReportSection = Field(default_factory=ReportSection)
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table. ``name`` is the flat name (unique over all sections)."""
+
+    name: str
+    section: str
+    info: FieldInfo
+
+    @property
+    def help(self) -> str:
+        return self.info.description or ""
+
+    @property
+    def default(self) -> Any:
+        return self.info.get_default(call_default_factory=True)
+
+    @property
+    def unit(self) -> str | None:
+        return self._extra.get("unit")
+
+    @property
+    def essential(self) -> bool:
+        return bool(self._extra.get("essential"))
+
+    @property
+    def _extra(self) -> dict[str, Any]:
+        extra = self.info.json_schema_extra
+        return extra if isinstance(extra, dict) else {}
+
+
+@cache
+def options() -> dict[str, Option]:
+    """Flat name -> option, in the order of the sections. Raises ValueError when two sections share a name."""
+    table: dict[str, Option] = {}
+    for section, model in SECTIONS.items():
+        for name, info in model.model_fields.items():
+            if name in table:
+                raise ValueError(f"option {name!r} stands in {table[name].section} and in {section}")
+            table[name] = Option(name, section, info)
+    return table
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value comes from: ``kind`` is flag, file, default, derived or python."""
+
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return self.detail or self.kind
+
+
+@dataclass
+class Resolved:
+    """A configuration whose every value knows its source.
+
+    Attributes:
+        command: ``sft``, ``pt``, ``infer``...
+        config: all values, derived ones filled in.
+        sources: flat option name -> source, for every option.
+        warnings: sentences the user should read.
+    """
+
+    command: str
+    config: Config
+    sources: dict[str, Source]
+    warnings: list[str] = field(default_factory=list)
+
+    def is_explicit(self, name: str) -> bool:
+        """True when the user set this option (flag, file or Python)."""
+        return self.sources[name].kind in ("flag", "file", "python")

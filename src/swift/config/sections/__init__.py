@@ -1,0 +1,1 @@
+"""One file a section; the order here is the order in help and reference."""

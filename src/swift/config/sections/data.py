@@ -1,0 +1,45 @@
+"""What the model learns from, and how samples become batches."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from swift.config.option import Section, option
+
+
+class DataSection(Section):
+    """Data sets, mixing, tokenisation, batching."""
+
+    dataset: list[str] = option(
+        [], "Training data: files, folders or names; NAME#500 takes 500 rows.", essential=True
+    )
+    val_dataset: list[str] = option([], "Validation data (for infer: the rows to answer).", essential=True)
+    split_dataset_ratio: float = option(
+        0.0, "Share of the training rows set aside for validation when no val_dataset is given.", ge=0, lt=1
+    )
+    dataset_weights: list[float] = option(
+        [], "Mixing weights, one per data set: rows are drawn in these proportions."
+    )
+    columns: dict[str, str] = option({}, "Rename columns before reading: JSON object {old: new}.")
+    on_bad_rows: Literal["error", "skip"] = option(
+        "error", "Rows that cannot be read: stop with file and line, or skip them and report the count."
+    )
+    dataset_shuffle: bool = option(True, "Shuffle the training rows, anew in every epoch.")
+    data_seed: int | None = option(None, "Seed of data order, sampling and splitting; default: seed.")
+    dataset_num_proc: int | None = option(
+        None, "Processes that tokenise; default: the cores at hand, for large data only.", ge=1
+    )
+    load_from_cache_file: bool = option(True, "Reuse tokens cached from the same data, template and tokenizer.")
+    max_length: int | None = option(
+        None, "Longest sample, and the row length when packing; default: what the model allows, 2048 at most.",
+        unit="tokens", essential=True, ge=8,
+    )
+    truncation_strategy: Literal["delete", "left", "right", "split"] = option(
+        "delete", "Samples longer than max_length: leave out, cut left, cut right, or (pt) split."
+    )
+    packing: bool = option(
+        False, "Fill rows of max_length with several samples that cannot see each other.", essential=True
+    )
+    padding_free: bool = option(False, "Join the samples of a micro-batch in one row, without padding.")
+    group_by_length: bool = option(True, "Put samples of similar length into one micro-batch.")
+    dataloader_num_workers: int = option(0, "Processes that prepare batches ahead; 0: a thread.", ge=0)

@@ -1,0 +1,25 @@
+"""Which model, in which precision, on which device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from swift.config.option import Section, option
+
+
+class ModelSection(Section):
+    """The model to train or to use."""
+
+    model: str | None = option(None, "Model folder, hub id or short name.", essential=True)
+    adapters: list[str] = option([], "Adapter folders (or run folders) to load on top of the model.")
+    torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
+        "auto", "Compute precision; auto is bfloat16 on devices that have it, float32 on CPU.", essential=True
+    )
+    param_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Storage precision of trainable weights; auto is float32 (master weights)."
+    )
+    attn_impl: Literal[
+        "auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = option("auto", "Attention implementation; auto takes the fastest exact one on the device.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps, npu, xpu.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model folder.")
