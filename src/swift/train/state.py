@@ -1,0 +1,61 @@
+"""Where a run stands: everything that a resumed run must know besides weights and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["LogWindow", "TrainState"]
+
+
+@dataclass
+class LogWindow:
+    """Sums since the last metric line; part of the state so that a resumed run logs the same numbers."""
+
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
+    num_correct: float = 0.0
+    num_targets: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per unit of target weight over the window."""
+        return self.loss_sum / self.loss_weight if self.loss_weight else float("nan")
+
+    @property
+    def token_accuracy(self) -> float:
+        return self.num_correct / self.num_targets if self.num_targets else float("nan")
+
+
+@dataclass
+class TrainState:
+    """The data cursor and the counters.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: index of the epoch that the next step belongs to.
+        step_in_epoch: steps of that epoch already done; with ``epoch`` the data cursor.
+        num_tokens: non-pad tokens the model has been trained on.
+        seconds: time spent training, over all resumed parts.
+        best_metric, best_step: of ``metric_for_best_model``.
+        stale_evaluations: evaluations since the best one.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    best_metric: float | None = None
+    best_step: int | None = None
+    stale_evaluations: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    window: LogWindow = field(default_factory=LogWindow)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        return cls(**{**values, "window": LogWindow(**values["window"])})
