@@ -1,0 +1,80 @@
+"""The engine protocol: whoever owns devices, weights and optimizers.
+
+Optimizer, schedule and clipping belong to a *named parameter set*: one for a solo run, K for a fused group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from swift.objectives.base import Objective
+
+__all__ = ["Engine", "ParameterSet", "StepOutput"]
+
+
+@dataclass
+class ParameterSet:
+    """Parameters that are optimized together.
+
+    Attributes:
+        name: "default" for a solo run, else the name of the experiment.
+        parameters: full parameter name -> parameter.
+        optimizer: over these parameters.
+        learning_rate: learning rate of the update that follows ``step`` completed updates.
+        max_grad_norm: clip to this norm; 0 never clips.
+    """
+
+    name: str
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    max_grad_norm: float
+
+
+@dataclass
+class StepOutput:
+    """Sums over the micro-batches of one optimizer step, still on the device.
+
+    Attributes:
+        loss: the step's loss (already divided by its denominators).
+        metrics: name -> sum, as the objective returned them.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One optimizer step is ``forward_backward``, ``clip``, ``step``."""
+
+    parameter_sets: dict[str, ParameterSet]
+
+    def forward_backward(self, batches: Sequence[Any], objective: Objective) -> StepOutput:
+        """Gradients of the whole step: a list, because pipeline schedules consume lists."""
+
+    def evaluate(self, batch: Any, objective: Objective) -> StepOutput:
+        """Loss and metrics of one batch without gradients, in evaluation mode."""
+
+    def clip(self) -> dict[str, Tensor]:
+        """Clip every parameter set to its norm; returns the norms before clipping."""
+
+    def step(self, step: int) -> dict[str, float]:
+        """Update with the learning rates of ``step`` (0 for the first update) and clear the gradients.
+
+        Returns the learning rate of each parameter set.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Optimizer state (and what else only the engine knows) into a checkpoint folder."""
+
+    def load(self, folder: Path) -> None:
+        """The reverse of `save`; raises SwiftError when the folder does not fit."""
+
+    def gather(self) -> dict[str, Tensor]:
+        """All trainable parameters, whole, by full name (sharded engines collect them)."""

@@ -1,0 +1,181 @@
+"""The native engine on one device. Sharded and multi-device layouts extend it behind the same protocol."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swift.core.errors import SwiftError
+from swift.data.collate import Batch
+from swift.models.head import split_head
+from swift.objectives.base import Objective, TokenOutputs
+from swift.objectives.logprobs import linear_logprobs, module_logprobs
+from swift.parallel.engine import ParameterSet, StepOutput
+
+__all__ = ["NativeEngine"]
+
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+class NativeEngine:
+    """Forward, backward and update of one model on one device.
+
+    Args:
+        model: the (tuned) causal language model.
+        parameter_sets: what is trained, each with its optimizer.
+        device: where batches go.
+        dtype: compute precision. Weights stored in another precision are cast by autocast.
+        chunk_size: target positions whose logits exist at the same time.
+        compile_model: wrap the backbone in torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameter_sets: Sequence[ParameterSet],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        chunk_size: int = 1024,
+        compile_model: bool = False,
+    ) -> None:
+        self.model = model
+        self.parameter_sets = {group.name: group for group in parameter_sets}
+        self.device = device
+        self.dtype = dtype
+        self.chunk_size = chunk_size
+        self._split = split_head(model)
+        self._forward = self._split[0] if self._split else model
+        if compile_model:
+            self._forward = torch.compile(self._forward)
+        trainable = [p for group in parameter_sets for p in group.parameters.values()]
+        self._autocast = dtype in (torch.bfloat16, torch.float16) and any(
+            parameter.dtype == torch.float32 for parameter in _plain_parameters(model)
+        )
+        self._scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 and trainable else None
+        self.training_batch: Batch | None = None
+
+    def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        self.model.train()
+        denominators = objective.denominators(batches)
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        for batch in batches:
+            batch = batch.to(self.device)
+            self.training_batch = batch
+            loss, sums = objective(self._outputs(batch), batch, denominators)
+            (self._scaler.scale(loss) if self._scaler else loss).backward()
+            losses.append(loss.detach())
+            _add(metrics, sums)
+        self.training_batch = None
+        return StepOutput(torch.stack(losses).sum(), metrics)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, objective: Objective) -> StepOutput:
+        self.model.eval()
+        batch = batch.to(self.device)
+        loss, sums = objective(self._outputs(batch), batch, objective.denominators([batch]))
+        return StepOutput(loss, dict(sums))
+
+    def clip(self) -> dict[str, Tensor]:
+        norms = {}
+        for name, group in self.parameter_sets.items():
+            if self._scaler:
+                self._scaler.unscale_(group.optimizer)
+            parameters = [p for p in group.parameters.values() if p.grad is not None]
+            limit = group.max_grad_norm or float("inf")
+            norms[name] = nn.utils.clip_grad_norm_(parameters, limit, foreach=self.device.type != "cpu")
+        return norms
+
+    def step(self, step: int) -> dict[str, float]:
+        rates = {}
+        for name, group in self.parameter_sets.items():
+            rates[name] = group.learning_rate(step)
+            for options in group.optimizer.param_groups:
+                options["lr"] = rates[name]
+            if self._scaler:
+                self._scaler.step(group.optimizer)
+            else:
+                group.optimizer.step()
+            group.optimizer.zero_grad(set_to_none=True)
+        if self._scaler:
+            self._scaler.update()
+        return rates
+
+    def save(self, folder: Path) -> None:
+        state = {
+            "optimizers": {name: group.optimizer.state_dict() for name, group in self.parameter_sets.items()},
+            "scaler": self._scaler.state_dict() if self._scaler else None,
+        }
+        torch.save(state, folder / OPTIMIZER_FILE)
+
+    def load(self, folder: Path) -> None:
+        file = folder / OPTIMIZER_FILE
+        if not file.is_file():
+            raise SwiftError(
+                "this checkpoint has no optimizer state and cannot be resumed",
+                where=str(folder),
+                why="it was saved with save_only_model, or copied in part",
+                fix=f"start a new run from its weights: --model or --adapters {folder}",
+            )
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if set(state["optimizers"]) != set(self.parameter_sets):
+            raise SwiftError(
+                f"the checkpoint trains {sorted(state['optimizers'])}, this run {sorted(self.parameter_sets)}",
+                where=str(folder),
+            )
+        for name, group in self.parameter_sets.items():
+            group.optimizer.load_state_dict(state["optimizers"][name])
+        if self._scaler and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+
+    def gather(self) -> dict[str, Tensor]:
+        return {
+            name: parameter.detach()
+            for group in self.parameter_sets.values()
+            for name, parameter in group.parameters.items()
+        }
+
+    def _outputs(self, batch: Batch) -> TokenOutputs:
+        """Log-probabilities of the batch's targets, in row-major order."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        if batch.document_lengths is not None:
+            inputs["document_lengths"] = batch.document_lengths
+        learned = batch.targets != -100
+        targets = batch.targets[learned]
+        with self._precision():
+            outputs = self._forward(**inputs, use_cache=False)
+            if self._split:
+                hidden = outputs.last_hidden_state[learned]
+                head = self._split[1]
+                if type(head) is nn.Linear and head.bias is None:
+                    result = linear_logprobs(hidden, head.weight, targets, chunk_size=self.chunk_size)
+                else:
+                    result = module_logprobs(hidden, head, targets, chunk_size=self.chunk_size)
+            else:
+                result = module_logprobs(
+                    outputs.logits[learned], nn.Identity(), targets, chunk_size=self.chunk_size
+                )
+        return TokenOutputs(*result)
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
+            yield
+
+
+def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights used as they are stored. Adapter matrices cast themselves and do not call for autocast."""
+    for name, parameter in model.named_parameters():
+        if ".adapters." not in name and parameter.ndim >= 2:
+            yield parameter
+
+
+def _add(total: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+    for name, value in sums.items():
+        total[name] = total[name] + value if name in total else value
