@@ -1,0 +1,180 @@
+"""Which samples go into which batch. A pure function of its arguments: same arguments, same batches.
+
+Three modes:
+
+- ``padded``: a micro-batch is ``batch_size`` samples, one a row. With ``group_by_length`` the shuffled
+  samples are taken in windows of 50 batches, each sorted by length and cut into batches, and the batches are
+  shuffled: little padding, still random. In the first epoch the largest batch comes first, so that a run that
+  will not fit into memory fails in its first step and not after an hour.
+- ``padding_free``: a micro-batch is ``batch_size`` samples joined in one row, in random order.
+- ``packed``: samples are packed into rows of ``max_length`` by best-fit decreasing, once for all epochs (so
+  that every epoch has as many steps); the order of the rows is shuffled anew in every epoch. A micro-batch is
+  ``batch_size`` rows.
+
+With data parallelism the global list of micro-batches is dealt out in turn, so the global order does not
+depend on ``world_size``. When the list does not divide evenly the last ranks get an empty micro-batch: every
+rank makes the same number of passes and no sample is seen twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+__all__ = ["BatchSchedule", "MicroBatch", "Mode", "pack_best_fit"]
+
+Mode = Literal["padded", "padding_free", "packed"]
+MicroBatch = list[list[int]]
+
+_WINDOW_BATCHES = 50
+
+
+def random_generator(*key: object) -> np.random.Generator:
+    """A random generator that depends only on ``key``, on every machine and in every process."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing bin packing.
+
+    Each item, longest first, goes into the fullest row that still has room for it. Items of equal length are
+    taken in the order given. O(n log n): rows are kept by free space, the free spaces in a sorted list.
+
+    Returns the rows as lists of item numbers. Raises ValueError when an item is longer than ``capacity``.
+    """
+    sizes = np.asarray(lengths, np.int64)
+    if len(sizes) and int(sizes.max()) > capacity:
+        raise ValueError(f"a sample of {int(sizes.max())} tokens does not fit into rows of {capacity}")
+    rows: list[list[int]] = []
+    by_space: dict[int, list[int]] = {}  # free space -> rows with exactly that much
+    spaces: list[int] = []  # the keys of by_space, ascending
+    order = np.argsort(-sizes, kind="stable")
+    for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        place = bisect_left(spaces, size)
+        if place == len(spaces):
+            row, space = len(rows), capacity
+            rows.append([])
+        else:
+            space = spaces[place]
+            row = by_space[space].pop()
+            if not by_space[space]:
+                del by_space[space], spaces[place]
+        rows[row].append(item)
+        space -= size
+        if space > 0:
+            if space not in by_space:
+                by_space[space] = []
+                insort(spaces, space)
+            by_space[space].append(row)
+    return rows
+
+
+class BatchSchedule:
+    """The micro-batches of every epoch for one rank.
+
+    Args:
+        lengths: tokens of each sample, [n].
+        batch_size: rows of a micro-batch (samples, for padding_free).
+        mode: see the module.
+        max_length: length of packed rows; not used otherwise.
+        group_by_length: only for padded.
+        shuffle: new order in every epoch. Without it: the given order (in windows sorted by length when
+            ``group_by_length``).
+        seed: with the epoch it determines the order.
+        world_size, rank: which share of the micro-batches is ours.
+
+    Raises ValueError for an empty data set or a sample longer than a packed row.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        mode: Mode = "padded",
+        max_length: int = 0,
+        group_by_length: bool = True,
+        shuffle: bool = True,
+        seed: int = 42,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.lengths = np.asarray(lengths, np.int64)
+        if len(self.lengths) == 0:
+            raise ValueError("there are no samples to make batches of")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size}")
+        self.batch_size = batch_size
+        self.mode: Mode = mode
+        self.group_by_length = group_by_length
+        self.shuffle = shuffle
+        self.seed = seed
+        self.world_size, self.rank = world_size, rank
+        self.num_tokens = int(self.lengths.sum())
+        self._packed_rows: list[list[int]] = []
+        if mode == "packed":
+            self._packed_rows = self._pack(max_length)
+        rows = len(self._packed_rows) if mode == "packed" else len(self.lengths)
+        self.num_global_micro_batches = -(-rows // batch_size)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of this rank in an epoch; the same for all ranks and epochs."""
+        return -(-self.num_global_micro_batches // self.world_size)
+
+    def num_steps(self, accumulation: int) -> int:
+        """Optimizer steps in an epoch."""
+        return -(-self.num_micro_batches // accumulation)
+
+    def micro_batches(self, epoch: int) -> list[MicroBatch]:
+        """This rank's micro-batches of ``epoch``: micro-batch -> rows -> sample numbers."""
+        everything = self.global_micro_batches(epoch)
+        missing = self.num_micro_batches * self.world_size - len(everything)
+        return (everything + [[] for _ in range(missing)])[self.rank :: self.world_size]
+
+    def global_micro_batches(self, epoch: int) -> list[MicroBatch]:
+        """The micro-batches of all ranks in the order in which they are dealt out."""
+        generator = random_generator("epoch", self.seed, epoch)
+        if self.mode == "packed":
+            count = len(self._packed_rows)
+            order = generator.permutation(count) if self.shuffle else np.arange(count)
+            return [[self._packed_rows[row] for row in part] for part in self._cut(order.tolist())]
+        count = len(self.lengths)
+        order = generator.permutation(count) if self.shuffle else np.arange(count)
+        if self.mode == "padding_free":
+            return [[part] for part in self._cut(order.tolist())]
+        batches = self._cut(self._sort_windows(order) if self.group_by_length else order.tolist())
+        if self.group_by_length and self.shuffle:
+            batches = [batches[place] for place in generator.permutation(len(batches))]
+            if epoch == 0:
+                self._put_largest_first(batches)
+        return [[[sample] for sample in batch] for batch in batches]
+
+    def _pack(self, max_length: int) -> list[list[int]]:
+        # Equal lengths are packed in random order: neighbours in the file should not end up in one row.
+        count = len(self.lengths)
+        order = random_generator("pack", self.seed).permutation(count) if self.shuffle else np.arange(count)
+        packed = pack_best_fit(self.lengths[order], max_length)
+        return [order[row].tolist() for row in packed]
+
+    def _cut(self, items: list[int]) -> list[list[int]]:
+        return [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
+
+    def _sort_windows(self, order: np.ndarray) -> list[int]:
+        window = _WINDOW_BATCHES * self.batch_size
+        result: list[int] = []
+        for start in range(0, len(order), window):
+            part = order[start : start + window]
+            # Longest first, so that the one incomplete batch of an epoch is cut from the shortest samples.
+            result.extend(part[np.argsort(-self.lengths[part], kind="stable")].tolist())
+        return result
+
+    def _put_largest_first(self, batches: list[list[int]]) -> None:
+        sizes = [len(batch) * int(self.lengths[batch].max()) for batch in batches]
+        largest = int(np.argmax(sizes))
+        batches[0], batches[largest] = batches[largest], batches[0]
