@@ -1,0 +1,129 @@
+"""Checkpoints: complete or absent.
+
+A checkpoint folder holds the weights in the form others load (PEFT adapter, or transformers model with tokenizer),
+the optimizer, ``state.json`` (counters and data cursor; written last inside the aside folder) and ``config.yaml``.
+Generator states are not needed: see `swift.train.seeds`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from swift.core.errors import SwiftError
+from swift.core.files import atomic_directory, free_bytes
+from swift.core.format import format_bytes
+from swift.parallel.engine import Engine
+from swift.train.state import TrainState
+from swift.tuners.apply import TunedModel
+from swift.tuners.peft_format import restore_adapter, save_adapter
+
+if TYPE_CHECKING:
+    from swift.models.load import ModelBundle
+
+__all__ = ["checkpoint_bytes", "load_checkpoint", "read_state", "save_checkpoint"]
+
+STATE_FILE = "state.json"
+MASTER_FILE = "master_weights.safetensors"
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    tuned: TunedModel,
+    bundle: ModelBundle,
+    engine: Engine,
+    state: TrainState,
+    config_file: Path,
+    only_model: bool,
+) -> None:
+    """Write a checkpoint aside and rename it to ``path``.
+
+    Raises:
+        SwiftError: the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    try:
+        with atomic_directory(path) as folder:
+            if tuned.kind == "lora":
+                save_adapter(tuned.model, folder, bundle.path)
+            else:
+                _save_full(folder, tuned, bundle, with_master=not only_model)
+            bundle.tokenizer.save_pretrained(folder)
+            shutil.copyfile(config_file, folder / "config.yaml")
+            if not only_model:
+                engine.save(folder)
+            (folder / STATE_FILE).write_text(json.dumps(state.to_dict(), indent=2))
+    except (OSError, RuntimeError) as error:
+        # torch and safetensors report a failed write as RuntimeError.
+        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+            raise
+        raise SwiftError(
+            "the checkpoint could not be written",
+            where=str(path),
+            why=f"{error} ({format_bytes(free_bytes(path.parent))} free)",
+            fix=f"free some space, then: swift resume {path.parent}",
+        ) from error
+
+
+def _save_full(folder: Path, tuned: TunedModel, bundle: ModelBundle, *, with_master: bool) -> None:
+    """The model in its own precision; where that rounds the trained weights, these as well, for exact resume."""
+    model: Any = bundle.model
+    export_dtype = bundle.export_dtype
+    state = model.state_dict()
+    rounded = {
+        name: tensor.detach().contiguous()
+        for name, tensor in tuned.named_trainable()["default"].items()
+        if tensor.dtype != export_dtype
+    }
+    if export_dtype is not None:
+        state = {k: v.to(export_dtype) if v.is_floating_point() else v for k, v in state.items()}
+    model.save_pretrained(folder, state_dict=state)
+    if rounded and with_master and export_dtype is not None:
+        save_file({name: tensor.cpu() for name, tensor in rounded.items()}, folder / MASTER_FILE)
+
+
+def read_state(path: Path) -> TrainState:
+    """The counters of a checkpoint. Raises SwiftError when ``path`` is not a complete checkpoint."""
+    file = path / STATE_FILE
+    try:
+        return TrainState.from_dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SwiftError(
+            "not a complete checkpoint",
+            where=str(path),
+            why=f"{STATE_FILE} is missing or unreadable",
+            fix="name a checkpoint-N folder or the run folder that holds it",
+        ) from error
+
+
+def load_checkpoint(path: Path, *, tuned: TunedModel, engine: Engine) -> TrainState:
+    """Put weights and optimizer of ``path`` into a model that was just built from the run's configuration.
+
+    For full training the weights themselves are loaded with the model (its path is the checkpoint); only rounded
+    ones are restored here.
+    """
+    state = read_state(path)
+    if tuned.kind == "lora":
+        restore_adapter(tuned.model, path)
+    elif (path / MASTER_FILE).is_file():
+        master = load_file(path / MASTER_FILE)
+        with torch.no_grad():
+            for name, parameter in tuned.named_trainable()["default"].items():
+                if name in master:
+                    parameter.copy_(master[name])
+    engine.load(path)
+    return state
+
+
+def checkpoint_bytes(tuned: TunedModel, *, only_model: bool) -> int:
+    """About how large one checkpoint will be: weights, and two optimizer moments per trainable weight."""
+    trainable = sum(p.numel() * p.element_size() for p in tuned.named_trainable()["default"].values())
+    weights = trainable
+    if tuned.kind != "lora":
+        weights = sum(p.numel() * p.element_size() for p in tuned.model.parameters())
+    return weights + (0 if only_model else 2 * trainable)

@@ -1,0 +1,67 @@
+"""Loss, token accuracy and perplexity on validation data, during training and on demand."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+
+from swift.data.batching import BatchSchedule, Mode
+from swift.data.loader import BatchLoader
+from swift.data.tokens import TokenDataset
+from swift.objectives.base import Objective
+from swift.parallel.engine import Engine
+
+__all__ = ["LossEvaluator"]
+
+
+class LossEvaluator:
+    """Evaluates an engine's model on one data set.
+
+    Args:
+        dataset: validation samples.
+        batch_size: samples per batch (padded, grouped by length: every sample exactly once).
+        mode, max_length: layout of the rows; ``padded`` needs no isolation and is the default.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        batch_size: int,
+        pad_token_id: int,
+        mode: Mode = "padded",
+        max_length: int | None = None,
+    ) -> None:
+        schedule = BatchSchedule(
+            dataset.lengths,
+            batch_size=batch_size,
+            mode=mode,
+            max_length=max_length,
+            group_by_length=True,
+            shuffle=False,
+            seed=0,
+        )
+        self.num_batches = schedule.num_micro_batches
+        self._loader = BatchLoader(dataset, schedule, mode, 0, pad_token_id=pad_token_id)
+
+    def run(self, engine: Engine, objective: Objective) -> dict[str, float]:
+        """Keys: eval_loss (mean per target weight), eval_token_accuracy, eval_perplexity, eval_seconds."""
+        started = time.perf_counter()
+        loss = weight = correct = targets = 0.0
+        for (batch,) in self._batches():
+            output = engine.evaluate(batch, objective)
+            loss += float(output.metrics["loss_sum"])
+            correct += float(output.metrics["num_correct"])
+            weight += objective.denominators([batch]).target_weight
+            targets += batch.num_targets
+        mean = loss / weight if weight else float("nan")
+        return {
+            "eval_loss": mean,
+            "eval_token_accuracy": correct / targets if targets else float("nan"),
+            "eval_perplexity": math.exp(mean) if mean < 700 else float("inf"),
+            "eval_seconds": time.perf_counter() - started,
+        }
+
+    def _batches(self) -> Iterable[list]:
+        return self._loader.steps(0, 1)

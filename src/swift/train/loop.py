@@ -1,0 +1,378 @@
+"""The training loop.
+
+One step: seed, gradients of all micro-batches, clip, update. Everything else (metric lines, evaluation,
+checkpoints, stopping) happens between steps, so a run can end and go on at any step boundary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swift.config.schema import Resolved
+from swift.core.devices import memory_in_use, peak_memory
+from swift.core.errors import SwiftError
+from swift.core.logging import get_logger, set_log_step
+from swift.data.collate import Batch
+from swift.data.loader import BatchLoader
+from swift.objectives.base import Objective
+from swift.parallel.engine import Engine
+from swift.runs.folder import RunFolder
+from swift.runs.metrics import MetricsLog
+from swift.runs.status import StatusFile
+from swift.train.callbacks.base import Callback
+from swift.train.evaluation import LossEvaluator
+from swift.train.seeds import seed_everything
+from swift.train.signals import StopSignals
+from swift.train.state import LogWindow, TrainState
+
+__all__ = ["Interrupted", "StepPlan", "Trainer"]
+
+logger = get_logger(__name__)
+
+STATUS_INTERVAL_SECONDS = 1.0
+
+
+class Interrupted(SwiftError):
+    """The run was asked to stop and saved itself; ``exit_code`` is 128 + signal number."""
+
+    def __init__(self, message: str, *, fix: str, signal_number: int) -> None:
+        super().__init__(message, fix=fix)
+        self.exit_code = 128 + signal_number
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How long the run is: optimizer steps in all and per epoch, micro-batches per step."""
+
+    total_steps: int
+    steps_per_epoch: int
+    accumulation: int
+
+
+@dataclass
+class _PendingStep:
+    """Results of a step that still lie on the device, so that the loop need not wait for it."""
+
+    step: int
+    loss_sum: Tensor
+    num_correct: Tensor
+    grad_norm: Tensor
+    target_weight: float
+    num_targets: int
+
+
+class Trainer:
+    """Runs an objective over batches on an engine.
+
+    Args:
+        save: writes a checkpoint of the given state to the given folder.
+        evaluator: None when there is no validation data.
+        metrics: opened and already cut back to ``state.step``.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolved: Resolved,
+        folder: RunFolder,
+        engine: Engine,
+        objective: Objective,
+        loader: BatchLoader,
+        plan: StepPlan,
+        state: TrainState,
+        save: Callable[[Path, TrainState], None],
+        metrics: MetricsLog,
+        status: StatusFile,
+        device: torch.device,
+        evaluator: LossEvaluator | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.resolved = resolved
+        self.config = resolved.config
+        self.folder = folder
+        self.engine = engine
+        self.objective = objective
+        self.loader = loader
+        self.plan = plan
+        self.total_steps = plan.total_steps
+        self.state = state
+        self.evaluator = evaluator
+        self.callbacks = callbacks
+        self._save_checkpoint = save
+        self._metrics = metrics
+        self._status = status
+        self._device = device
+        self._pending: list[_PendingStep] = []
+        self._stop_reason: str | None = None
+        self._saved_step = state.step if state.step else None
+        self._last_eval: dict[str, float] = {}
+        self._rates: dict[str, float] = {}
+        self._clock = _Clock()
+        self._status_written = 0.0
+
+    def stop(self, reason: str) -> None:
+        """Ask the run to end after the current step."""
+        self._stop_reason = self._stop_reason or reason
+
+    def train(self) -> dict[str, Any]:
+        """Run until the planned end, a stop request or a signal; returns the summary.
+
+        Raises:
+            Interrupted: a signal ended the run; a checkpoint was saved.
+            SwiftError: the loss is not finite, a checkpoint cannot be written, data does not arrive.
+        """
+        self._notify("on_train_begin")
+        self._status.update("running", step=self.state.step, total_steps=self.total_steps, stage="train")
+        self._clock.restart()
+        with StopSignals() as signals:
+            for batches in self._remaining_steps():
+                self._train_step(batches)
+                self._notify("on_step_end")
+                if signals.received:
+                    self._interrupt(signals)
+                self._between_steps()
+                if self._stop_reason:
+                    break
+            if self._saved_step != self.state.step:
+                self._save()
+        return self._summary()
+
+    def _remaining_steps(self) -> Iterator[list[Batch]]:
+        """The batches of every step that is still to do; keeps the data cursor of the state."""
+        state = self.state
+        while state.step < self.total_steps:
+            for batches in self.loader.steps(state.epoch, self.plan.accumulation, state.step_in_epoch):
+                yield batches
+                if state.step >= self.total_steps:
+                    return
+            state.epoch += 1
+            state.step_in_epoch = 0
+
+    def _train_step(self, batches: list[Batch]) -> None:
+        state = self.state
+        seed_everything(self.config.training.seed, "step", state.step)
+        output = self.engine.forward_backward(batches, self.objective)
+        norm = self.engine.clip()["default"]
+        self._rates = self.engine.step(state.step)
+        state.step += 1
+        state.step_in_epoch += 1
+        state.num_tokens += sum(batch.num_tokens for batch in batches)
+        self._clock.steps += 1
+        self._clock.tokens += sum(batch.num_tokens for batch in batches)
+        self._pending.append(
+            _PendingStep(
+                state.step,
+                output.metrics["loss_sum"],
+                output.metrics["num_correct"],
+                norm,
+                self.objective.denominators(batches).target_weight,
+                sum(batch.num_targets for batch in batches),
+            )
+        )
+
+    def _between_steps(self) -> None:
+        step = self.state.step
+        set_log_step(step)
+        finished = step >= self.total_steps or self._stop_reason is not None
+        if step == 1 or step % self.config.report.logging_steps == 0 or finished:
+            self._log()
+        elif time.monotonic() - self._status_written > STATUS_INTERVAL_SECONDS:
+            self._write_status()
+        improved = self._evaluate() if self._due(self.config.evaluation.eval_strategy, "eval") else False
+        if self._due(self.config.checkpoint.save_strategy, "save") or improved:
+            self._save(is_best=improved)
+
+    def _due(self, strategy: str | None, what: str) -> bool:
+        """Whether an evaluation or a save belongs to the step just done."""
+        step, state = self.state.step, self.state
+        if what == "eval" and self.evaluator is None:
+            return False
+        if strategy == "steps":
+            every = (
+                self.config.evaluation.eval_steps if what == "eval" else self.config.checkpoint.save_steps
+            )
+            return step % (every or 1) == 0 or (what == "eval" and step >= self.total_steps)
+        if strategy == "epoch":
+            return state.step_in_epoch == self.plan.steps_per_epoch or step >= self.total_steps
+        return False
+
+    def _flush(self) -> float:
+        """Fetch the pending results (one device sync) into the log window; returns the last gradient norm."""
+        if not self._pending:
+            return float("nan")
+        values = torch.stack(
+            [torch.stack([p.loss_sum.double(), p.num_correct.double(), p.grad_norm.double()]) for p in self._pending]
+        ).tolist()
+        window = self.state.window
+        for pending, (loss_sum, num_correct, grad_norm) in zip(self._pending, values, strict=True):
+            if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
+                self._refuse_nonfinite(pending.step, loss_sum, grad_norm)
+            window.loss_sum += loss_sum
+            window.num_correct += num_correct
+            window.loss_weight += pending.target_weight
+            window.num_targets += pending.num_targets
+        self._pending.clear()
+        return values[-1][2]
+
+    def _refuse_nonfinite(self, step: int, loss_sum: float, grad_norm: float) -> None:
+        if self.config.model.torch_dtype == "float16" and math.isfinite(loss_sum):
+            return  # the gradient scaler skips such a step by design
+        what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
+        latest = self.folder.latest_checkpoint()
+        raise SwiftError(
+            f"the {what} is not finite at step {step}",
+            where=str(self.folder.path),
+            why="the learning rate is too high, the precision too low, or the data holds an extreme sample",
+            fix="lower --learning_rate, or add --warmup_ratio 0.03"
+            + (f"; the weights of {latest.name} are intact" if latest else ""),
+        )
+
+    def _log(self) -> None:
+        grad_norm = self._flush()
+        window, clock, state = self.state.window, self._clock, self.state
+        seconds = clock.lap()
+        state.seconds += seconds
+        state.last_loss = window.loss
+        if state.first_loss is None:
+            state.first_loss = window.loss
+        metrics = {
+            "step": state.step,
+            "epoch": round(self._epoch(), 4),
+            "loss": window.loss,
+            "token_accuracy": window.token_accuracy,
+            "grad_norm": grad_norm,
+            "learning_rate": self._rates["default"],
+            "tokens_per_second": round(clock.tokens / seconds, 1) if seconds else None,
+            "step_time": round(seconds / clock.steps, 5) if clock.steps else None,
+            "num_tokens": state.num_tokens,
+            "gpu_mem_usage": _gib(memory_in_use(self._device)),
+            "cpu_seconds": round(time.process_time(), 3),
+        }
+        clock.restart()
+        state.window = LogWindow()
+        self._metrics.append(metrics)
+        self._write_status()
+        self._notify("on_log", metrics)
+
+    def _evaluate(self) -> bool:
+        """Evaluate; returns True when the deciding metric is the best so far."""
+        assert self.evaluator is not None
+        self._clock.pause()
+        self._status.update(stage="evaluate")
+        metrics = self.evaluator.run(self.engine, self.objective)
+        self._last_eval = metrics
+        self._metrics.append({"step": self.state.step, "epoch": round(self._epoch(), 4), **metrics})
+        self._notify("on_evaluate", metrics)
+        improved = self._keep_best(metrics)
+        self._status.update(stage="train")
+        self._clock.restart(keep_counts=True)
+        return improved
+
+    def _keep_best(self, metrics: dict[str, float]) -> bool:
+        options, state = self.config.evaluation, self.state
+        name = options.metric_for_best_model
+        if name not in metrics:
+            raise SwiftError(
+                f"there is no metric {name!r}", where="--metric_for_best_model", why=f"known: {', '.join(metrics)}"
+            )
+        value, sign = metrics[name], 1.0 if options.greater_is_better else -1.0
+        if state.best_metric is None or sign * value > sign * state.best_metric:
+            state.best_metric, state.best_step, state.stale_evaluations = value, state.step, 0
+            return True
+        state.stale_evaluations += 1
+        if options.early_stop_interval and state.stale_evaluations >= options.early_stop_interval:
+            self.stop(f"{name} did not improve in {state.stale_evaluations} evaluations")
+        return False
+
+    def _save(self, *, is_best: bool = False) -> None:
+        self._flush()  # also refuses to save weights that a non-finite step has spoiled
+        self._clock.pause()
+        self._status.update("saving", stage="save")
+        state = self.state
+        path = self.folder.checkpoint_path(state.step)
+        self._save_checkpoint(path, state)
+        self._saved_step = state.step
+        self.folder.mark("last", state.step)
+        if is_best or (state.best_step == state.step and self.evaluator is not None):
+            self.folder.mark("best", state.step)
+        self.folder.prune(self.config.checkpoint.save_total_limit)
+        self._status.update("running", stage="train")
+        logger.info("saved %s", path.name)
+        self._notify("on_save", path)
+        self._clock.restart(keep_counts=True)
+
+    def _interrupt(self, signals: StopSignals) -> None:
+        """Save and leave. No metric line: the open log window is in the checkpoint and the resumed run writes it."""
+        if self._saved_step != self.state.step:
+            self._save()
+        raise Interrupted(
+            f"stopped by {signals.name} after step {self.state.step} of {self.total_steps}; checkpoint saved",
+            fix=f"swift resume {self.folder.path}",
+            signal_number=signals.received or 0,
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        state = self.state
+        last, best = self.folder.marked("last"), self.folder.marked("best")
+        return {
+            "steps": state.step,
+            "epochs": round(self._epoch(), 4),
+            "first_loss": state.first_loss,
+            "last_loss": state.last_loss,
+            "evaluation": self._last_eval or None,
+            "best_metric": state.best_metric,
+            "best_step": state.best_step,
+            "num_tokens": state.num_tokens,
+            "train_seconds": round(state.seconds, 3),
+            "tokens_per_second": round(state.num_tokens / state.seconds, 1) if state.seconds else None,
+            "peak_memory_gib": _gib(peak_memory(self._device)),
+            "stop_reason": self._stop_reason,
+            "last_checkpoint": last.name if last else None,
+            "best_checkpoint": best.name if best else None,
+        }
+
+    def _epoch(self) -> float:
+        return self.state.epoch + self.state.step_in_epoch / self.plan.steps_per_epoch
+
+    def _write_status(self) -> None:
+        self._status_written = time.monotonic()
+        self._status.update(step=self.state.step)
+
+    def _notify(self, event: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
+
+
+class _Clock:
+    """Time spent in training steps since the last metric line, without evaluations and saves."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = 0
+        self._elapsed = 0.0
+        self._since = time.perf_counter()
+
+    def restart(self, *, keep_counts: bool = False) -> None:
+        self._since = time.perf_counter()
+        if not keep_counts:
+            self.steps = self.tokens = 0
+            self._elapsed = 0.0
+
+    def pause(self) -> None:
+        self._elapsed += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since `restart`, pauses left out."""
+        return self._elapsed + time.perf_counter() - self._since
+
+
+def _gib(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else round(num_bytes / 2**30, 3)
