@@ -1,0 +1,201 @@
+"""Make a loaded model trainable: attach adapters, or choose which of its own weights are trained."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from swift.config.sections.tuner import TunerSection
+from swift.core.errors import ModelError
+from swift.tuners.freeze import freeze
+from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, lora_layers
+from swift.tuners.saved_module import SavedModule, saved_modules
+from swift.tuners.targets import find_saved, find_targets
+
+__all__ = ["TunedModel", "apply_tuner", "attach_adapter", "module_seed", "tuned_model"]
+
+DEFAULT_ADAPTER = "default"
+
+
+@dataclass
+class TunedModel:
+    """A model and what of it is trained.
+
+    Attributes:
+        model: the model itself, changed in place.
+        kind: ``lora`` or ``full``.
+        switch: which adapter acts; None for ``full``.
+    """
+
+    model: nn.Module
+    kind: Literal["lora", "full"]
+    switch: AdapterSwitch | None = None
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The adapters in the order in which they were attached; empty for full training."""
+        names: dict[str, None] = {}
+        for layer in lora_layers(self.model).values():
+            names.update(dict.fromkeys(layer.specs))
+        for module in saved_modules(self.model).values():
+            names.update(dict.fromkeys(module.copies))
+        return list(names)
+
+    def named_trainable(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
+        """Name -> trained parameter, of one adapter or (None) of all of them."""
+        named = self.model.named_parameters()
+        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        if adapter is None or self.kind == "full":
+            return trained
+        return {name: parameter for name, parameter in trained.items() if _adapter_of(name) == adapter}
+
+    def parameter_sets(self) -> dict[str, dict[str, nn.Parameter]]:
+        """One named parameter set for each adapter; full training has a single one, ``default``."""
+        if self.kind == "full":
+            return {DEFAULT_ADAPTER: self.named_trainable()}
+        return {name: self.named_trainable(name) for name in self.adapter_names}
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.named_trainable().values())
+
+    @property
+    def num_total(self) -> int:
+        """Parameters of the model, adapters included; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @contextlib.contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """The base model within the block: a reference without a second copy.
+
+        Raises:
+            ModelError: full training changed the base itself.
+        """
+        if self.switch is None:
+            raise ModelError("full training leaves no base model to go back to")
+        with self.switch.use(None):
+            yield
+
+
+def _adapter_of(parameter_name: str) -> str | None:
+    """``...q_proj.lora_A.NAME`` and ``...lm_head.copies.NAME.weight`` -> NAME."""
+    parts = parameter_name.split(".")
+    for marker in ("lora_A", "lora_B", "copies"):
+        if marker in parts:
+            return parts[parts.index(marker) + 1]
+    return None
+
+
+def tuned_model(model: nn.Module) -> TunedModel:
+    """The view on a model that may already carry adapters."""
+    wrappers: list[LoraLinear | SavedModule] = [*lora_layers(model).values(), *saved_modules(model).values()]
+    if not wrappers:
+        return TunedModel(model, "full")
+    return TunedModel(model, "lora", wrappers[0].switch)
+
+
+def module_seed(seed: int, module_name: str) -> int:
+    """A seed for one module, so that its start depends neither on the other modules nor on their order."""
+    digest = hashlib.sha256(f"{seed}:{module_name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def attach_adapter(
+    model: nn.Module,
+    specs: Mapping[str, AdapterSpec],
+    saved: Sequence[str] = (),
+    *,
+    name: str = DEFAULT_ADAPTER,
+    dtype: torch.dtype = torch.float32,
+    saved_dtype: torch.dtype | None = torch.float32,
+    seed: int = 42,
+) -> TunedModel:
+    """Attach one adapter and let it act. The first one freezes the model; later ones leave the others alone.
+
+    Args:
+        model: changed in place.
+        specs: module name -> how its adapter is built.
+        saved: names of modules of which a trainable copy is made.
+        name: the adapter's name.
+        dtype: storage precision of A and B.
+        saved_dtype: storage precision of the copies; None keeps the module's own.
+        seed: start of the matrices A.
+    """
+    tuned = tuned_model(model)
+    if tuned.switch is None:
+        model.requires_grad_(False)
+        tuned = TunedModel(model, "lora", AdapterSwitch())
+    assert tuned.switch is not None
+    if name in tuned.adapter_names:
+        raise ValueError(f"the model already has an adapter {name!r}")
+    for module_name, spec in specs.items():
+        module = model.get_submodule(module_name)
+        if not isinstance(module, LoraLinear):
+            module = LoraLinear(module, tuned.switch)
+            model.set_submodule(module_name, module)
+        module.add_adapter(name, spec, dtype=dtype, seed=module_seed(seed, module_name))
+    for module_name in saved:
+        module = model.get_submodule(module_name)
+        if not isinstance(module, SavedModule):
+            module = SavedModule(module, tuned.switch)
+            model.set_submodule(module_name, module)
+        module.add_copy(name, saved_dtype)
+    tuned.switch.active = name
+    return tuned
+
+
+def apply_tuner(
+    model: nn.Module,
+    section: TunerSection,
+    *,
+    seed: int = 42,
+    param_dtype: torch.dtype | None = torch.float32,
+    adapter_name: str = DEFAULT_ADAPTER,
+) -> TunedModel:
+    """Prepare ``model`` (in place) for training as the options say.
+
+    Args:
+        model: a loaded transformers model.
+        section: the tuner options.
+        seed: start of the adapters.
+        param_dtype: storage precision of trained weights of the model itself (full training and
+            ``modules_to_save``); None keeps the loaded one. LoRA matrices have their own option.
+        adapter_name: the name under which a LoRA adapter is attached.
+
+    Raises:
+        ConfigError: an option names modules or parameters that do not exist, or nothing is left to train.
+    """
+    if section.tuner_type == "full":
+        freeze(model, section)
+        _store_trained(model.parameters(), param_dtype)
+        return TunedModel(model, "full")
+    saved = find_saved(model, section.modules_to_save)
+    targets = find_targets(model, section.target_modules, section.target_regex, exclude=saved)
+    spec = AdapterSpec(
+        rank=section.lora_rank,
+        alpha=section.lora_alpha,
+        dropout=section.lora_dropout,
+        use_rslora=section.use_rslora,
+        init=section.init_weights,
+    )
+    return attach_adapter(
+        model,
+        dict.fromkeys(targets, spec),
+        saved,
+        name=adapter_name,
+        dtype=getattr(torch, section.lora_dtype),
+        saved_dtype=param_dtype,
+        seed=seed,
+    )
+
+
+def _store_trained(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
+    for parameter in parameters:
+        if parameter.requires_grad and dtype is not None:
+            parameter.data = parameter.data.to(dtype)
