@@ -1,15 +1,17 @@
-"""How one option is declared. Everything a user sees of an option (flag, YAML key, help, schema) comes from here."""
+"""How one option is declared. All a user sees of it (flag, YAML key, help, schema) comes from here."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 __all__ = ["Section", "option"]
 
 
-def option(default: Any, help: str, *, unit: str | None = None, essential: bool = False, **limits: Any) -> Any:
+def option(
+    default: Any, help: str, *, unit: str | None = None, essential: bool = False, **limits: Any
+) -> Any:
     """One field of a section.
 
     Args:
@@ -19,9 +21,11 @@ def option(default: Any, help: str, *, unit: str | None = None, essential: bool 
         essential: listed by a bare ``--help``.
         limits: pydantic constraints (``ge``, ``gt``, ``le``).
     """
-    extra = {"unit": unit, "essential": essential}
+    extra: dict[str, JsonValue] = {"unit": unit, "essential": essential}
     if isinstance(default, list):
-        return Field(default_factory=lambda: list(default), description=help, json_schema_extra=extra, **limits)
+        return Field(
+            default_factory=lambda: list(default), description=help, json_schema_extra=extra, **limits
+        )
     return Field(default=default, description=help, json_schema_extra=extra, **limits)
 
 

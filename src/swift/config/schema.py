@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from swift.config.kinds import Kind, kind_of
 from swift.config.option import Section
 from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
@@ -79,6 +80,11 @@ class Option:
         return bool(self._extra.get("essential"))
 
     @property
+    def kind(self) -> Kind:
+        """What its values look like."""
+        return kind_of(self.info.annotation)
+
+    @property
     def _extra(self) -> dict[str, Any]:
         extra = self.info.json_schema_extra
         return extra if isinstance(extra, dict) else {}
@@ -98,7 +104,11 @@ def options() -> dict[str, Option]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value comes from: ``kind`` is flag, file, default, derived or python."""
+    """Where a value comes from.
+
+    ``kind`` is flag, file, python (the user set it), default, derived, or recorded (it stands in the
+    config.yaml of a run, but nobody typed it: a default or derived value of that run).
+    """
 
     kind: str
     detail: str = ""
@@ -116,13 +126,30 @@ class Resolved:
         config: all values, derived ones filled in.
         sources: flat option name -> source, for every option.
         warnings: sentences the user should read.
+        switches: words that choose how the command runs (``dry_run``, ``json``), those that are on.
+        environment: variables that the configuration's ``ENV`` asks for, with the values now in force.
+        files: the configuration files read, as the user wrote them.
     """
 
     command: str
     config: Config
     sources: dict[str, Source]
     warnings: list[str] = field(default_factory=list)
+    switches: frozenset[str] = frozenset()
+    environment: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+
+    def value(self, name: str) -> Any:
+        """The value of an option by its flat name."""
+        return getattr(getattr(self.config, options()[name].section), name)
 
     def is_explicit(self, name: str) -> bool:
         """True when the user set this option (flag, file or Python)."""
         return self.sources[name].kind in ("flag", "file", "python")
+
+    def derive(self, name: str, value: Any, because: str) -> None:
+        """Fill an option that nobody set, and remember why. An option with a value is left alone."""
+        section = getattr(self.config, options()[name].section)
+        if getattr(section, name) is None:
+            setattr(section, name, value)
+            self.sources[name] = Source("derived", f"derived from {because}")

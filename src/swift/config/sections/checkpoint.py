@@ -11,7 +11,9 @@ class CheckpointSection(Section):
     """Run folder, saving, resuming."""
 
     output_dir: str = option("output", "Folder that receives run folders.", essential=True)
-    run_name: str | None = option(None, "Name of the run folder; default: vN-YYYYMMDD-HHMMSS.", essential=True)
+    run_name: str | None = option(
+        None, "Name of the run folder; default: vN-YYYYMMDD-HHMMSS.", essential=True
+    )
     save_strategy: Literal["steps", "epoch", "no"] = option(
         "steps", "When to save: every save_steps, after each epoch, or only at the end (no)."
     )
@@ -19,7 +21,11 @@ class CheckpointSection(Section):
     save_total_limit: int | None = option(
         None, "Checkpoints kept besides best and last; older ones are deleted.", ge=1
     )
-    save_only_model: bool = option(False, "Leave out optimizer and random state: smaller, but cannot be resumed.")
+    save_only_model: bool = option(
+        False, "Leave out optimizer and random state: smaller, but cannot be resumed."
+    )
     resume_from_checkpoint: str | None = option(
-        None, "Go on from this checkpoint or run folder; last: the newest one under output_dir.", essential=True
+        None,
+        "Go on from this checkpoint or run folder; last: the newest one under output_dir.",
+        essential=True,
     )

@@ -29,10 +29,15 @@ class DataSection(Section):
     dataset_num_proc: int | None = option(
         None, "Processes that tokenise; default: the cores at hand, for large data only.", ge=1
     )
-    load_from_cache_file: bool = option(True, "Reuse tokens cached from the same data, template and tokenizer.")
+    load_from_cache_file: bool = option(
+        True, "Reuse tokens cached from the same data, template and tokenizer."
+    )
     max_length: int | None = option(
-        None, "Longest sample, and the row length when packing; default: what the model allows, 2048 at most.",
-        unit="tokens", essential=True, ge=8,
+        None,
+        "Longest sample, and the row length when packing; default: what the model allows, 2048 at most.",
+        unit="tokens",
+        essential=True,
+        ge=8,
     )
     truncation_strategy: Literal["delete", "left", "right", "split"] = option(
         "delete", "Samples longer than max_length: leave out, cut left, cut right, or (pt) split."

@@ -13,7 +13,9 @@ class EvaluationSection(Section):
     eval_strategy: Literal["steps", "epoch", "no"] | None = option(
         None, "When to evaluate; default: as save_strategy when there is validation data."
     )
-    eval_steps: int | None = option(None, "Steps between evaluations; default: save_steps.", unit="steps", ge=1)
+    eval_steps: int | None = option(
+        None, "Steps between evaluations; default: save_steps.", unit="steps", ge=1
+    )
     per_device_eval_batch_size: int | None = option(
         None, "Samples per evaluation batch; default: the training batch size.", ge=1
     )

@@ -11,7 +11,9 @@ class GenerationSection(Section):
     """Sampling and batch inference."""
 
     max_new_tokens: int = option(512, "Longest answer.", unit="tokens", essential=True, ge=1)
-    temperature: float = option(0.0, "Sampling temperature; 0 takes the likeliest token.", essential=True, ge=0)
+    temperature: float = option(
+        0.0, "Sampling temperature; 0 takes the likeliest token.", essential=True, ge=0
+    )
     top_p: float = option(1.0, "Nucleus sampling: smallest set of tokens with this probability.", gt=0, le=1)
     top_k: int = option(0, "Sample among the k likeliest tokens; 0: all.", ge=0)
     repetition_penalty: float = option(1.0, "Divide the logits of tokens already used; 1: off.", gt=0)
@@ -19,7 +21,8 @@ class GenerationSection(Section):
     stream: bool = option(True, "Show an answer while it is generated (interactive chat).")
     max_batch_size: int = option(8, "Prompts answered at once in batch inference.", ge=1)
     result_path: str | None = option(
-        None, "Batch inference: JSONL file for the answers; default: infer-TIME.jsonl beside the model or run."
+        None,
+        "Batch inference: JSONL file for the answers; default: infer-TIME.jsonl beside the model or run.",
     )
     metric: list[Literal["exact_match", "rouge", "loss"]] = option(
         ["exact_match", "rouge"], "Batch inference: metrics computed against the data's own answers."

@@ -13,4 +13,6 @@ class ParallelSection(Section):
     context_parallel_size: int = option(1, "Devices that share one sequence.", ge=1)
     expert_parallel_size: int = option(1, "Devices that share the experts of MoE layers.", ge=1)
     data_parallel_size: int = option(1, "Copies of the model, each on its own data.", ge=1)
-    sequence_parallel: bool = option(False, "Split activations between tensor-parallel regions along the sequence.")
+    sequence_parallel: bool = option(
+        False, "Split activations between tensor-parallel regions along the sequence."
+    )

@@ -1,0 +1,32 @@
+"""The commands of ``swift``, as the command line sees them. To add one: a line in ``config/commands.py`` and
+a file here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from swift.config.commands import COMMANDS, Command
+from swift.core.errors import UsageError
+from swift.core.registry import closest
+
+__all__ = ["COMMANDS", "Command", "find_command", "load_command"]
+
+
+def find_command(name: str) -> Command:
+    """The command of this name (``merge_lora`` is ``merge-lora``). Raises UsageError with the nearest name."""
+    command = COMMANDS.get(name.replace("_", "-"))
+    if command is None:
+        near = closest(name, COMMANDS)
+        raise UsageError(
+            f"unknown command {name!r}",
+            fix=f"did you mean swift {near}?" if near else "swift --help lists the commands",
+        )
+    return command
+
+
+def load_command(command: Command) -> Callable[[list[str]], int]:
+    """Import the command's module and return its ``run(argv) -> exit code``."""
+    run: Callable[[list[str]], int] = importlib.import_module(command.module).run
+    return run

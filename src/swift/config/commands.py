@@ -1,0 +1,156 @@
+"""The one table of commands: which module runs a command and which options it takes.
+
+It stands here and not in ``cli/`` because binding, help, completion and reference all read it; modules are
+named by strings and imported only when their command runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from swift.config.schema import SECTIONS, Option, options
+
+__all__ = ["COMMANDS", "Command"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Args:
+        name: the word after ``swift``.
+        module: the module with ``run(argv) -> int``.
+        help: one line.
+        sections: sections whose options it takes.
+        extra: single options from other sections.
+        without: options of those sections that it does not take.
+        required: groups of options; one of each group must be set.
+        switches: words that choose how the command runs, not values of the run: name -> help.
+        usage: what follows ``swift NAME`` in help.
+        own_arguments: True when the command reads its words with a parser of its own.
+    """
+
+    name: str
+    module: str
+    help: str
+    sections: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    required: tuple[tuple[str, ...], ...] = ()
+    switches: dict[str, str] = field(default_factory=dict)
+    usage: str = "[FILE.yaml ...] [--option value ...]"
+    own_arguments: bool = False
+
+    def options(self) -> dict[str, Option]:
+        """The options this command takes, in the order of the sections."""
+        wanted = set(self.extra)
+        for section in self.sections:
+            wanted.update(SECTIONS[section].model_fields)
+        wanted.difference_update(self.without)
+        return {name: option for name, option in options().items() if name in wanted}
+
+
+_TRAINING = (
+    "model",
+    "data",
+    "template",
+    "tuner",
+    "training",
+    "parallel",
+    "checkpoint",
+    "evaluation",
+    "report",
+)
+_TRAINING_NEEDS = (("model", "resume_from_checkpoint"), ("dataset", "resume_from_checkpoint"))
+_DRY_RUN = {
+    "dry_run": "Show what the run will do and cost, then stop (the same as swift plan).",
+    "json": "With dry_run: print the plan as one JSON object.",
+}
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            "pt",
+            "swift.cli.pt",
+            "Pre-train on plain text.",
+            sections=_TRAINING,
+            required=_TRAINING_NEEDS,
+            switches=_DRY_RUN,
+        ),
+        Command(
+            "sft",
+            "swift.cli.sft",
+            "Fine-tune on conversations or instructions.",
+            sections=_TRAINING,
+            required=_TRAINING_NEEDS,
+            switches=_DRY_RUN,
+        ),
+        Command(
+            "infer",
+            "swift.cli.infer",
+            "Chat with a model, or answer the rows of a file.",
+            sections=("model", "template", "generation"),
+            extra=("val_dataset", "columns", "on_bad_rows", "seed", "num_threads"),
+            without=("param_dtype",),
+            required=(("model", "adapters"),),
+        ),
+        Command(
+            "merge-lora",
+            "swift.cli.merge_lora",
+            "Merge an adapter into its model and check the result.",
+            extra=(
+                "model",
+                "adapters",
+                "torch_dtype",
+                "device",
+                "trust_remote_code",
+                "output_dir",
+                "num_threads",
+            ),
+            required=(("adapters",),),
+        ),
+        Command(
+            "plan",
+            "swift.cli.plan",
+            "Show what a command will do and cost, without doing it.",
+            usage="COMMAND [FILE.yaml ...] [--option value ...] [--json]",
+            own_arguments=True,
+        ),
+        Command(
+            "data",
+            "swift.cli.data",
+            "Look at data as the model sees it, or check it.",
+            usage="{show,check} FILE [...]",
+            own_arguments=True,
+        ),
+        Command(
+            "config",
+            "swift.cli.config",
+            "Show resolved options, spellings, schema, reference, shell completion.",
+            usage="{show,alias,schema,reference,completion} [...]",
+            own_arguments=True,
+        ),
+        Command(
+            "doctor",
+            "swift.cli.doctor",
+            "Report devices, versions and what is missing for what.",
+            usage="[--json]",
+            own_arguments=True,
+        ),
+        Command(
+            "demo",
+            "swift.cli.demo",
+            "Train a tiny model here and now, and watch it learn.",
+            usage="[...]",
+            own_arguments=True,
+        ),
+        Command(
+            "resume",
+            "swift.cli.resume",
+            "Go on with an interrupted run.",
+            usage="RUN [...]",
+            own_arguments=True,
+        ),
+    )
+}

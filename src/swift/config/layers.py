@@ -1,0 +1,262 @@
+"""Layers of values (files, Python, flags) laid over one another, each value parsed and with its source."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from swift.config import rules
+from swift.config.aliases import Unsupported, alias_table
+from swift.config.commands import COMMANDS, Command
+from swift.config.flags import Flag
+from swift.config.kinds import coerce, is_none_word, parse_bool
+from swift.config.names import Name, Names
+from swift.config.read import Written
+from swift.config.schema import SECTIONS, Config, Resolved, Source, options
+from swift.core.errors import ConfigError
+
+__all__ = ["Binder", "Layer"]
+
+
+@dataclass
+class _Entry:
+    """A value on its way: parsed, with its source and the key as the user spelled it."""
+
+    value: Any
+    source: Source
+    key: str
+    where: str
+
+
+@dataclass
+class Layer:
+    """One file, the Python values, or all flags."""
+
+    kind: str
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    explicit: frozenset[str] | None = None
+
+
+@dataclass
+class _Refused:
+    where: str
+    say: str
+    fix: str | None
+
+
+class Binder:
+    """Collects the layers of one resolution."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.names = Names(command)
+        self.options = self.names.options
+        self.layers: list[Layer] = []
+        self.fallbacks: dict[str, _Entry] = {}
+        self.refused: list[_Refused] = []
+        self.warnings: list[str] = []
+        self.switches: dict[str, bool] = {}
+        self.environment: dict[str, str] = {}
+
+    def new_layer(self, kind: str) -> Layer:
+        """Start a layer (``file``, ``python`` or ``flag``) that wins over the earlier ones."""
+        layer = Layer(kind)
+        self.layers.append(layer)
+        return layer
+
+    # Values
+
+    def take_mapping(self, layer: Layer, mapping: Written) -> None:
+        """Everything in a file or a Python dict."""
+        items = dict(mapping.items or {})
+        explicit = items.pop("explicit", None)
+        if explicit is not None:
+            if not isinstance(explicit.value, list):
+                raise ConfigError("needs a list of option names", where=self._where(explicit, "explicit"))
+            layer.explicit = frozenset(map(str, explicit.value))
+        for key, written in items.items():
+            section = alias_table().sections.get(key, key)
+            if key == "command":
+                self._take_command(written)
+            elif key == "ENV":
+                self._take_environment(written)
+            elif written.items is not None and section in SECTIONS:
+                for inner, value in written.items.items():
+                    self._take_written(layer, section, inner, value)
+            else:
+                self._take_written(layer, None, key, written)
+
+    @staticmethod
+    def _where(written: Written, key: str) -> str:
+        return f"{written.place}: {key}" if written.place else key
+
+    def _take_written(self, layer: Layer, section: str | None, key: str, written: Written) -> None:
+        where = self._where(written, f"{section}.{key}" if section else key)
+        source = Source("file", written.place) if layer.kind == "file" else Source("python", "python")
+        name = self.names.find(section, key, where)
+        self._take(layer, name, key, written.value, written.text, where, source)
+
+    def take_flag(self, layer: Layer, flag: Flag) -> None:
+        """One flag with its words."""
+        source = Source("flag", flag.spelling)
+        name = self.names.find(None, flag.key, flag.spelling, "--")
+        value: Any = flag.words
+        if value is None:
+            value = True
+        elif len(value) == 1 and not (name.option and name.option.kind.base == "list"):
+            value = value[0]
+        self._take(layer, name, flag.key, value, value, flag.spelling, source)
+
+    def _take(
+        self, layer: Layer, name: Name, key: str, value: Any, text: Any, where: str, source: Source
+    ) -> None:
+        if name.negated:
+            flag = self._bool(value, where)
+            value = text = not flag
+        if name.switch:
+            self.switches[name.switch] = self._bool(value, where)
+        elif name.known:
+            self._take_known(name.known, text, where)
+        elif name.option:
+            self._assign(layer, name.option.name, value, text, key, where, source)
+        elif name.alias and name.alias.choices is not None:
+            for target, chosen in name.alias.choices[self._bool(value, where)].items():
+                self._assign(layer, target, chosen, chosen, key, where, source)
+        elif name.alias and name.alias.transform == "fallback":
+            entry = self._parse(self.names.target(name.alias, where), value, text, key, where, source)
+            if entry:
+                self.fallbacks[self.names.target(name.alias, where)] = entry
+        elif name.alias:
+            self._assign(layer, self.names.target(name.alias, where), value, text, key, where, source)
+
+    @staticmethod
+    def _bool(value: Any, where: str) -> bool:
+        flag = parse_bool(value)
+        if flag is None:
+            raise ConfigError(f"{value!r} is not true or false", where=where)
+        return flag
+
+    def _take_known(self, known: Unsupported, value: Any, where: str) -> None:
+        if known.fix is None:
+            self.warnings.append(f"{where}: not needed: {known.say}")
+        elif not known.is_off(value):
+            self.refused.append(_Refused(where, known.say, known.fix))
+
+    def _parse(self, name: str, value: Any, text: Any, key: str, where: str, source: Source) -> _Entry | None:
+        """The value as the option's type; None when this version cannot do it (remembered for the end)."""
+        option = self.options.get(name)
+        if option is None:
+            users = [command.name for command in COMMANDS.values() if name in command.options()]
+            raise self.names.not_used(name, where, users)
+        raw = _without_paths(text if option.kind.is_textual else value)
+        if option.kind.optional and is_none_word(raw):
+            return _Entry(None, source, key, where)
+        raw = self._translate(name, raw, where)
+        if raw is _REFUSED:
+            return None
+        return _Entry(coerce(option.kind, option.info, raw, where), source, key, where)
+
+    def _translate(self, name: str, raw: Any, where: str) -> Any:
+        """Other words for values, and known words this version cannot do."""
+        words = alias_table().values.get(name, {})
+        if isinstance(raw, list | tuple):
+            return [words.get(item, item) if isinstance(item, str) else item for item in raw]
+        if not isinstance(raw, str):
+            return raw
+        refused = alias_table().unsupported_values.get((name, raw.lower()))
+        if refused:
+            self.refused.append(_Refused(where, f"{raw}: {refused.say}", refused.fix))
+            return _REFUSED
+        return words.get(raw, words.get(raw.lower(), raw))
+
+    def _assign(
+        self, layer: Layer, name: str, value: Any, text: Any, key: str, where: str, source: Source
+    ) -> None:
+        entry = self._parse(name, value, text, key, where, source)
+        if entry is None:
+            return
+        before = layer.entries.get(name)
+        if before is not None and before.key.replace("-", "_") != key.replace("-", "_"):
+            if before.value != entry.value:
+                raise ConfigError(
+                    f"contradicts {before.where}",
+                    where=where,
+                    why=f"both set {name}: {entry.value} and {before.value}",
+                )
+        elif before is not None and isinstance(entry.value, list):
+            # --dataset a --dataset b is the same as --dataset a b.
+            entry.value = before.value + entry.value
+        if layer.explicit is not None and name not in layer.explicit:
+            entry.source = Source("recorded", source.detail)
+        layer.entries[name] = entry
+
+    def _take_command(self, written: Written) -> None:
+        if written.value != self.command.name:
+            fix = f"use swift {written.value}" if written.value in COMMANDS else "remove the line"
+            raise ConfigError(
+                f"this file is for swift {written.value}", where=self._where(written, "command"), fix=fix
+            )
+
+    def _take_environment(self, written: Written) -> None:
+        if written.items is None:
+            raise ConfigError("needs a mapping of variables", where=self._where(written, "ENV"))
+        for name, entry in written.items.items():
+            if entry.items is not None or isinstance(entry.value, list):
+                raise ConfigError("needs one value", where=self._where(entry, f"ENV.{name}"))
+            wanted = "" if entry.text is None else str(entry.text)
+            current = os.environ.setdefault(name, wanted)
+            if current != wanted:
+                self.warnings.append(
+                    f"{self._where(entry, f'ENV.{name}')}: the environment's own value {current!r} is kept"
+                )
+            self.environment[name] = current
+
+    # The end
+
+    def finish(self, files: list[str], planning: bool, partial: bool) -> Resolved:
+        """Lay the layers over one another, derive what nobody set, check what belongs together."""
+        switches = frozenset(name for name, on in self.switches.items() if on)
+        planning = planning or "dry_run" in switches
+        for refused in self.refused:
+            if not planning:
+                raise ConfigError(f"not in this version: {refused.say}", where=refused.where, fix=refused.fix)
+            self.warnings.append(f"{refused.where}: not in this version: {refused.say}; a run refuses it")
+        merged: dict[str, _Entry] = {}
+        for layer in self.layers:
+            merged.update(layer.entries)
+        for name, entry in self.fallbacks.items():
+            if name in merged and merged[name].value != entry.value:
+                self.warnings.append(f"{entry.where}: not needed: {name} says which model")
+            else:
+                merged[name] = entry
+        # An explicit none is "as if not given": the default or the derived value applies.
+        merged = {name: entry for name, entry in merged.items() if entry.value is not None}
+        nested: dict[str, dict[str, Any]] = {}
+        for name, entry in merged.items():
+            nested.setdefault(options()[name].section, {})[name] = entry.value
+        sources = {
+            name: merged[name].source if name in merged else Source("default", "default")
+            for name in options()
+        }
+        resolved = Resolved(
+            self.command.name,
+            Config.model_validate(nested),
+            sources,
+            self.warnings,
+            switches,
+            self.environment,
+            list(files),
+        )
+        rules.apply(resolved, self.command, planning=planning, partial=partial)
+        return resolved
+
+
+_REFUSED: Any = object()
+
+
+def _without_paths(raw: Any) -> Any:
+    """pathlib paths (from Python) as texts."""
+    if isinstance(raw, list | tuple):
+        return [_without_paths(item) for item in raw]
+    return os.fspath(raw) if isinstance(raw, os.PathLike) else raw

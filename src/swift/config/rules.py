@@ -1,0 +1,373 @@
+"""What follows from what, and what does not go together.
+
+Derivations fill options that nobody set; they never touch a value the user gave. Checks raise ConfigError, or
+add a warning where the run can go on. Both read options by their flat names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from swift.config.commands import Command
+from swift.config.schema import Resolved, Source, options
+from swift.core.errors import ConfigError
+from swift.core.registry import closest
+
+__all__ = ["DERIVATIONS", "Derivation", "apply"]
+
+SAMPLES_PER_STEP = 16
+"""Samples an optimizer step should see when nobody says otherwise (as in ms-swift)."""
+
+PACKED_ROWS_PER_STEP = 4
+"""The same in packed rows: a row of max_length holds about four samples of usual length."""
+
+_EVAL_METRICS = ("eval_loss", "eval_token_accuracy", "eval_perplexity")
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """``target`` gets ``compute(resolved)`` when nobody set it; None means there is nothing to derive."""
+
+    target: str
+    inputs: tuple[str, ...]
+    compute: Callable[[Resolved], Any]
+
+    @property
+    def source(self) -> Source:
+        return Source("derived", f"derived from {', '.join(self.inputs)}")
+
+
+def _learning_rate(resolved: Resolved) -> float:
+    return 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4
+
+
+def _accumulation(resolved: Resolved) -> int:
+    wanted = PACKED_ROWS_PER_STEP if resolved.config.data.packing else SAMPLES_PER_STEP
+    at_once = (
+        resolved.config.training.per_device_train_batch_size * resolved.config.parallel.data_parallel_size
+    )
+    return max(1, wanted // at_once)
+
+
+def has_validation(resolved: Resolved) -> bool:
+    """True when the configuration names validation data, or sets some aside."""
+    data = resolved.config.data
+    return bool(data.val_dataset) or data.split_dataset_ratio > 0
+
+
+def _eval_strategy(resolved: Resolved) -> str:
+    if not has_validation(resolved):
+        return "no"
+    if resolved.is_explicit("eval_steps"):
+        return "steps"
+    saving = resolved.config.checkpoint.save_strategy
+    return "epoch" if saving == "no" else saving
+
+
+def _greater_is_better(resolved: Resolved) -> bool:
+    return not re.search(r"loss|perplexity|ppl", resolved.config.evaluation.metric_for_best_model)
+
+
+_VALIDATION = ("val_dataset", "split_dataset_ratio")
+
+DERIVATIONS: tuple[Derivation, ...] = (
+    Derivation("learning_rate", ("tuner_type",), _learning_rate),
+    Derivation(
+        "gradient_accumulation_steps",
+        ("per_device_train_batch_size", "packing", "data_parallel_size"),
+        _accumulation,
+    ),
+    Derivation("data_seed", ("seed",), lambda resolved: resolved.config.training.seed),
+    Derivation("eval_strategy", (*_VALIDATION, "eval_steps", "save_strategy"), _eval_strategy),
+    Derivation("eval_steps", ("save_steps",), lambda resolved: resolved.config.checkpoint.save_steps),
+    Derivation(
+        "per_device_eval_batch_size",
+        ("per_device_train_batch_size",),
+        lambda resolved: resolved.config.training.per_device_train_batch_size,
+    ),
+    Derivation("greater_is_better", ("metric_for_best_model",), _greater_is_better),
+    Derivation("use_chat_template", ("command",), lambda resolved: resolved.command != "pt"),
+    Derivation("loss_scale", ("command",), lambda resolved: "all" if resolved.command == "pt" else None),
+)
+
+
+def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool) -> None:
+    """Fill derived values, then check. ``planning`` turns what only a run needs into warnings."""
+    taken = command.options()
+    for rule in DERIVATIONS:
+        if rule.target in taken and _may_derive(rule, resolved):
+            value = rule.compute(resolved)
+            if value is not None:
+                section = getattr(resolved.config, options()[rule.target].section)
+                setattr(section, rule.target, value)
+                resolved.sources[rule.target] = rule.source
+    if not partial:
+        _check_required(resolved, command, planning)
+    for check in _CHECKS:
+        check(resolved)
+    _check_devices(resolved, planning)
+
+
+def _may_derive(rule: Derivation, resolved: Resolved) -> bool:
+    if resolved.is_explicit(rule.target):
+        return False
+    if resolved.sources[rule.target].kind != "recorded":
+        return True
+    # A value recorded with a run stands, unless something it follows from was changed since.
+    recorded = resolved.sources[rule.target].detail.rpartition(":")[0]
+    return any(
+        resolved.is_explicit(name) and resolved.sources[name].detail.rpartition(":")[0] != recorded
+        for name in rule.inputs
+        if name != "command"
+    )
+
+
+def _where(resolved: Resolved, name: str) -> str:
+    """How the user finds the option: the flag as typed, ``run.yaml:3: name``, or the flag's name."""
+    source = resolved.sources[name]
+    if source.kind == "flag":
+        return source.detail
+    return f"{source.detail}: {name}" if source.kind == "file" else f"--{name}"
+
+
+def _check_required(resolved: Resolved, command: Command, planning: bool) -> None:
+    for group in command.required:
+        if any(resolved.value(name) for name in group):
+            continue
+        if not planning:
+            how = "PATH" if group[0] in ("model", "adapters") else "FILE"
+            others = [name for name in group[1:] if name != "resume_from_checkpoint"]
+            alternatives = "".join(f" or --{name} {how}" for name in others)
+            raise ConfigError("missing", where=f"--{group[0]}", fix=f"add --{group[0]} {how}{alternatives}")
+        resolved.warnings.append(f"--{group[0]}: missing; a run needs it")
+
+
+@dataclass(frozen=True)
+class _OnlyWith:
+    """Options without effect unless ``option`` has one of ``values``: giving them anyway is a mistake."""
+
+    names: tuple[str, ...]
+    option: str
+    values: tuple[Any, ...]
+
+
+_LORA_OPTIONS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "target_regex",
+    "modules_to_save",
+    "use_rslora",
+    "lora_dtype",
+    "init_weights",
+)
+_FULL_OPTIONS = (
+    "freeze_parameters",
+    "freeze_parameters_regex",
+    "freeze_parameters_ratio",
+    "trainable_parameters",
+    "trainable_parameters_regex",
+)
+_ONLY_WITH = (
+    _OnlyWith(_LORA_OPTIONS, "tuner_type", ("lora",)),
+    _OnlyWith(_FULL_OPTIONS, "tuner_type", ("full",)),
+    _OnlyWith(("lr_decay_ratio",), "lr_scheduler_type", ("wsd",)),
+    _OnlyWith(("save_steps",), "save_strategy", ("steps",)),
+    _OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
+)
+
+
+def _check_only_with(resolved: Resolved) -> None:
+    for rule in _ONLY_WITH:
+        if resolved.value(rule.option) in rule.values:
+            continue
+        for name in rule.names:
+            if resolved.is_explicit(name) and resolved.value(name):
+                wanted = rule.values[0]
+                raise ConfigError(
+                    f"has no effect with {rule.option} {resolved.value(rule.option)}",
+                    where=_where(resolved, name),
+                    fix=f"leave it out, or set --{rule.option} {wanted}",
+                )
+
+
+_EXCLUSIVE = (
+    ("packing", "padding_free", "packed rows have no padding anyway"),
+    ("target_regex", "target_modules", "both choose the modules that get an adapter"),
+    ("warmup_steps", "warmup_ratio", "both set the length of the warm-up"),
+    ("split_dataset_ratio", "val_dataset", "both provide the validation data"),
+    ("packing", "group_by_length", "packed rows all have the same length"),
+)
+
+
+def _check_exclusive(resolved: Resolved) -> None:
+    for first, second, why in _EXCLUSIVE:
+        given = all(resolved.is_explicit(name) and resolved.value(name) for name in (first, second))
+        if given:
+            raise ConfigError(
+                f"does not go together with {second}: {why}",
+                where=_where(resolved, first),
+                fix=f"leave out --{first} or --{second}",
+            )
+
+
+def _check_evaluation(resolved: Resolved) -> None:
+    evaluation = resolved.config.evaluation
+    if resolved.command not in ("pt", "sft"):
+        return
+    metric = evaluation.metric_for_best_model
+    if not metric.startswith("eval_"):
+        near = closest(metric, _EVAL_METRICS)
+        raise ConfigError(
+            f"{metric!r} is not a metric of the evaluation",
+            where=_where(resolved, "metric_for_best_model"),
+            fix=f"did you mean {near}?" if near else f"built in: {', '.join(_EVAL_METRICS)}",
+        )
+    if not has_validation(resolved):
+        wanted = [
+            name
+            for name in ("eval_strategy", "eval_steps", "metric_for_best_model", "per_device_eval_batch_size")
+            if resolved.is_explicit(name) and resolved.value(name) != "no"
+        ]
+        if evaluation.early_stop_interval is not None:
+            raise ConfigError(
+                "there is no validation data to decide when to stop",
+                where=_where(resolved, "early_stop_interval"),
+                fix="add --val_dataset FILE or --split_dataset_ratio 0.05",
+            )
+        if wanted:
+            resolved.warnings.append(
+                f"{_where(resolved, wanted[0])}: no validation data, so nothing is evaluated; "
+                "add --val_dataset FILE or --split_dataset_ratio 0.05"
+            )
+    elif evaluation.eval_strategy == "no" and evaluation.early_stop_interval is not None:
+        raise ConfigError(
+            "nothing is evaluated with eval_strategy no",
+            where=_where(resolved, "early_stop_interval"),
+            fix="set --eval_strategy steps or epoch",
+        )
+
+
+def _check_data(resolved: Resolved) -> None:
+    data = resolved.config.data
+    if data.dataset_weights:
+        if len(data.dataset_weights) != len(data.dataset):
+            raise ConfigError(
+                f"{len(data.dataset_weights)} weights for {len(data.dataset)} data sets",
+                where=_where(resolved, "dataset_weights"),
+                fix="give one weight per data set",
+            )
+        if min(data.dataset_weights) < 0 or sum(data.dataset_weights) <= 0:
+            raise ConfigError(
+                "weights must not be negative, and not all zero", where=_where(resolved, "dataset_weights")
+            )
+    if data.truncation_strategy == "split" and resolved.command == "sft":
+        raise ConfigError(
+            "split is for swift pt: a conversation cut in pieces loses its question",
+            where=_where(resolved, "truncation_strategy"),
+            fix="use delete, left or right",
+        )
+
+
+def _check_checkpoint(resolved: Resolved) -> None:
+    name = resolved.config.checkpoint.run_name
+    if name is not None and (not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name)):
+        raise ConfigError(
+            f"{name!r} cannot name a folder",
+            where=_where(resolved, "run_name"),
+            fix="use a name without / and \\, and --output_dir for the folder above it",
+        )
+
+
+def _check_training(resolved: Resolved) -> None:
+    training = resolved.config.training
+    if training.max_steps == 0:
+        raise ConfigError(
+            "0 steps train nothing",
+            where=_where(resolved, "max_steps"),
+            fix="-1 trains num_train_epochs epochs",
+        )
+    if (
+        training.max_steps > 0
+        and training.warmup_steps is not None
+        and training.warmup_steps > training.max_steps
+    ):
+        raise ConfigError(
+            f"{training.warmup_steps} warm-up steps, but only {training.max_steps} steps",
+            where=_where(resolved, "warmup_steps"),
+            fix="lower --warmup_steps or raise --max_steps",
+        )
+    trackers = resolved.config.report.report_to
+    if "none" in trackers and len(trackers) > 1:
+        raise ConfigError("none stands beside other trackers", where=_where(resolved, "report_to"))
+
+
+def _check_generation(resolved: Resolved) -> None:
+    if resolved.command != "infer":
+        return
+    if resolved.config.generation.temperature == 0:
+        for name in ("top_p", "top_k"):
+            if resolved.is_explicit(name):
+                resolved.warnings.append(
+                    f"{_where(resolved, name)}: no effect at temperature 0; raise --temperature to sample"
+                )
+    if not resolved.config.data.val_dataset:
+        for name in ("result_path", "metric", "max_batch_size", "columns", "on_bad_rows"):
+            if resolved.is_explicit(name):
+                resolved.warnings.append(
+                    f"{_where(resolved, name)}: used for rows of a file only; add --val_dataset FILE"
+                )
+
+
+_CHECKS: tuple[Callable[[Resolved], None], ...] = (
+    _check_only_with,
+    _check_exclusive,
+    _check_data,
+    _check_evaluation,
+    _check_checkpoint,
+    _check_training,
+    _check_generation,
+)
+
+
+def _check_devices(resolved: Resolved, planning: bool) -> None:
+    model = resolved.config.model
+    if model.device == "cpu":
+        if model.torch_dtype == "float16":
+            resolved.warnings.append(
+                f"{_where(resolved, 'torch_dtype')}: float16 is slow and overflows on CPU; bfloat16 is safer"
+            )
+        for name, active in (
+            ("attn_impl", model.attn_impl.startswith("flash")),
+            ("use_liger_kernel", resolved.config.training.use_liger_kernel),
+        ):
+            if active and resolved.is_explicit(name):
+                raise ConfigError(
+                    "needs a CUDA device, not cpu", where=_where(resolved, name), fix="leave it out"
+                )
+    sizes = {
+        name: resolved.value(name)
+        for name in options()
+        if options()[name].section == "parallel" and name.endswith("_size") and resolved.value(name) > 1
+    }
+    if not sizes:
+        return
+    num_devices = 1
+    for size in sizes.values():
+        num_devices *= size
+    # Experts are shared among the devices that are there already (as data and tensor parallel ranks).
+    name = next(iter(sizes))
+    if planning:
+        resolved.warnings.append(
+            f"the parallel sizes multiply to {num_devices} devices; this version trains on one"
+        )
+    else:
+        raise ConfigError(
+            f"this version trains on one device, not on {num_devices}",
+            where=_where(resolved, name),
+            fix=f"leave out {' and '.join('--' + size for size in sizes)}; swift plan shows the layout",
+        )
