@@ -27,7 +27,7 @@ class SftObjective:
         total = 0.0
         for batch in batches:
             weights = target_weights(batch)
-            total += float(batch.num_targets) if weights is None else float(weights.sum())
+            total += float(batch.num_targets) if weights is None else float(weights.double().sum())
         return Denominators(target_weight=max(total, 1e-12))
 
     def __call__(

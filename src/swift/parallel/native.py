@@ -16,6 +16,7 @@ from swift.models.head import split_head
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
 from swift.parallel.engine import ParameterSet, StepOutput
+from swift.tuners.saved_module import SavedModule
 
 __all__ = ["NativeEngine"]
 
@@ -153,7 +154,7 @@ class NativeEngine:
             if self._split:
                 hidden = outputs.last_hidden_state[learned]
                 head = self._split[1]
-                if type(head) is nn.Linear and head.bias is None:
+                if isinstance(head, (nn.Linear, SavedModule)) and head.bias is None:
                     result = linear_logprobs(hidden, head.weight, targets, chunk_size=self.chunk_size)
                 else:
                     result = module_logprobs(hidden, head, targets, chunk_size=self.chunk_size)
@@ -170,9 +171,9 @@ class NativeEngine:
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights used as they are stored. Adapter matrices cast themselves and do not call for autocast."""
+    """Weights used as they are stored. Adapters and saved modules cast themselves and call for no autocast."""
     for name, parameter in model.named_parameters():
-        if ".adapters." not in name and parameter.ndim >= 2:
+        if parameter.ndim >= 2 and not {"lora_A", "lora_B", "copies"} & set(name.split(".")):
             yield parameter
 
 

@@ -21,7 +21,7 @@ from swift.core.format import format_bytes
 from swift.parallel.engine import Engine
 from swift.train.state import TrainState
 from swift.tuners.apply import TunedModel
-from swift.tuners.peft_format import restore_adapter, save_adapter
+from swift.tuners.peft_format import load_adapter, save_adapter
 
 if TYPE_CHECKING:
     from swift.models.load import ModelBundle
@@ -37,6 +37,7 @@ def save_checkpoint(
     *,
     tuned: TunedModel,
     bundle: ModelBundle,
+    export_dtype: torch.dtype,
     engine: Engine,
     state: TrainState,
     config_file: Path,
@@ -52,7 +53,7 @@ def save_checkpoint(
             if tuned.kind == "lora":
                 save_adapter(tuned.model, folder, bundle.path)
             else:
-                _save_full(folder, tuned, bundle, with_master=not only_model)
+                _save_full(folder, tuned, export_dtype, with_master=not only_model)
             bundle.tokenizer.save_pretrained(folder)
             shutil.copyfile(config_file, folder / "config.yaml")
             if not only_model:
@@ -70,21 +71,21 @@ def save_checkpoint(
         ) from error
 
 
-def _save_full(folder: Path, tuned: TunedModel, bundle: ModelBundle, *, with_master: bool) -> None:
+def _save_full(folder: Path, tuned: TunedModel, export_dtype: torch.dtype, *, with_master: bool) -> None:
     """The model in its own precision; where that rounds the trained weights, these as well, for exact resume."""
-    model: Any = bundle.model
-    export_dtype = bundle.export_dtype
-    state = model.state_dict()
+    model: Any = tuned.model
+    state = {
+        name: tensor.to(export_dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=state)
     rounded = {
-        name: tensor.detach().contiguous()
-        for name, tensor in tuned.named_trainable()["default"].items()
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in tuned.named_trainable().items()
         if tensor.dtype != export_dtype
     }
-    if export_dtype is not None:
-        state = {k: v.to(export_dtype) if v.is_floating_point() else v for k, v in state.items()}
-    model.save_pretrained(folder, state_dict=state)
-    if rounded and with_master and export_dtype is not None:
-        save_file({name: tensor.cpu() for name, tensor in rounded.items()}, folder / MASTER_FILE)
+    if rounded and with_master:
+        save_file(rounded, folder / MASTER_FILE)
 
 
 def read_state(path: Path) -> TrainState:
@@ -109,11 +110,11 @@ def load_checkpoint(path: Path, *, tuned: TunedModel, engine: Engine) -> TrainSt
     """
     state = read_state(path)
     if tuned.kind == "lora":
-        restore_adapter(tuned.model, path)
+        load_adapter(tuned.model, path, trainable=True)
     elif (path / MASTER_FILE).is_file():
         master = load_file(path / MASTER_FILE)
         with torch.no_grad():
-            for name, parameter in tuned.named_trainable()["default"].items():
+            for name, parameter in tuned.named_trainable().items():
                 if name in master:
                     parameter.copy_(master[name])
     engine.load(path)
@@ -122,7 +123,7 @@ def load_checkpoint(path: Path, *, tuned: TunedModel, engine: Engine) -> TrainSt
 
 def checkpoint_bytes(tuned: TunedModel, *, only_model: bool) -> int:
     """About how large one checkpoint will be: weights, and two optimizer moments per trainable weight."""
-    trainable = sum(p.numel() * p.element_size() for p in tuned.named_trainable()["default"].values())
+    trainable = sum(p.numel() * p.element_size() for p in tuned.named_trainable().values())
     weights = trainable
     if tuned.kind != "lora":
         weights = sum(p.numel() * p.element_size() for p in tuned.model.parameters())

@@ -196,9 +196,7 @@ class Trainer:
         if what == "eval" and self.evaluator is None:
             return False
         if strategy == "steps":
-            every = (
-                self.config.evaluation.eval_steps if what == "eval" else self.config.checkpoint.save_steps
-            )
+            every = self.config.evaluation.eval_steps if what == "eval" else self.config.checkpoint.save_steps
             return step % (every or 1) == 0 or (what == "eval" and step >= self.total_steps)
         if strategy == "epoch":
             return state.step_in_epoch == self.plan.steps_per_epoch or step >= self.total_steps
@@ -209,7 +207,10 @@ class Trainer:
         if not self._pending:
             return float("nan")
         values = torch.stack(
-            [torch.stack([p.loss_sum.double(), p.num_correct.double(), p.grad_norm.double()]) for p in self._pending]
+            [
+                torch.stack([p.loss_sum.double(), p.num_correct.double(), p.grad_norm.double()])
+                for p in self._pending
+            ]
         ).tolist()
         window = self.state.window
         for pending, (loss_sum, num_correct, grad_norm) in zip(self._pending, values, strict=True):
@@ -281,7 +282,9 @@ class Trainer:
         name = options.metric_for_best_model
         if name not in metrics:
             raise SwiftError(
-                f"there is no metric {name!r}", where="--metric_for_best_model", why=f"known: {', '.join(metrics)}"
+                f"there is no metric {name!r}",
+                where="--metric_for_best_model",
+                why=f"known: {', '.join(metrics)}",
             )
         value, sign = metrics[name], 1.0 if options.greater_is_better else -1.0
         if state.best_metric is None or sign * value > sign * state.best_metric:

@@ -25,9 +25,7 @@ def token_lengths(batch: Batch, pad_token_id: int) -> Tensor:
         real = batch.input_ids != pad_token_id
         lengths = real.flip(1).cummax(1).values.sum(1, keepdim=True)
         return lengths.clamp(min=1).expand(rows, width).float()
-    counts = [
-        torch.repeat_interleave(torch.tensor(row), torch.tensor(row)) for row in batch.document_lengths
-    ]
+    counts = [torch.repeat_interleave(torch.tensor(row), torch.tensor(row)) for row in batch.document_lengths]
     return torch.stack(counts).float().to(batch.input_ids.device)
 
 

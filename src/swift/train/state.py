@@ -37,6 +37,7 @@ class TrainState:
         step_in_epoch: steps of that epoch already done; with ``epoch`` the data cursor.
         num_tokens: non-pad tokens the model has been trained on.
         seconds: time spent training, over all resumed parts.
+        cursor_fingerprint: hash of what the cursor refers to; a checkpoint of other data is refused.
         best_metric, best_step: of ``metric_for_best_model``.
         stale_evaluations: evaluations since the best one.
     """
@@ -51,6 +52,7 @@ class TrainState:
     stale_evaluations: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    cursor_fingerprint: str = ""
     window: LogWindow = field(default_factory=LogWindow)
 
     def to_dict(self) -> dict[str, Any]:

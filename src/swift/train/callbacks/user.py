@@ -21,7 +21,9 @@ def load_callbacks(names: Sequence[str]) -> list[Callback]:
         classes = _callback_classes(Path(file))
         if wanted and wanted not in classes:
             raise ConfigError(
-                f"{file} has no callback {wanted!r}", where="--callbacks", why=f"found: {', '.join(classes) or 'none'}"
+                f"{file} has no callback {wanted!r}",
+                where="--callbacks",
+                why=f"found: {', '.join(classes) or 'none'}",
             )
         if not classes:
             raise ConfigError(

@@ -1,0 +1,108 @@
+"""Python entry points: the same options as the command line, as a dict or keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift.config.bind import resolve
+from swift.config.schema import Resolved
+from swift.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from swift.train.callbacks.base import Callback
+    from swift.train.run import RunResult
+
+__all__ = ["SwiftModel", "SwiftTrainer", "infer", "train"]
+
+
+class SwiftTrainer:
+    """Trains as ``swift sft`` does.
+
+    Args:
+        config: options, flat (``{"lora_rank": 8}``) or nested by section, in any spelling the command line takes;
+            ``command`` may name another training command (``pt``).
+        callbacks: observers of the run.
+        options: further options, on top of ``config``.
+
+    Raises:
+        ConfigError: unknown options or wrong values, at once.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any] | None = None, *, callbacks: Sequence[Callback] = (), **options: Any
+    ) -> None:
+        values = {**(config or {}), **options}
+        command = str(values.pop("command", "sft"))
+        if command not in ("sft", "pt"):
+            raise UsageError(f"SwiftTrainer trains with sft or pt, not {command!r}", where="command")
+        self.resolved: Resolved = resolve(command, values=values)
+        self.callbacks = callbacks
+
+    def train(self) -> RunResult:
+        """Run to the end; returns the run folder and the summary."""
+        from swift.train.run import train as run_training
+
+        return run_training(self.resolved, callbacks=self.callbacks)
+
+
+def train(
+    config: Mapping[str, Any] | None = None, *, callbacks: Sequence[Callback] = (), **options: Any
+) -> RunResult:
+    """``SwiftTrainer(config, **options).train()``."""
+    return SwiftTrainer(config, callbacks=callbacks, **options).train()
+
+
+class SwiftModel:
+    """Loads models as the commands do."""
+
+    @staticmethod
+    def from_pretrained(
+        model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any
+    ) -> nn.Module:
+        """The transformers model at ``model`` (a folder), with ``adapters`` on top; in evaluation mode.
+
+        Args:
+            model: model folder, or a run folder or checkpoint.
+            adapters: adapter folders or runs.
+            options: of the section ``model`` (``torch_dtype``, ``device``, ``attn_impl``...).
+
+        Raises:
+            ModelError: the folder is not a model, or an adapter does not fit it.
+        """
+        from swift.inference.context import open_context
+
+        values = {"model": str(model), "adapters": [str(adapter) for adapter in adapters], **options}
+        return open_context(resolve("infer", values=values)).bundle.model
+
+
+def infer(
+    prompts: str | Sequence[str] | Sequence[Mapping[str, Any]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> str | list[str]:
+    """Answer one prompt, several prompts, or one conversation (a list of messages).
+
+    Args:
+        prompts: a text (returns a text), texts (returns a list), or messages (returns a text).
+        config, options: options of ``swift infer``: ``model``, ``adapters``, ``max_new_tokens``...
+    """
+    from swift.inference.context import open_context
+    from swift.inference.generate import Generator
+
+    resolved = resolve("infer", values={**(config or {}), **options})
+    context = open_context(resolved)
+    generator = Generator(context.bundle)
+    if isinstance(prompts, str):
+        conversations: list[list[dict[str, Any]]] = [[{"role": "user", "content": prompts}]]
+    elif prompts and isinstance(prompts[0], Mapping):
+        conversations = [[dict(message) for message in prompts if isinstance(message, Mapping)]]
+    else:
+        return generator.batch(
+            [[{"role": "user", "content": str(prompt)}] for prompt in prompts], resolved.config.generation
+        )
+    return generator.batch(conversations, resolved.config.generation)[0]

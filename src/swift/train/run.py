@@ -1,0 +1,449 @@
+"""From a configuration to a trained model: check, load, build, train, leave everything in the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift.config.bind import dump
+from swift.config.schema import Resolved
+from swift.core.devices import describe_devices, pick_device, pick_dtype
+from swift.core.errors import ConfigError, SwiftError
+from swift.core.files import free_bytes
+from swift.core.format import format_bytes
+from swift.core.logging import attach_run_logs, detach_run_logs, get_logger
+from swift.data.batching import BatchSchedule, Mode
+from swift.data.load import LoadedData, load_data
+from swift.data.loader import BatchLoader
+from swift.models.facts import ModelFacts, check_model_folder, resolve_model_path
+from swift.models.load import ModelBundle, load_bundle, load_template
+from swift.objectives.sft import SftObjective
+from swift.parallel.engine import ParameterSet
+from swift.parallel.native import NativeEngine
+from swift.runs.curves import draw_curves
+from swift.runs.folder import RunFolder, find_latest_run, locate
+from swift.runs.metrics import MetricsLog
+from swift.runs.record import write_config, write_environment, write_provenance, write_summary
+from swift.runs.status import StatusFile
+from swift.train.callbacks.base import Callback
+from swift.train.callbacks.trackers import tracker_callbacks
+from swift.train.callbacks.user import load_callbacks
+from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, read_state, save_checkpoint
+from swift.train.evaluation import LossEvaluator
+from swift.train.inspection import inspection_report
+from swift.train.loop import Interrupted, StepPlan, Trainer
+from swift.train.neftune import add_embedding_noise
+from swift.train.optimizers import build_optimizer
+from swift.train.schedules import learning_rate_schedule
+from swift.train.state import TrainState
+from swift.tuners.apply import TunedModel, apply_tuner
+
+__all__ = ["RunResult", "train"]
+
+logger = get_logger(__name__)
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+@dataclass
+class RunResult:
+    """What a finished run left: its folder and the contents of summary.json."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+@dataclass
+class _Prepared:
+    """Everything that is known before the model's weights are read."""
+
+    resolved: Resolved
+    model_path: Path
+    checkpoint: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    export_dtype: torch.dtype
+    template: Any
+    data: LoadedData
+    schedule: BatchSchedule
+    plan: StepPlan
+
+
+def train(
+    resolved: Resolved,
+    *,
+    callbacks: Sequence[Callback] = (),
+    say: Callable[[str], None] = print,
+    arguments: Sequence[str] | None = None,
+) -> RunResult:
+    """Run ``pt`` or ``sft`` as configured.
+
+    Args:
+        resolved: from `swift.config.bind.resolve`; derived values are filled in.
+        callbacks: in addition to those the configuration names (the command line adds its progress line).
+        say: receives the few lines meant for the terminal.
+        arguments: the command line, for provenance.json.
+
+    Raises:
+        SwiftError: with cause and fix; bad options, model or data are found before anything slow.
+        Interrupted: stopped by a signal, after saving.
+    """
+    prepared = _prepare(resolved)
+    folder = _open_folder(resolved, prepared.checkpoint)
+    resumed_step = read_state(prepared.checkpoint).step if prepared.checkpoint else 0
+    status = StatusFile(folder.path, total_steps=prepared.plan.total_steps)
+    try:
+        attach_run_logs(folder.path)
+        status.start_heartbeat()
+        _record(folder, prepared, arguments)
+        for note in prepared.data.notes:
+            logger.warning(note)
+            say(note)
+        status.update(stage="load model")
+        trainer, close = _build(prepared, folder, status, callbacks, say)
+        if resumed_step:
+            say(f"going on from {prepared.checkpoint} (step {resumed_step} of {prepared.plan.total_steps})")
+        try:
+            summary = {"folder": str(folder.path), "command": resolved.command, **trainer.train()}
+        finally:
+            close()
+        write_summary(folder.path, summary)
+        draw_curves(folder.path)
+        for callback in trainer.callbacks:
+            callback.on_train_end(trainer, summary)
+        status.finish("succeeded")
+        return RunResult(folder.path, summary)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        status.finish("stopped", str(stop))
+        raise
+    except BaseException as error:  # whatever ended the run, its status must say so
+        logger.error("the run failed", exc_info=not isinstance(error, SwiftError))
+        status.finish("failed", str(error))
+        raise
+    finally:
+        detach_run_logs()
+        folder.release()
+
+
+def _prepare(resolved: Resolved) -> _Prepared:
+    """Check and resolve everything that needs no weights; the cheapest checks come first."""
+    config = resolved.config
+    _refuse_unavailable(resolved)
+    if config.model.model is None:
+        raise ConfigError("which model?", where="--model", fix="--model FOLDER")
+    if not config.data.dataset:
+        raise ConfigError("which data?", where="--dataset", fix="--dataset FILE.jsonl")
+    checkpoint = _find_checkpoint(resolved)
+    model_path = resolve_model_path(config.model.model)
+    check_model_folder(model_path)
+    facts = ModelFacts.read(model_path)
+    limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
+    resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
+    device = pick_device(config.model.device)
+    dtype = pick_dtype(config.model.torch_dtype, device)
+    resolved.derive("gradient_checkpointing", device.type != "cpu", "device")
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
+    resolved.derive("num_threads", threads, "OMP_NUM_THREADS or the cores")
+    torch.set_num_threads(config.training.num_threads or threads)
+    template = load_template(model_path, config.template, resolved.command == "pt", config.model)
+    assert config.data.max_length is not None
+    data = load_data(resolved, template, config.data.max_length)
+    schedule = BatchSchedule(
+        data.train.lengths,
+        batch_size=config.training.per_device_train_batch_size,
+        mode=_mode(resolved),
+        max_length=config.data.max_length,
+        group_by_length=config.data.group_by_length,
+        shuffle=config.data.dataset_shuffle,
+        seed=config.data.data_seed or 0,
+    )
+    return _Prepared(
+        resolved,
+        model_path,
+        checkpoint,
+        device,
+        dtype,
+        template,
+        data,
+        schedule,
+        _step_plan(resolved, schedule),
+    )
+
+
+def _refuse_unavailable(resolved: Resolved) -> None:
+    """Options that this version or this machine cannot honour."""
+    config = resolved.config
+    sizes = {
+        name: getattr(config.parallel, name)
+        for name in type(config.parallel).model_fields
+        if name.endswith("_size") and getattr(config.parallel, name) > 1
+    }
+    if sizes or config.parallel.sequence_parallel:
+        named = ", ".join(f"--{name} {size}" for name, size in sizes.items()) or "--sequence_parallel"
+        raise ConfigError(
+            f"{named}: this version trains on one device",
+            why="the parallel engines come with a later release; `swift plan` accepts these sizes",
+            fix="leave the parallel sizes at 1",
+        )
+    if config.training.use_liger_kernel and pick_device(config.model.device).type != "cuda":
+        raise ConfigError(
+            "liger kernels need a CUDA device",
+            where="--use_liger_kernel",
+            fix="leave the option out on this machine",
+        )
+
+
+def _mode(resolved: Resolved) -> Mode:
+    data = resolved.config.data
+    return "packed" if data.packing else "padding_free" if data.padding_free else "padded"
+
+
+def _step_plan(resolved: Resolved, schedule: BatchSchedule) -> StepPlan:
+    training = resolved.config.training
+    accumulation = training.gradient_accumulation_steps or 1
+    steps_per_epoch = schedule.num_steps(accumulation)
+    total = (
+        training.max_steps
+        if training.max_steps > 0
+        else math.ceil(training.num_train_epochs * steps_per_epoch)
+    )
+    return StepPlan(total, steps_per_epoch, accumulation)
+
+
+def _find_checkpoint(resolved: Resolved) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start."""
+    wanted = resolved.config.checkpoint.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "last":
+        run = find_latest_run(resolved.config.checkpoint.output_dir)
+        if run is None:
+            raise SwiftError(
+                "there is no run to resume",
+                where="--resume_from_checkpoint last",
+                why=f"no run folder in {resolved.config.checkpoint.output_dir}",
+                fix="name the run folder instead of `last`",
+            )
+        checkpoint = run.latest_checkpoint()
+    else:
+        run, checkpoint = locate(wanted)
+        checkpoint = checkpoint or run.latest_checkpoint()
+    if checkpoint is None:
+        raise SwiftError(
+            "this run has no checkpoint yet",
+            where=str(run.path),
+            fix="start it again without --resume_from_checkpoint",
+        )
+    return checkpoint
+
+
+def _open_folder(resolved: Resolved, checkpoint: Path | None) -> RunFolder:
+    """A resumed run continues its own folder; a new one gets a folder of its own."""
+    if checkpoint is not None:
+        return RunFolder.open(checkpoint.parent, write=True)
+    options = resolved.config.checkpoint
+    return RunFolder.create(options.output_dir, options.run_name)
+
+
+def _record(folder: RunFolder, prepared: _Prepared, arguments: Sequence[str] | None) -> None:
+    if prepared.checkpoint is None:
+        write_config(folder.path, prepared.resolved, dump)
+        prepared.data.write_validation_rows(folder.path / "val_dataset.jsonl")
+    write_environment(folder.path, describe_devices())
+    write_provenance(
+        folder.path,
+        prepared.resolved,
+        arguments=arguments,
+        data_files=prepared.data.files,
+        model_path=prepared.model_path,
+        extra={
+            "template": prepared.template.fingerprint,
+            "resumed_from": str(prepared.checkpoint) if prepared.checkpoint else None,
+            "training_data": prepared.data.train.report.to_dict(),
+        },
+    )
+
+
+def _build(
+    prepared: _Prepared,
+    folder: RunFolder,
+    status: StatusFile,
+    callbacks: Sequence[Callback],
+    say: Callable[[str], None],
+) -> tuple[Trainer, Callable[[], None]]:
+    """Model, engine and trainer, ready for the next step; and what must be closed in the end."""
+    resolved, config, device = prepared.resolved, prepared.resolved.config, prepared.device
+    full_resume = prepared.checkpoint is not None and config.tuner.tuner_type == "full"
+    weights = prepared.checkpoint if full_resume and prepared.checkpoint else prepared.model_path
+    bundle = load_bundle(
+        weights,
+        section=config.model,
+        dtype=prepared.dtype,
+        device=device,
+        template=prepared.template,
+        packed=_mode(resolved) != "padded",
+        liger=config.training.use_liger_kernel,
+    )
+    tuned = _tune(bundle, resolved)
+    engine = _engine(prepared, tuned)
+    checkpoint = prepared.checkpoint
+    state = load_checkpoint(checkpoint, tuned=tuned, engine=engine) if checkpoint else TrainState()
+    cursor = _cursor_fingerprint(prepared)
+    if state.cursor_fingerprint not in ("", cursor):
+        raise SwiftError(
+            "the data or its batching changed since the checkpoint, so the run cannot go on exactly",
+            where=str(checkpoint),
+            why="data rows, max_length, batch size, accumulation, packing, seed or grouping differ",
+            fix="restore them, or start a new run from these weights with --adapters or --model",
+        )
+    state.cursor_fingerprint = cursor
+    only_model = config.checkpoint.save_only_model
+    _check_disk(folder.path, tuned, only_model)
+    pad_token_id = bundle.tokenizer.pad_token_id
+    if config.training.neftune_noise_alpha:
+        add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
+    loader = BatchLoader(
+        prepared.data.train,
+        prepared.schedule,
+        num_workers=config.data.dataloader_num_workers,
+        pad_token_id=pad_token_id,
+    )
+    if config.report.debug_mode:
+        batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(device)
+        say(inspection_report(tuned.model, batch, bundle.tokenizer))
+    metrics = MetricsLog(folder.path / "metrics.jsonl")
+    metrics.truncate_after(state.step)
+    all_callbacks = [
+        *callbacks,
+        *tracker_callbacks(config.report.report_to),
+        *load_callbacks(config.report.callbacks),
+    ]
+
+    def save(path: Path, at: TrainState) -> None:
+        save_checkpoint(
+            path,
+            tuned=tuned,
+            bundle=bundle,
+            export_dtype=prepared.export_dtype,
+            engine=engine,
+            state=at,
+            config_file=folder.path / "config.yaml",
+            only_model=only_model,
+        )
+
+    def close() -> None:
+        loader.close()
+        metrics.close()
+        for callback in all_callbacks:
+            callback.close()
+
+    trainer = Trainer(
+        resolved=resolved,
+        folder=folder,
+        engine=engine,
+        objective=SftObjective(),
+        loader=loader,
+        plan=prepared.plan,
+        state=state,
+        save=save,
+        metrics=metrics,
+        status=status,
+        device=device,
+        evaluator=_evaluator(prepared, pad_token_id),
+        callbacks=all_callbacks,
+    )
+    return trainer, close
+
+
+def _tune(bundle: ModelBundle, resolved: Resolved) -> TunedModel:
+    """Attach the tuner, and switch on checkpointing."""
+    config = resolved.config
+    param_dtype = torch.bfloat16 if config.model.param_dtype == "bfloat16" else torch.float32
+    if config.model.adapters:
+        if len(config.model.adapters) > 1 or config.tuner.tuner_type != "lora":
+            raise ConfigError(
+                "training goes on from one LoRA adapter", where="--adapters", fix="name one adapter"
+            )
+        tuned = load_adapter(bundle.model, adapter_folder(config.model.adapters[0]), trainable=True)
+    else:
+        tuned = apply_tuner(bundle.model, config.tuner, seed=config.training.seed, param_dtype=param_dtype)
+    if config.training.gradient_checkpointing:
+        model: Any = tuned.model
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return tuned
+
+
+def _engine(prepared: _Prepared, tuned: TunedModel) -> NativeEngine:
+    training = prepared.resolved.config.training
+    assert training.learning_rate is not None
+    total = prepared.plan.total_steps
+    warmup = training.warmup_steps
+    schedule = learning_rate_schedule(
+        training.lr_scheduler_type,
+        peak=training.learning_rate,
+        total_steps=total,
+        warmup_steps=math.ceil(total * training.warmup_ratio) if warmup is None else warmup,
+        min_ratio=training.min_lr_ratio,
+        decay_ratio=training.lr_decay_ratio,
+    )
+    sets = [
+        ParameterSet(
+            name,
+            parameters,
+            build_optimizer(parameters, training, prepared.device),
+            schedule,
+            training.max_grad_norm,
+        )
+        for name, parameters in tuned.parameter_sets().items()
+    ]
+    return NativeEngine(
+        tuned.model,
+        sets,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        chunk_size=training.logits_chunk_size,
+        compile_model=training.torch_compile,
+    )
+
+
+def _evaluator(prepared: _Prepared, pad_token_id: int) -> LossEvaluator | None:
+    config, dataset = prepared.resolved.config, prepared.data.validation
+    if dataset is None:
+        return None
+    size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
+    return LossEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id)
+
+
+def _cursor_fingerprint(prepared: _Prepared) -> str:
+    """What the data cursor (epoch, step in epoch) refers to: rows, batching and order."""
+    config = prepared.resolved.config
+    parts = (
+        config.training.per_device_train_batch_size,
+        prepared.plan.accumulation,
+        prepared.schedule.mode,
+        config.data.max_length,
+        config.data.group_by_length,
+        config.data.dataset_shuffle,
+        config.data.data_seed,
+    )
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=12)
+    digest.update(prepared.data.train.lengths.tobytes())
+    return digest.hexdigest()
+
+
+def _check_disk(folder: Path, tuned: TunedModel, only_model: bool) -> None:
+    """Refuse a run whose first checkpoint cannot fit; better now than after hours."""
+    needed, free = checkpoint_bytes(tuned, only_model=only_model), free_bytes(folder)
+    if needed > free:
+        raise SwiftError(
+            f"a checkpoint needs about {format_bytes(needed)}, {format_bytes(free)} are free",
+            where=str(folder),
+            fix="free some space, choose another --output_dir, or --save_only_model",
+        )
