@@ -44,6 +44,7 @@ from swift.train.optimizers import build_optimizer
 from swift.train.schedules import learning_rate_schedule
 from swift.train.state import TrainState
 from swift.tuners.apply import TunedModel, apply_tuner
+from swift.tuners.peft_format import is_adapter_folder, load_adapter
 
 __all__ = ["RunResult", "train"]
 
@@ -371,13 +372,25 @@ def _tune(bundle: ModelBundle, resolved: Resolved) -> TunedModel:
             raise ConfigError(
                 "training goes on from one LoRA adapter", where="--adapters", fix="name one adapter"
             )
-        tuned = load_adapter(bundle.model, adapter_folder(config.model.adapters[0]), trainable=True)
+        tuned = load_adapter(bundle.model, _adapter_folder(config.model.adapters[0]), trainable=True)
     else:
         tuned = apply_tuner(bundle.model, config.tuner, seed=config.training.seed, param_dtype=param_dtype)
     if config.training.gradient_checkpointing:
         model: Any = tuned.model
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return tuned
+
+
+def _adapter_folder(name: str) -> Path:
+    """An adapter folder, or the last checkpoint of a run."""
+    path = Path(name)
+    if is_adapter_folder(path):
+        return path
+    run, checkpoint = locate(path)
+    checkpoint = checkpoint or run.latest_checkpoint()
+    if checkpoint is None or not is_adapter_folder(checkpoint):
+        raise SwiftError("no adapter here", where=f"--adapters {name}", fix="name a checkpoint of a LoRA run")
+    return checkpoint
 
 
 def _engine(prepared: _Prepared, tuned: TunedModel) -> NativeEngine:
