@@ -1,0 +1,28 @@
+"""``swift resume RUN [--option value ...]``: go on with an interrupted run, in its own folder."""
+
+from __future__ import annotations
+
+from swift.cli.training import run_resolved
+from swift.config.bind import load_run_config, resolve
+from swift.core.errors import UsageError
+from swift.runs.folder import locate
+
+USAGE = """usage: swift resume RUN [--option value ...]
+
+Go on with the run in folder RUN (or from one of its checkpoints, RUN/checkpoint-N) exactly where it stopped.
+Options are those of the run's config.yaml; an option given here wins (for example a larger --max_steps)."""
+
+
+def run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    name, flags = argv[0], argv[1:]
+    if name.startswith("-"):
+        raise UsageError("which run?", fix="swift resume RUN [--option value ...]")
+    folder, checkpoint = locate(name)
+    config = folder.path / "config.yaml"
+    command = load_run_config(config).command
+    start = str(checkpoint or folder.path)
+    resolved = resolve(command, [str(config), *flags, "--resume_from_checkpoint", start])
+    return run_resolved(resolved, ["resume", *argv])

@@ -1,0 +1,40 @@
+"""What ``swift sft``, ``swift pt`` and ``swift resume`` share: plan card, progress line, end card."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from swift.config.bind import resolve
+from swift.config.schema import Resolved
+from swift.core.logging import quiet_libraries
+
+__all__ = ["run_command", "run_resolved"]
+
+
+def run_command(command: str, argv: Sequence[str]) -> int:
+    """Bind the words after ``swift COMMAND`` and train, or only plan with ``--dry_run``."""
+    resolved = resolve(command, argv)
+    if "dry_run" in resolved.switches:
+        from swift.cli.plan import show_plan
+
+        return show_plan(resolved, as_json="json" in resolved.switches)
+    return run_resolved(resolved, [command, *argv])
+
+
+def run_resolved(resolved: Resolved, words: Sequence[str]) -> int:
+    """Train, telling the terminal the plan, the progress and the result."""
+    quiet_libraries()
+    from swift.plan.plan import make_plan
+    from swift.runs.cards import print_end_card, print_plan_card
+
+    if resolved.config.checkpoint.resume_from_checkpoint is None:
+        print_plan_card(make_plan(resolved).to_dict())
+    for warning in resolved.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    from swift.train.callbacks.progress import ProgressLine
+    from swift.train.run import train
+
+    result = train(resolved, callbacks=[ProgressLine()], arguments=["swift", *words])
+    print_end_card(result.folder, result.summary)
+    return 0
