@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from swift.core.errors import ModelError
+from swift.runs.folder import RunFolder
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, attach_adapter, tuned_model
 from swift.tuners.lora import AdapterSpec, LoraLinear, is_linear, lora_layers
 from swift.tuners.saved_module import saved_modules
@@ -28,6 +29,7 @@ from swift.tuners.targets import linear_names, module_names
 __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
+    "adapter_folder",
     "is_adapter_folder",
     "load_adapter",
     "read_adapter_config",
@@ -82,6 +84,32 @@ _BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 def is_adapter_folder(folder: Path) -> bool:
     """True when ``folder`` holds an adapter."""
     return (folder / CONFIG_FILE).is_file()
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter that ``path`` stands for: an adapter folder, or a run folder (its last checkpoint).
+
+    Raises:
+        ModelError: nothing is there, or no adapter.
+    """
+    folder = Path(path).expanduser()
+    if is_adapter_folder(folder):
+        return folder
+    if not folder.exists():
+        raise ModelError(
+            "no such folder", where=str(path), fix="name an adapter, a run or one of its checkpoints"
+        )
+    run = RunFolder(folder)
+    checkpoint = run.marked("last") or run.latest_checkpoint()
+    if checkpoint is None:
+        raise ModelError(f"no adapter here: neither {CONFIG_FILE} nor a checkpoint", where=str(path))
+    if not is_adapter_folder(checkpoint):
+        raise ModelError(
+            "this run trained the whole model and has no adapter",
+            where=str(path),
+            fix=f"--model {checkpoint}",
+        )
+    return checkpoint
 
 
 def save_adapter(
@@ -233,7 +261,12 @@ def load_adapter(
     else:
         dtype = next(iter(pairs.values()))["A"].dtype
         tuned = attach_adapter(
-            model, specs, list(saved), name=name, dtype=_training_dtype(dtype, trainable), saved_dtype=None
+            model,
+            specs,
+            list(saved),
+            name=name,
+            dtype=_training_dtype(dtype, trainable),
+            saved_dtype=torch.float32 if trainable else None,
         )
     _copy_in(model, pairs, saved, name, folder)
     assert tuned.switch is not None
