@@ -1,0 +1,404 @@
+"""What a model folder says about itself without loading it: config.json and the headers of its weights.
+
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swift.core.errors import ModelError
+from swift.core.format import format_bytes
+from swift.core.registry import closest
+
+__all__ = ["ModelFacts", "check_model_folder", "read_safetensors_header", "resolve_model_path"]
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tekken.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a decoder.
+
+    Attributes:
+        parts: parameters by part: embedding, attention, mlp, norm, head (0 when tied), other.
+        num_parameters: all of them, each counted once.
+        num_linear_parameters: attention and mlp matrices: what LoRA's all-linear reaches, and what a token's FLOPs
+            are counted from.
+        num_active_parameters: parameters one token uses; fewer than all in a mixture of experts.
+        exact: counted from the weights; False: computed from config.json, which for mixtures of experts with latent
+            attention (DeepSeek) is an approximation.
+        weights_bytes: size of the weights on disk; None when there are none.
+        dtype: as config.json names it ("bfloat16"), or None.
+    """
+
+    architecture: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: str | None
+    parts: dict[str, int]
+    num_active_parameters: int
+    exact: bool
+    weights_bytes: int | None = None
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    config: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def num_linear_parameters(self) -> int:
+        return self.parts["attention"] + self.parts["mlp"]
+
+    @property
+    def is_mixture_of_experts(self) -> bool:
+        return self.num_experts > 0
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelFacts:
+        """Facts of a model folder. Raises ModelError when config.json is missing or is no decoder's."""
+        raw = _read_config(folder)
+        config = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
+        try:
+            sizes = _sizes(config)
+        except KeyError as error:
+            raise ModelError(
+                f"config.json does not say {error.args[0]}",
+                where=str(folder / "config.json"),
+                why=f"model type {raw.get('model_type')!r} may not be a causal language model",
+            ) from None
+        tied = _tied(raw, config)
+        parts, exact = _count_by_config(config, sizes, tied), False
+        weights = weight_files(folder)
+        tensors = _tensors(weights)
+        experts_share = 1.0
+        if tensors:
+            parts, exact = _count_tensors(tensors, tied), True
+        num_experts = sizes["num_experts"]
+        if num_experts:
+            routed = _routed_parameters(config, sizes)
+            experts_share = sizes["num_experts_per_token"] / num_experts
+            active = sum(parts.values()) - round(routed * (1 - experts_share))
+        else:
+            active = sum(parts.values())
+        architectures = raw.get("architectures") or config.get("architectures") or ["unknown"]
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        return cls(
+            architecture=architectures[0],
+            model_type=raw.get("model_type", "unknown"),
+            tie_word_embeddings=tied,
+            dtype=dtype,
+            parts=parts,
+            num_active_parameters=active,
+            exact=exact,
+            weights_bytes=sum(file.stat().st_size for file in weights) if weights else None,
+            config=raw,
+            **sizes,
+        )
+
+
+def resolve_model_path(name: str) -> Path:
+    """The folder a ``--model`` value means. Raises ModelError when there is none; never asks the network."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError("a model is a folder, not a file", where=name, fix=f"--model {path.parent}")
+    parent = path.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    siblings = [entry.name for entry in parent.iterdir() if (entry / "config.json").is_file()]
+    near = closest(path.name, siblings)
+    raise ModelError(
+        f"no model folder {name!r}",
+        where="--model",
+        why="this version uses models on disk only; it does not download",
+        fix=f"--model {parent / near}" if near else "give the path of a folder with config.json and weights",
+    )
+
+
+def check_model_folder(folder: Path, need_weights: bool = True, need_tokenizer: bool = True) -> None:
+    """Raise ModelError for what would otherwise fail late: missing, incomplete or truncated files."""
+    if not folder.is_dir():
+        raise ModelError("there is no such folder", where=str(folder))
+    _read_config(folder)
+    if need_tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            "the model folder has no tokenizer",
+            where=str(folder),
+            fix="copy tokenizer.json and tokenizer_config.json of the model into it",
+        )
+    if not need_weights:
+        return
+    weights = weight_files(folder)
+    if not weights:
+        raise ModelError(
+            "the model folder has no weights", where=str(folder), fix="copy model*.safetensors into it"
+        )
+    for file in weights:
+        if file.suffix == ".safetensors":
+            _check_complete(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, those of an index if there is one. Raises ModelError for missing shards."""
+    for name in _WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ModelError(
+                    "the index of the weights is damaged", where=str(index), why=str(error)
+                ) from error
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                raise ModelError(
+                    f"{len(missing)} of {len(shards)} weight files are missing",
+                    where=str(folder),
+                    why=", ".join(missing[:3]) + more,
+                    fix="download or copy them again",
+                )
+            return [folder / shard for shard in shards]
+        if (folder / name).is_file():
+            return [folder / name]
+    return []
+
+
+def read_safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Tensor entries of a safetensors file, and the size in bytes the file must have.
+
+    Layout: 8 bytes little-endian length of the JSON header, the header, the data.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100 << 20:
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(stream.read(length))
+    except (struct.error, ValueError) as error:
+        raise ModelError(
+            "this is not a complete safetensors file", where=str(file), why=str(error), fix="copy it again"
+        ) from error
+    header.pop("__metadata__", None)
+    ends = [entry["data_offsets"][1] for entry in header.values()]
+    return header, 8 + length + max(ends, default=0)
+
+
+def _check_complete(file: Path) -> None:
+    _, expected = read_safetensors_header(file)
+    actual = file.stat().st_size
+    if actual < expected:
+        raise ModelError(
+            "the weight file is truncated",
+            where=str(file),
+            why=f"{format_bytes(actual)} of {format_bytes(expected)}",
+            fix="download or copy it again",
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise ModelError(
+            "the folder has no config.json",
+            where=str(folder),
+            why="it holds an adapter, not a model" if adapter else None,
+            fix=f"--adapters {folder}" if adapter else "--model must name a Hugging Face model folder",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError("config.json is not valid JSON", where=str(file), why=str(error)) from error
+    if not isinstance(config, dict):
+        raise ModelError("config.json is not a JSON object", where=str(file))
+    return config
+
+
+def _tied(raw: dict[str, Any], config: dict[str, Any]) -> bool:
+    default = raw.get("model_type", "").startswith(("gemma", "gpt2", "cohere"))
+    return bool(raw.get("tie_word_embeddings", config.get("tie_word_embeddings", default)))
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, int]:
+    """The numbers every decoder has, under the names different families give them."""
+
+    def first(*names: str, default: int | None = None) -> int:
+        for name in names:
+            if isinstance(config.get(name), int):
+                return config[name]
+        if default is None:
+            raise KeyError(names[0])
+        return default
+
+    hidden = first("hidden_size", "n_embd", "d_model")
+    heads = first("num_attention_heads", "n_head", "num_heads")
+    return {
+        "num_layers": first("num_hidden_layers", "n_layer", "num_layers"),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": first("num_key_value_heads", default=heads),
+        "head_dim": first("head_dim", default=hidden // heads),
+        "intermediate_size": first("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        "vocab_size": first("vocab_size"),
+        "max_position_embeddings": first("max_position_embeddings", "n_positions", "n_ctx", default=2048),
+        "num_experts": first("num_experts", "num_local_experts", "n_routed_experts", default=0),
+        "num_experts_per_token": first("num_experts_per_tok", "moe_top_k", default=0),
+    }
+
+
+def _count_by_config(config: dict[str, Any], sizes: dict[str, int], tied: bool) -> dict[str, int]:
+    """Parameters by part, computed."""
+    kind = config.get("model_type", "")
+    layers, hidden, vocab = sizes["num_layers"], sizes["hidden_size"], sizes["vocab_size"]
+    embedding = vocab * hidden
+    if kind == "gpt2":
+        inner = sizes["intermediate_size"]
+        return {
+            "embedding": embedding + sizes["max_position_embeddings"] * hidden,
+            "attention": layers * (4 * hidden * hidden + 4 * hidden),
+            "mlp": layers * (2 * hidden * inner + inner + hidden),
+            "norm": (2 * layers + 1) * 2 * hidden,
+            "head": 0 if tied else embedding,
+            "other": 0,
+        }
+    norms_per_layer = 4 if kind.startswith(("gemma2", "gemma3")) else 1 if kind == "cohere" else 2
+    norm = (norms_per_layer * layers + 1) * hidden
+    if kind.startswith(("qwen3", "gemma3")):
+        norm += 2 * layers * sizes["head_dim"]
+    mlp, router = _mlp_by_config(config, sizes)
+    return {
+        "embedding": embedding,
+        "attention": layers * _attention_by_config(config, sizes),
+        "mlp": mlp,
+        "norm": norm + _latent_norms(config, layers),
+        "head": 0 if tied else embedding,
+        "other": router,
+    }
+
+
+def _attention_by_config(config: dict[str, Any], sizes: dict[str, int]) -> int:
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if config.get("kv_lora_rank"):  # Multi-head latent attention, arXiv 2405.04434 section 2.1.
+        key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        rank, latent = config.get("q_lora_rank"), config["kv_lora_rank"]
+        query = hidden * rank + rank * heads * key if rank else hidden * heads * key
+        down = hidden * (latent + config["qk_rope_head_dim"])
+        up = latent * heads * (config["qk_nope_head_dim"] + config["v_head_dim"])
+        return query + down + up + heads * config["v_head_dim"] * hidden
+    queries, keys = heads * sizes["head_dim"], sizes["num_key_value_heads"] * sizes["head_dim"]
+    bias = 0
+    if config.get("model_type") in ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_vl_text"):
+        bias = queries + 2 * keys
+    elif config.get("attention_bias"):
+        # GLM leaves the bias of the output projection out.
+        bias = queries + 2 * keys + (0 if config.get("model_type", "").startswith("glm") else hidden)
+    return hidden * (queries + 2 * keys) + queries * hidden + bias
+
+
+def _latent_norms(config: dict[str, Any], layers: int) -> int:
+    if not config.get("kv_lora_rank"):
+        return 0
+    return layers * (config["kv_lora_rank"] + (config.get("q_lora_rank") or 0))
+
+
+def _mlp_by_config(config: dict[str, Any], sizes: dict[str, int]) -> tuple[int, int]:
+    """(parameters of all feed-forward layers, of all routers)."""
+    layers, hidden, inner = sizes["num_layers"], sizes["hidden_size"], sizes["intermediate_size"]
+    experts = sizes["num_experts"]
+    if not experts:
+        bias = 2 * inner + hidden if config.get("mlp_bias") else 0
+        return layers * (3 * hidden * inner + bias), 0
+    sparse = _num_sparse_layers(config, layers)
+    shared = 3 * hidden * _shared_size(config)
+    mlp = sparse * shared + (layers - sparse) * 3 * hidden * inner + _routed_parameters(config, sizes)
+    correction = experts if config.get("topk_method", "noaux_tc") == "noaux_tc" and "n_group" in config else 0
+    return mlp, sparse * (experts * hidden + correction)
+
+
+def _num_sparse_layers(config: dict[str, Any], layers: int) -> int:
+    dense = config.get("first_k_dense_replace", 0) + len(config.get("mlp_only_layers") or [])
+    step = config.get("decoder_sparse_step", 1) or 1
+    return max(0, layers - dense) // step
+
+
+def _shared_size(config: dict[str, Any]) -> int:
+    if config.get("shared_expert_intermediate_size"):
+        return config["shared_expert_intermediate_size"]
+    return (config.get("n_shared_experts") or 0) * config.get("moe_intermediate_size", 0)
+
+
+def _routed_parameters(config: dict[str, Any], sizes: dict[str, int]) -> int:
+    inner = config.get("moe_intermediate_size") or sizes["intermediate_size"]
+    sparse = _num_sparse_layers(config, sizes["num_layers"])
+    return sparse * sizes["num_experts"] * 3 * sizes["hidden_size"] * inner
+
+
+def _tensors(weights: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every stored tensor; empty when the weights are not safetensors or are quantised."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weights:
+        if file.suffix != ".safetensors":
+            return {}
+        header, _ = read_safetensors_header(file)
+        for name, entry in header.items():
+            if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
+                return {}  # Packed weights: shapes are not those of the matrices.
+            shapes[name] = tuple(entry["shape"])
+    return shapes
+
+
+def _count_tensors(tensors: dict[str, tuple[int, ...]], tied: bool) -> dict[str, int]:
+    parts = dict.fromkeys(("embedding", "attention", "mlp", "norm", "head", "other"), 0)
+    for name, shape in tensors.items():
+        part = _part_of(name)
+        if part == "head" and tied:
+            continue
+        parts[part] += math.prod(shape)
+    return parts
+
+
+def _part_of(name: str) -> str:
+    pieces = name.lower().split(".")
+    if any("norm" in piece or piece.startswith("ln_") for piece in pieces):
+        return "norm"
+    if "lm_head" in pieces or "embed_out" in pieces:
+        return "head"
+    if any(piece in ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in") for piece in pieces):
+        return "embedding"
+    if any(piece in ("gate", "router") for piece in pieces):
+        return "other"
+    if any("attn" in piece or "attention" in piece for piece in pieces):
+        return "attention"
+    if any(
+        "mlp" in piece or "expert" in piece or "moe" in piece or piece.startswith("feed_forward")
+        for piece in pieces
+    ):
+        return "mlp"
+    return "other"

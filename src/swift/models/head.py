@@ -1,0 +1,43 @@
+"""The output matrix apart from the rest of the model, so that a loss can avoid the full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["split_head"]
+
+
+def split_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
+    """(backbone, lm_head) with ``lm_head(backbone(input_ids=x).last_hidden_state) == model(input_ids=x).logits``.
+
+    The equation is tried on the loaded model with four tokens, in evaluation mode, and the result is exact equality:
+    a model that does anything else between hidden states and logits (soft-capping, a scale) gives None. A backbone
+    and head found here share the model's parameters; tied heads work alike.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    head = get_head() if get_head is not None else None
+    if not isinstance(head, nn.Module) or not isinstance(backbone, nn.Module) or backbone is model:
+        return None
+    embedding = model.get_input_embeddings()
+    tokens = torch.arange(4, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = backbone(input_ids=tokens, use_cache=False)
+            hidden = getattr(output, "last_hidden_state", None)
+            if hidden is None:
+                return None
+            ours, theirs = head(hidden), model(input_ids=tokens, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    # Not equal bit for bit: some models compute fewer positions in another order.
+    same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    if not same or not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max())):
+        return None
+    return backbone, head
