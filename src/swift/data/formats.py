@@ -73,7 +73,8 @@ class Sample:
         messages: ``{"role": system | user | assistant | tool, "content": str | list of text parts, ...}``;
             assistant messages may have ``tool_calls`` (arguments are objects), any may have ``loss`` and
             ``loss_scale``.
-            Content stays a list of parts only when a part has a ``loss`` or ``loss_scale`` of its own.
+            Content stays a list of parts only when a part has a ``loss_scale`` of its own (``"loss": false``
+            of a part is read as ``loss_scale`` 0).
         tools: OpenAI function descriptions.
         extra: the other columns.
         location: ``file:line``.
@@ -221,7 +222,8 @@ def _content(value: Any, number: int) -> str | list[dict[str, Any]]:
             kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
             raise _FaultError(f"message {number}: content part {place} is {kind}; only text can be read")
         _check_loss(part, f"message {number}: content part {place}")
-        kept = {key: part[key] for key in ("loss", "loss_scale") if part.get(key) is not None}
+        scale = 0 if part.get("loss") is False else part.get("loss_scale")
+        kept = {} if scale is None else {"loss_scale": scale}
         weighted = weighted or bool(kept)
         parts.append({"type": "text", "text": part["text"], **kept})
     return parts if weighted else "".join(part["text"] for part in parts)

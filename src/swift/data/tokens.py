@@ -2,11 +2,11 @@
 
 A store is a folder::
 
-    ids.npy      int32 [tokens]       all samples, one after another
-    learned.npy  bool  [tokens]       True where the token itself is learned
-    weights.npy  float32 [tokens]     loss weight of each token; present only when some weight differs from 1
-    offsets.npy  int64 [samples + 1]  sample i is ids[offsets[i]:offsets[i + 1]]
-    rows.npy     int64 [samples, 2]   where sample i comes from: (index into "files", 1-based number)
+    ids.bin      int32 [tokens]       all samples, one after another
+    learned.bin  bool  [tokens]       True where the token itself is learned
+    weights.bin  float32 [tokens]     loss weight of each token; empty when all weights are 1
+    offsets.bin  int64 [samples + 1]  sample i is ids[offsets[i]:offsets[i + 1]]
+    rows.bin     int64 [samples, 2]   where sample i comes from: (index into "files", number of the row)
     meta.json    version, files, report, size and CRC-32 of every array file
 
 meta.json is written last and the folder is renamed into place, so that a store is either whole or absent.
@@ -14,12 +14,14 @@ meta.json is written last and the folder is renamed into place, so that a store 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -37,7 +39,13 @@ __all__ = [
 
 IGNORE = -100
 _VERSION = 1
-_ARRAYS = ("ids", "learned", "weights", "offsets", "rows")
+_DTYPES = {
+    "ids": np.dtype(np.int32),
+    "learned": np.dtype(np.bool_),
+    "weights": np.dtype(np.float32),
+    "offsets": np.dtype(np.int64),
+    "rows": np.dtype(np.int64),
+}
 
 
 class EncodedLike(Protocol):
@@ -57,7 +65,7 @@ class CorruptStoreError(Exception):
 
 @dataclass
 class DataReport:
-    """What became of every row. Locations are kept as file -> 1-based numbers.
+    """What became of every row. Locations are kept as ``Row.source`` -> numbers.
 
     Attributes:
         rows_read: rows read from the sources (after ``#N`` sampling).
@@ -131,10 +139,9 @@ class TokenWriter:
                 for ids, part in zip(self._ids, self._weights, strict=True)
             ]
             weights = np.concatenate(parts)
-        empty = not self._ids
         return TokenStore(
-            ids=np.zeros(0, np.int32) if empty else np.concatenate(self._ids),
-            learned=np.zeros(0, np.bool_) if empty else np.concatenate(self._learned),
+            ids=_concatenate(self._ids, np.int32),
+            learned=_concatenate(self._learned, np.bool_),
             weights=weights,
             offsets=offsets,
             rows=np.asarray(self._rows, np.int64).reshape(-1, 2),
@@ -167,20 +174,71 @@ class TokenStore:
         source = TokenStore.open(state["path"], verify=False).__dict__ if len(state) == 1 else state
         self.__dict__.update(source)
 
-    def save(self, path: Path) -> TokenStore:
-        """Write the store to the folder ``path`` in one step and return it reopened. Raises OSError."""
+    @classmethod
+    def write(cls, path: Path, parts: Iterable[TokenStore]) -> TokenStore:
+        """Write the parts, one after another as they come, as one store to the folder ``path`` and open it.
+
+        Only one part is in memory at a time. Raises OSError when the disk is full or not writable.
+        """
         with atomic_directory(path) as folder:
-            sums: dict[str, list[int]] = {}
-            for name in _ARRAYS:
-                array = getattr(self, name)
-                if array is None:
-                    continue
-                file = folder / f"{name}.npy"
-                np.save(file, array)
-                sums[file.name] = [file.stat().st_size, _crc(file)]
-            meta = {"version": _VERSION, "files": self.files, "sums": sums, "report": self.report.to_dict()}
+            files: dict[str, int] = {}
+            report = DataReport()
+            offset = 0
+            columns = {name: _ColumnFile(folder / f"{name}.bin") for name in _DTYPES}
+            with contextlib.ExitStack() as stack:
+                for column in columns.values():
+                    stack.enter_context(column)
+                columns["offsets"].append(np.zeros(1, np.int64))
+                for part in parts:
+                    report.merge(part.report)
+                    columns["ids"].append(part.ids)
+                    columns["learned"].append(part.learned)
+                    if part.weights is not None or columns["weights"].size:
+                        columns["weights"].append(np.ones(offset - columns["weights"].size, np.float32))
+                        ones = np.ones(len(part.ids), np.float32)
+                        columns["weights"].append(ones if part.weights is None else part.weights)
+                    columns["offsets"].append(part.offsets[1:] + offset)
+                    columns["rows"].append(part.global_rows(files))
+                    offset += len(part.ids)
+            sums = {name: [column.size, column.crc] for name, column in columns.items()}
+            meta = {"version": _VERSION, "files": list(files), "sums": sums, "report": report.to_dict()}
             (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-        return TokenStore.open(path, verify=False)
+        return cls.open(path, verify=False)
+
+    @classmethod
+    def join(cls, parts: Iterable[TokenStore]) -> TokenStore:
+        """The parts as one store in memory."""
+        files: dict[str, int] = {}
+        report = DataReport()
+        collected = []
+        for part in parts:
+            report.merge(part.report)
+            collected.append((part, part.global_rows(files)))
+        stores = [part for part, _ in collected]
+        lengths = [np.diff(part.offsets) for part in stores]
+        weights = None
+        if any(part.weights is not None for part in stores):
+            weights = _concatenate(
+                [np.ones(len(p.ids), np.float32) if p.weights is None else p.weights for p in stores],
+                np.float32,
+            )
+        return cls(
+            ids=_concatenate([part.ids for part in stores], np.int32),
+            learned=_concatenate([part.learned for part in stores], np.bool_),
+            weights=weights,
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(_concatenate(lengths, np.int64))]),
+            rows=_concatenate([rows for _, rows in collected], np.int64).reshape(-1, 2),
+            files=list(files),
+            report=report,
+        )
+
+    def global_rows(self, files: dict[str, int]) -> np.ndarray:
+        """``rows`` with file numbers from ``files`` (file -> number), to which new files are added."""
+        numbers = np.asarray([files.setdefault(file, len(files)) for file in self.files], np.int64)
+        rows = self.rows.copy()
+        if len(rows):
+            rows[:, 0] = numbers[rows[:, 0]]
+        return rows
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> TokenStore:
@@ -195,16 +253,50 @@ class TokenStore:
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
             if meta["version"] != _VERSION:
                 raise CorruptStoreError(f"{path} was written by version {meta['version']}")
-            arrays: dict[str, np.ndarray | None] = dict.fromkeys(_ARRAYS)
-            for name, (size, crc) in meta["sums"].items():
-                file = path / name
-                if file.stat().st_size != size or (verify and _crc(file) != crc):
+            arrays: dict[str, Any] = {}
+            for name, dtype in _DTYPES.items():
+                size, crc = meta["sums"][name]
+                file = path / f"{name}.bin"
+                if file.stat().st_size != size * dtype.itemsize or (verify and _crc(file) != crc):
                     raise CorruptStoreError(f"{file} is damaged")
-                arrays[file.stem] = np.load(file, mmap_mode="r")
+                arrays[name] = (
+                    np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
+                )  # no map of nothing
+            arrays["rows"] = arrays["rows"].reshape(-1, 2)
+            arrays["weights"] = arrays["weights"] if len(arrays["weights"]) else None
             report = DataReport.from_dict(meta["report"])
-            return cls(**arrays, files=meta["files"], report=report, path=path)  # type: ignore[arg-type]
+            return cls(**arrays, files=meta["files"], report=report, path=path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptStoreError(f"{path}: {error}") from error
+
+
+class _ColumnFile:
+    """A column written piece by piece; knows its size in elements and its CRC-32."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = self.crc = 0
+        self._file: BinaryIO
+
+    def __enter__(self) -> _ColumnFile:
+        self._file = self.path.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, array: np.ndarray) -> None:
+        data = np.ascontiguousarray(array).data
+        if array.size:
+            self._file.write(data)
+            self.crc = zlib.crc32(data, self.crc)
+            self.size += array.size
+
+
+def _concatenate(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
 
 
 def _crc(file: Path) -> int:
@@ -283,7 +375,7 @@ class TokenDataset:
         return int(self.lengths.sum())
 
     def row(self, i: int) -> tuple[str, int]:
-        """(file, 1-based number) of the row that sample ``i`` comes from."""
+        """(``Row.source``, ``Row.number``) of the row that sample ``i`` comes from."""
         store, number = self._locate(i)
         file, line = store.rows[number]
         return store.files[file], int(line)

@@ -1,0 +1,364 @@
+"""From the data options to the token data sets of training and validation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swift.config.schema import Resolved
+from swift.config.sections.data import DataSection
+from swift.core.errors import DataError
+from swift.core.format import format_count
+from swift.data.cache import cached_store, content_key
+from swift.data.formats import RowError, Sample, to_sample
+from swift.data.mixing import mix, repeat_rows, row_ids, sample_rows, split_rows
+from swift.data.sources import (
+    DatasetSpec,
+    Row,
+    find_files,
+    location_of,
+    parse_dataset_spec,
+    read_rows,
+    row_numbers,
+)
+from swift.data.tokenise import Encoder, TemplateLike, tokenise
+from swift.data.tokens import DataReport, TokenDataset, TokenStore
+
+__all__ = ["LoadedData", "bad_rows_error", "describe_rows", "load_data", "read_samples"]
+
+_PROGRESS_BYTES = 4 << 20
+"""From this much data on a progress bar is worth the look."""
+
+
+@dataclass
+class LoadedData:
+    """What training reads.
+
+    Attributes:
+        train: samples with at least one learned token, none longer than max_length.
+        validation: the same for ``val_dataset`` or the split-off rows; None without either.
+        validation_rows: the validation rows as messages, tools and extra columns, for ``val_dataset.jsonl``.
+        notes: sentences for the user: what was left out, cut, skipped.
+    """
+
+    train: TokenDataset
+    validation: TokenDataset | None
+    validation_rows: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_data(resolved: Resolved, template: TemplateLike, max_length: int | None) -> LoadedData:
+    """Read, tokenise (or find in the cache), mix and split the data sets of ``resolved``.
+
+    ``dataset_weights`` set proportions of samples; as many are taken as the proportions allow without
+    repeating any. Without weights the data sets follow one another whole. ``split_dataset_ratio`` counts only
+    when there is no ``val_dataset``.
+
+    Raises DataError for missing files, bad rows (unless ``on_bad_rows=skip``) and when nothing is left to
+    learn.
+    """
+    section = resolved.config.data
+    seed = section.data_seed if section.data_seed is not None else resolved.config.training.seed
+    if not section.dataset:
+        raise DataError("no training data", where="--dataset", fix="--dataset FILE.jsonl")
+    encoder = Encoder(template, max_length, section.truncation_strategy)
+    notes: list[str] = []
+    # Names first: a missing validation file should not be found after an hour of tokenising.
+    specs = [parse_dataset_spec(text) for text in section.dataset]
+    val_specs = [parse_dataset_spec(text) for text in section.val_dataset]
+    files = {spec.text: find_files(spec.path) for spec in [*specs, *val_specs]}
+
+    def load(chosen: list[DatasetSpec], weights: Sequence[float]) -> TokenDataset:
+        parts = [_load_one(spec, files[spec.text], section, encoder, seed, notes) for spec in chosen]
+        return _combine(parts, weights, seed)
+
+    train = load(specs, section.dataset_weights)
+    _require_samples(train, section.dataset, max_length)
+    _note_report(train.report, max_length, section, notes)
+    if section.dataset_weights:
+        notes.append(_mixing_note(train, specs))
+    validation = None
+    if val_specs:
+        validation = load(val_specs, [])
+        _require_samples(validation, section.val_dataset, max_length)
+        _note_report(validation.report, max_length, section, notes, "validation: ")
+    elif section.split_dataset_ratio > 0:
+        train, validation = _split(train, section.split_dataset_ratio, seed)
+    rows = [] if validation is None else _original_rows(validation, section.columns)
+    return LoadedData(train, validation, rows, notes)
+
+
+def read_samples(
+    texts: Sequence[str], columns: Mapping[str, str], *, on_bad_rows: str = "error", seed: int = 42
+) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """The rows of data sets (``PATH`` or ``PATH#N``) as samples, and (location, reason) of the bad ones.
+
+    Raises DataError for missing files and, unless ``on_bad_rows`` is "skip", for bad rows.
+    """
+    samples: list[Sample] = []
+    bad: list[tuple[str, str]] = []
+    for text in texts:
+        spec = parse_dataset_spec(text)
+        selection = _select(spec, find_files(spec.path), seed)
+        mine: list[Sample] = []
+        for row in selection.rows(columns):
+            try:
+                mine.append(to_sample(row))
+            except RowError as error:
+                bad.append((error.location, error.reason))
+        if spec.num_rows and spec.num_rows > selection.num_rows and mine:
+            mine = [mine[number % len(mine)] for number in range(spec.num_rows)]
+        samples.extend(mine)
+    if bad and on_bad_rows != "skip":
+        raise bad_rows_error(bad, len(samples) + len(bad), texts)
+    return samples, bad
+
+
+@dataclass
+class _Selection:
+    """The rows of a data set that are taken: files with the numbers wanted of each (None: all)."""
+
+    files: list[tuple[Path, set[int] | None]]
+    num_rows: int
+
+    def rows(self, columns: Mapping[str, str]) -> Iterator[Row]:
+        for file, wanted in self.files:
+            yield from read_rows(file, columns, wanted)
+
+
+def _select(spec: DatasetSpec, files: list[Path], seed: int) -> _Selection:
+    numbers = [row_numbers(file) for file in files]
+    total = sum(len(part) for part in numbers)
+    if spec.num_rows is None or spec.num_rows >= total:
+        return _Selection([(file, None) for file in files], total)
+    chosen = sample_rows(total, spec.num_rows, seed, spec.text)
+    taken: list[tuple[Path, set[int] | None]] = []
+    start = 0
+    for file, part in zip(files, numbers, strict=True):
+        inside = chosen[(chosen >= start) & (chosen < start + len(part))] - start
+        if len(inside):
+            taken.append((file, {part[place] for place in inside}))
+        start += len(part)
+    return _Selection(taken, spec.num_rows)
+
+
+def _load_one(
+    spec: DatasetSpec, files: list[Path], section: DataSection, encoder: Encoder, seed: int, notes: list[str]
+) -> tuple[TokenStore, np.ndarray | None]:
+    """The tokens of one data set and, when rows are repeated, the sample indices to take (None: all)."""
+    selection = _select(spec, files, seed)
+    repeated = spec.num_rows is not None and spec.num_rows > selection.num_rows
+    try:
+        key = content_key(
+            files,
+            (spec.num_rows, spec.text, seed) if selection.num_rows == spec.num_rows else None,
+            sorted(section.columns.items()),
+            encoder.template.fingerprint,
+            encoder.max_length,
+            encoder.truncation,
+        )
+        num_bytes = sum(file.stat().st_size for file in files)
+    except OSError as error:
+        raise DataError("cannot be read", where=str(error.filename), why=error.strerror) from error
+
+    def make() -> Iterator[TokenStore]:
+        parts = tokenise(
+            selection.rows(section.columns), selection.num_rows, encoder, section.dataset_num_proc
+        )
+        watched = (
+            _with_progress(parts, selection.num_rows, spec.text) if num_bytes > _PROGRESS_BYTES else parts
+        )
+        # closing: an error in the middle must end the worker processes at once, not when memory is collected.
+        with contextlib.closing(parts):
+            for part in watched:
+                if part.report.bad_rows and section.on_bad_rows == "error":
+                    raise _refusal(selection, section, part.report.bad_rows, spec)
+                yield part
+
+    store = cached_store(key, make, reuse=section.load_from_cache_file, notes=notes)
+    if store.report.bad_rows and section.on_bad_rows == "error":  # made by a run that skipped them
+        raise bad_rows_error(store.report.bad_rows, selection.num_rows, [spec.text])
+    if not repeated or spec.num_rows is None:
+        return store, None
+    return store, repeat_rows(row_ids([store]), selection.num_rows, spec.num_rows, seed, spec.text)
+
+
+def _refusal(
+    selection: _Selection, section: DataSection, seen: Sequence[tuple[str, str]], spec: DatasetSpec
+) -> DataError:
+    """The error that names all bad rows: those that cannot be read, and those seen that the template refuses."""
+    bad: list[tuple[str, str]] = []
+    for row in selection.rows(section.columns):
+        try:
+            to_sample(row)
+        except RowError as error:
+            bad.append((error.location, error.reason))
+    refused = [fault for fault in seen if fault not in bad]
+    return bad_rows_error([*bad, *refused], selection.num_rows, [spec.text], at_least=bool(refused))
+
+
+def bad_rows_error(
+    bad: Sequence[tuple[str, str]], total: int, texts: Sequence[str], *, at_least: bool = False
+) -> DataError:
+    """The refusal of bad rows: the first five, how many there are, and what to do."""
+    shown = [f"{location}: {reason}" for location, reason in bad[:5]]
+    if len(bad) > 5:
+        shown.append(f"and {len(bad) - 5} more")
+    files = " ".join(str(parse_dataset_spec(text).path) for text in texts)
+    return DataError(
+        f"{'at least ' if at_least else ''}{len(bad)} of {total} rows cannot be used",
+        where=", ".join(texts),
+        why="\n    ".join(shown),
+        fix=f"swift data check {files}   (or go on without them: --on_bad_rows skip)",
+    )
+
+
+def _with_progress(parts: Iterable[TokenStore], num_rows: int, name: str) -> Iterator[TokenStore]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("tokenising {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task(name, total=num_rows)
+        for part in parts:
+            progress.advance(task, part.report.rows_read)
+            yield part
+
+
+def _combine(
+    parts: Sequence[tuple[TokenStore, np.ndarray | None]], weights: Sequence[float], seed: int
+) -> TokenDataset:
+    stores = [store for store, _ in parts]
+    chosen: list[np.ndarray] = []
+    start = 0
+    for store, index in parts:
+        chosen.append(start + (np.arange(len(store), dtype=np.int64) if index is None else index))
+        start += len(store)
+    dataset = TokenDataset(stores, mix(chosen, weights, seed))
+    return _with_counts(dataset)
+
+
+def _with_counts(dataset: TokenDataset) -> TokenDataset:
+    """The data set with the samples, tokens and targets of its report counted over its index."""
+    targets = [_targets_per_sample(store) for store in dataset.stores]
+    every = np.concatenate(targets) if targets else np.zeros(0, np.int64)
+    dataset.report = replace(
+        dataset.report,
+        samples=len(dataset),
+        num_tokens=dataset.num_tokens,
+        num_targets=int(every[dataset.index].sum()),
+    )
+    return dataset
+
+
+def _targets_per_sample(store: TokenStore) -> np.ndarray:
+    if len(store) == 0:
+        return np.zeros(0, np.int64)
+    starts = store.offsets[:-1]
+    counts = np.add.reduceat(store.learned, starts, dtype=np.int64)
+    return counts - store.learned[starts]  # a first token is never a target
+
+
+def _split(train: TokenDataset, ratio: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
+    rows = row_ids(train.stores)[train.index]
+    if len(np.unique(rows)) < 2:
+        fix = "give a --val_dataset, or drop --split_dataset_ratio"
+        raise DataError("one row cannot be split into training and validation", fix=fix)
+    aside = split_rows(rows, ratio, seed)
+    # What was left out before the split is told once, in the report of the training part.
+    validation = TokenDataset(train.stores, train.index[aside], DataReport())
+    train = TokenDataset(train.stores, train.index[~aside], train.report)
+    return _with_counts(train), _with_counts(validation)
+
+
+def _original_rows(dataset: TokenDataset, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of a data set as they were read, once each, in the order of the data set."""
+    places = dict.fromkeys(dataset.row(i) for i in range(len(dataset)))
+    wanted: dict[str, set[int]] = {}
+    for source, number in places:
+        wanted.setdefault(source, set()).add(number)
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for source, numbers in wanted.items():
+        for row in read_rows(location_of(source, 0), columns, numbers):
+            sample = to_sample(row)
+            tools = {} if sample.tools is None else {"tools": sample.tools}
+            found[source, row.number] = {"messages": sample.messages, **tools, **sample.extra}
+    return [found[place] for place in places]
+
+
+def _require_samples(dataset: TokenDataset, texts: Sequence[str], max_length: int | None) -> None:
+    if len(dataset):
+        return
+    report = dataset.report
+    deleted, untargeted = _count(report.deleted), _count(report.untargeted)
+    reasons = [f"{report.rows_read} rows read"]
+    if deleted:
+        reasons.append(f"{deleted} longer than max_length {max_length}")
+    if untargeted:
+        reasons.append(f"{untargeted} with no token to learn (no assistant message?)")
+    if report.bad_rows:
+        reasons.append(f"{len(report.bad_rows)} bad")
+    fix = (
+        "--truncation_strategy right (pt: split), or a larger --max_length"
+        if deleted
+        else "swift data show FILE"
+    )
+    raise DataError("no row is left to learn from", where=", ".join(texts), why=", ".join(reasons), fix=fix)
+
+
+def _count(places: Mapping[str, Sequence[int]]) -> int:
+    return sum(len(numbers) for numbers in places.values())
+
+
+def describe_rows(places: Mapping[str, Sequence[int]], limit: int = 6) -> str:
+    """``a.jsonl:3, 7, b.jsonl:1 and 5 more``."""
+    shown: list[str] = []
+    for source, numbers in places.items():
+        room = limit - len(shown)
+        for place, number in enumerate(numbers[:room]):
+            shown.append(location_of(source, number) if place == 0 else str(number))
+    more = _count(places) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _note_report(
+    report: DataReport, max_length: int | None, section: DataSection, notes: list[str], prefix: str = ""
+) -> None:
+    longer = f"longer than max_length {max_length}"
+    if report.deleted:
+        places = describe_rows(report.deleted)
+        notes.append(f"{prefix}{_count(report.deleted)} rows {longer} were left out: {places}")
+    if report.truncated:
+        how = {"left": "cut at the left", "right": "cut at the right", "split": "split"}[
+            section.truncation_strategy
+        ]
+        notes.append(
+            f"{prefix}{_count(report.truncated)} rows {longer} were {how}: {describe_rows(report.truncated)}"
+        )
+    if report.untargeted:
+        places = describe_rows(report.untargeted)
+        notes.append(
+            f"{prefix}{_count(report.untargeted)} rows have no token to learn and were left out: {places}"
+        )
+    if report.bad_rows:
+        first, reason = report.bad_rows[0]
+        notes.append(f"{prefix}{len(report.bad_rows)} bad rows were skipped, the first: {first}: {reason}")
+
+
+def _mixing_note(train: TokenDataset, specs: Sequence[DatasetSpec]) -> str:
+    parts = np.searchsorted(np.cumsum([len(store) for store in train.stores]), train.index, side="right")
+    counts = np.bincount(parts, minlength=len(specs))
+    shares = ", ".join(
+        f"{count} of {format_count(len(store))} from {spec.text}"
+        for count, store, spec in zip(counts, train.stores, specs, strict=True)
+    )
+    return f"mixed by weight: {shares}"

@@ -1,0 +1,188 @@
+"""From rows to tokens, in this process or, when there is much to do, in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from swift.core.errors import DataError, SwiftError
+from swift.data.formats import RowError, Sample, to_sample
+from swift.data.sources import Row
+from swift.data.tokens import DataReport, EncodedLike, TokenStore, TokenWriter, encoded_arrays
+
+__all__ = ["Encoder", "TemplateLike", "Truncation", "encode_rows", "tokenise"]
+
+Truncation = Literal["delete", "left", "right", "split"]
+
+_CHUNK_ROWS = 512
+_POOL_WORTH_SECONDS = 8.0
+"""A worker process takes about 2 s to import a tokenizer: below this much remaining work it does not pay."""
+_DEADLINE_SECONDS = 600.0
+"""How long a chunk may take in a worker before we call it stuck."""
+
+
+class TemplateLike(Protocol):
+    """What tokenisation needs of ``swift.models.template.Template``."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode_many(
+        self, samples: Sequence[tuple[list[dict[str, Any]], list[Any] | None]], /
+    ) -> Sequence[EncodedLike]: ...
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How samples become tokens: the template, the longest sample (None: no limit), what becomes of longer ones."""
+
+    template: TemplateLike
+    max_length: int | None
+    truncation: Truncation = "delete"
+
+
+def encode_rows(rows: Iterable[Row], encoder: Encoder) -> TokenStore:
+    """Encode rows into a store in memory. Bad rows, long rows and rows without a target are in its report."""
+    report, writer = DataReport(), TokenWriter()
+    files: dict[str, int] = {}
+    good: list[tuple[Row, Sample]] = []
+    for row in rows:
+        report.rows_read += 1
+        try:
+            good.append((row, to_sample(row)))
+        except RowError as error:
+            report.bad_rows.append((error.location, error.reason))
+    for row, encoded in _encode(good, encoder.template, report):
+        ids, learned, weights = encoded_arrays(encoded)
+        if weights is not None:
+            learned = learned & (weights != 0)
+        where = (files.setdefault(row.source, len(files)), row.number)
+        pieces = _fit(len(ids), encoder)
+        if not pieces:
+            report.deleted.setdefault(row.source, []).append(row.number)
+            continue
+        kept = [piece for piece in pieces if learned[piece][1:].any()]
+        if not kept:
+            report.untargeted.setdefault(row.source, []).append(row.number)
+            continue
+        if pieces != [slice(0, len(ids))]:
+            report.truncated.setdefault(row.source, []).append(row.number)
+        for piece in kept:
+            writer.add(ids[piece], learned[piece], None if weights is None else weights[piece], where)
+            report.num_targets += int(np.count_nonzero(learned[piece][1:]))
+            report.num_tokens += len(ids[piece])
+    report.samples = len(writer)
+    return writer.build(list(files), report)
+
+
+def _encode(
+    samples: list[tuple[Row, Sample]], template: TemplateLike, report: DataReport
+) -> Iterable[tuple[Row, EncodedLike]]:
+    """Encode all at once; when the template refuses one of them, one by one to find out which."""
+    try:
+        encoded = template.encode_many([(sample.messages, sample.tools) for _, sample in samples])
+        return zip((row for row, _ in samples), encoded, strict=True)
+    except DataError as error:
+        if len(samples) == 1:
+            reason = f"{error.message} ({error.why})" if error.why else error.message
+            report.bad_rows.append((samples[0][0].location, reason))
+            return []
+    return [pair for sample in samples for pair in _encode([sample], template, report)]
+
+
+def _fit(length: int, encoder: Encoder) -> list[slice]:
+    """The pieces of a sample that are kept: none when it is deleted.
+
+    ``split`` lets a piece begin with the last token of the one before: every token but the first of the
+    sample is a target exactly once.
+    """
+    limit = encoder.max_length
+    if limit is None or length <= limit:
+        return [slice(0, length)]
+    if encoder.truncation == "delete":
+        return []
+    if encoder.truncation == "right":
+        return [slice(0, limit)]
+    if encoder.truncation == "left":
+        return [slice(length - limit, length)]
+    return [slice(start, min(start + limit, length)) for start in range(0, length - 1, limit - 1)]
+
+
+def tokenise(
+    rows: Iterable[Row], num_rows: int, encoder: Encoder, num_processes: int | None = None
+) -> Generator[TokenStore, None, None]:
+    """Encode rows chunk by chunk, in order.
+
+    Args:
+        num_rows: how many rows there are, to estimate what remains.
+        num_processes: how many processes; None: this one, unless what remains after the first chunk is
+            estimated to take longer than starting others would save.
+
+    Raises SwiftError when a worker process dies or is stuck.
+    """
+    iterator = iter(rows)
+    cores = num_processes or _num_cores()
+    done = 0
+    started = time.process_time()
+    while chunk := list(islice(iterator, _CHUNK_ROWS)):
+        yield encode_rows(chunk, encoder)
+        done += len(chunk)
+        remaining = (time.process_time() - started) / done * (num_rows - done)
+        wanted = remaining > _POOL_WORTH_SECONDS if num_processes is None else num_rows > done
+        if cores > 1 and wanted:
+            break
+    yield from _in_processes(iterator, encoder, cores)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_processes(rows: Iterator[Row], encoder: Encoder, num_processes: int) -> Iterator[TokenStore]:
+    chunk = list(islice(rows, _CHUNK_ROWS))
+    if not chunk:
+        return
+    # forkserver: tokenizers hold threads and locks, which a plain fork would copy in an unknown state.
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(num_processes, context, initializer=_start_worker, initargs=(encoder,))
+    waiting: deque[Future[TokenStore]] = deque()
+    try:
+        while chunk or waiting:
+            while chunk and len(waiting) < 2 * num_processes:
+                waiting.append(pool.submit(_encode_in_worker, chunk))
+                chunk = list(islice(rows, _CHUNK_ROWS))
+            yield waiting.popleft().result(timeout=_DEADLINE_SECONDS)
+    except BrokenProcessPool as error:
+        fix = "look for a memory limit, or use --dataset_num_proc 1"
+        raise SwiftError(
+            "a tokenising process died", where="tokenisation", why=str(error), fix=fix
+        ) from error
+    except TimeoutError as error:
+        why = f"no result for {_DEADLINE_SECONDS:.0f} s"
+        raise SwiftError("a tokenising process is stuck", where="tokenisation", why=why) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _worker_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_encoder = encoder
+
+
+def _encode_in_worker(rows: list[Row]) -> TokenStore:
+    assert _worker_encoder is not None
+    return encode_rows(rows, _worker_encoder)
