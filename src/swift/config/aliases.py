@@ -117,8 +117,8 @@ def alias_table() -> AliasTable:
         if alias.name in aliases:
             raise ValueError(f"aliases.yaml: {alias.name} stands twice")
         aliases[alias.name] = alias
-    unsupported = dict(_read_unsupported(raw["unsupported"]))
-    unneeded = dict(_read_unsupported(raw["unneeded"]))
+    unsupported = _read_unsupported(raw["unsupported"])
+    unneeded = _read_unsupported(raw["unneeded"])
     sections = {name: section for section, names in raw["sections"].items() for name in names}
     refused = {
         (option, str(word).lower()): UnsupportedValue(group["say"], group["fix"])
@@ -144,11 +144,15 @@ def _read_aliases(raw: dict[str, Any]) -> Iterator[Alias]:
         yield Alias(name, "choose", choices=choices)
 
 
-def _read_unsupported(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Unsupported]]:
+def _read_unsupported(groups: list[dict[str, Any]]) -> dict[str, Unsupported]:
+    known: dict[str, Unsupported] = {}
     for group in groups:
         off = frozenset(group.get("off", ["false", "none"]))
         for name in group["names"]:
-            yield name, Unsupported(name, group["say"], group.get("fix"), off)
+            if name in known:
+                raise ValueError(f"aliases.yaml: {name} stands twice")
+            known[name] = Unsupported(name, group["say"], group.get("fix"), off)
+    return known
 
 
 def _check(table: AliasTable) -> None:

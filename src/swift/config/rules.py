@@ -35,9 +35,13 @@ class Derivation:
     inputs: tuple[str, ...]
     compute: Callable[[Resolved], Any]
 
-    @property
-    def source(self) -> Source:
-        return Source("derived", f"derived from {', '.join(self.inputs)}")
+    def source(self, resolved: Resolved) -> Source:
+        """Names the inputs that matter: those that differ from their defaults, else the first."""
+        known = options()
+        changed = [
+            name for name in self.inputs if name in known and resolved.value(name) != known[name].default
+        ]
+        return Source("derived", f"derived from {', '.join(changed or self.inputs[:1])}")
 
 
 def _learning_rate(resolved: Resolved) -> float:
@@ -103,7 +107,7 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
             if value is not None:
                 section = getattr(resolved.config, options()[rule.target].section)
                 setattr(section, rule.target, value)
-                resolved.sources[rule.target] = rule.source
+                resolved.sources[rule.target] = rule.source(resolved)
     if not partial:
         _check_required(resolved, command, planning)
     for check in _CHECKS:

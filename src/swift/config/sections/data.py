@@ -15,7 +15,11 @@ class DataSection(Section):
     )
     val_dataset: list[str] = option([], "Validation data (for infer: the rows to answer).", essential=True)
     split_dataset_ratio: float = option(
-        0.0, "Share of the training rows set aside for validation when no val_dataset is given.", ge=0, lt=1
+        0.0,
+        "Share of the training rows set aside for validation when no val_dataset is given.",
+        ge=0,
+        lt=1,
+        essential=True,
     )
     dataset_weights: list[float] = option(
         [], "Mixing weights, one per data set: rows are drawn in these proportions."

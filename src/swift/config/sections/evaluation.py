@@ -14,7 +14,7 @@ class EvaluationSection(Section):
         None, "When to evaluate; default: as save_strategy when there is validation data."
     )
     eval_steps: int | None = option(
-        None, "Steps between evaluations; default: save_steps.", unit="steps", ge=1
+        None, "Steps between evaluations; default: save_steps.", unit="steps", ge=1, essential=True
     )
     per_device_eval_batch_size: int | None = option(
         None, "Samples per evaluation batch; default: the training batch size.", ge=1

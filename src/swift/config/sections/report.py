@@ -10,7 +10,7 @@ from swift.config.option import Section, option
 class ReportSection(Section):
     """Logging, trackers, callbacks, inspection."""
 
-    logging_steps: int = option(5, "Steps between metric lines.", unit="steps", ge=1)
+    logging_steps: int = option(5, "Steps between metric lines.", unit="steps", ge=1, essential=True)
     report_to: list[Literal["none", "tensorboard", "wandb", "swanlab", "trackio", "mlflow"]] = option(
         [], "Trackers that also receive the metrics."
     )

@@ -11,7 +11,7 @@ class TemplateSection(Section):
     """Chat template and loss mask."""
 
     system: str | None = option(
-        None, "System prompt for samples that have none (a text, or a file ending in .txt)."
+        None, "System prompt for samples that have none (a text, or a file ending in .txt).", essential=True
     )
     chat_template: str | None = option(
         None, "Jinja file to use instead of the tokenizer's own chat template, or the name of a built-in one."

@@ -29,7 +29,9 @@ class TrainingSection(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = option(
         "cosine", "Learning rate after warm-up: cosine, linear, constant, or warm-up-stable-decay."
     )
-    warmup_ratio: float = option(0.0, "Share of the steps in which the learning rate rises.", ge=0, le=1)
+    warmup_ratio: float = option(
+        0.0, "Share of the steps in which the learning rate rises.", ge=0, le=1, essential=True
+    )
     warmup_steps: int | None = option(None, "Warm-up in steps; replaces warmup_ratio.", unit="steps", ge=0)
     lr_decay_ratio: float = option(
         0.1, "wsd: share of the steps, at the end, in which the rate falls.", gt=0, le=1

@@ -1,0 +1,66 @@
+"""The parser of commands with words of their own (data, config, doctor...): argparse with our manners."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from swift.core.errors import UsageError
+from swift.core.registry import closest
+
+__all__ = ["ArgumentParser"]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """No abbreviations, hyphens and underscores alike, errors as UsageError with the nearest name.
+
+    Declare options with underscores (``--max_rows``). Subcommands (``add_subparsers``) behave the same way.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """All words, or UsageError (exit code 2)."""
+        words = [_with_underscores(word) for word in argv]
+        namespace, extra = self.parse_known_args(words)
+        if extra:
+            self._refuse(extra[0])
+        return namespace
+
+    def _refuse(self, word: str) -> NoReturn:
+        if not word.startswith("--"):
+            raise UsageError("one word too many", where=repr(word))
+        name = word.partition("=")[0]
+        near = closest(name, self._known_flags())
+        raise UsageError("unknown option", where=name, fix=f"did you mean {near}?" if near else None)
+
+    def _known_flags(self) -> list[str]:
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    flags += [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        return flags
+
+    def error(self, message: str) -> NoReturn:
+        """argparse calls this; its sentence becomes ours."""
+        wrong = re.match(r"argument (.+?): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong:
+            choices = [choice.strip(" '") for choice in wrong[3].split(",")]
+            near = closest(wrong[2], choices)
+            raise UsageError(
+                f"{wrong[2]!r} is not one of {', '.join(choices)}",
+                where=self.prog,
+                fix=f"did you mean {near}?" if near else None,
+            )
+        raise UsageError(message, where=self.prog)
+
+
+def _with_underscores(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
