@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from swift.core.errors import SwiftError
 from swift.data.collate import Batch
+from swift.models.attention import VARLEN
 from swift.models.head import split_head
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
@@ -52,6 +53,8 @@ class NativeEngine:
         self.chunk_size = chunk_size
         self._split = split_head(model)
         self._forward = self._split[0] if self._split else model
+        # Other attention functions tell documents apart by position ids alone.
+        self._takes_lengths = model.config._attn_implementation == VARLEN  # type: ignore[union-attr]
         if compile_model:
             self._forward = torch.compile(self._forward)
         trainable = [p for group in parameter_sets for p in group.parameters.values()]
@@ -142,10 +145,15 @@ class NativeEngine:
             for name, parameter in group.parameters.items()
         }
 
+    @torch.no_grad()
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the batch's targets, ``[num_targets]``, in the mode the model is in."""
+        return self._outputs(batch).logprobs
+
     def _outputs(self, batch: Batch) -> TokenOutputs:
         """Log-probabilities of the batch's targets, in row-major order."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if batch.document_lengths is not None:
+        if batch.document_lengths is not None and self._takes_lengths:
             inputs["document_lengths"] = batch.document_lengths
         learned = batch.targets != -100
         targets = batch.targets[learned]

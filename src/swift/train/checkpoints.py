@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,9 +23,6 @@ from swift.train.state import TrainState
 from swift.tuners.apply import TunedModel
 from swift.tuners.peft_format import load_adapter, save_adapter
 
-if TYPE_CHECKING:
-    from swift.models.load import ModelBundle
-
 __all__ = ["checkpoint_bytes", "load_checkpoint", "read_state", "save_checkpoint"]
 
 STATE_FILE = "state.json"
@@ -36,7 +33,8 @@ def save_checkpoint(
     path: Path,
     *,
     tuned: TunedModel,
-    bundle: ModelBundle,
+    tokenizer: Any,
+    base_path: Path,
     export_dtype: torch.dtype,
     engine: Engine,
     state: TrainState,
@@ -51,10 +49,10 @@ def save_checkpoint(
     try:
         with atomic_directory(path) as folder:
             if tuned.kind == "lora":
-                save_adapter(tuned.model, folder, bundle.path)
+                save_adapter(tuned.model, folder, base_path)
             else:
                 _save_full(folder, tuned, export_dtype, with_master=not only_model)
-            bundle.tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
             shutil.copyfile(config_file, folder / "config.yaml")
             if not only_model:
                 engine.save(folder)

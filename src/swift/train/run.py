@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from swift.config.bind import dump
 from swift.config.schema import Resolved
 from swift.core.devices import describe_devices, pick_device, pick_dtype
 from swift.core.errors import ConfigError, SwiftError
-from swift.core.files import free_bytes
+from swift.core.files import atomic_write_text, free_bytes
 from swift.core.format import format_bytes
 from swift.core.logging import attach_run_logs, detach_run_logs, get_logger
 from swift.data.batching import BatchSchedule, Mode
 from swift.data.load import LoadedData, load_data
 from swift.data.loader import BatchLoader
+from swift.data.sources import find_files, parse_dataset_spec
 from swift.models.facts import ModelFacts, check_model_folder, resolve_model_path
-from swift.models.load import ModelBundle, load_bundle, load_template
+from swift.models.load import check_vocabulary, load_model, load_template
 from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
+from swift.parallel.isolation import check_isolation
 from swift.parallel.native import NativeEngine
 from swift.runs.curves import draw_curves
 from swift.runs.folder import RunFolder, find_latest_run, locate
@@ -153,7 +156,12 @@ def _prepare(resolved: Resolved) -> _Prepared:
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
     resolved.derive("num_threads", threads, "OMP_NUM_THREADS or the cores")
     torch.set_num_threads(config.training.num_threads or threads)
-    template = load_template(model_path, config.template, resolved.command == "pt", config.model)
+    template = load_template(
+        model_path,
+        config.template,
+        pretraining=resolved.command == "pt",
+        trust_remote_code=config.model.trust_remote_code,
+    )
     assert config.data.max_length is not None
     data = load_data(resolved, template, config.data.max_length)
     schedule = BatchSchedule(
@@ -171,11 +179,17 @@ def _prepare(resolved: Resolved) -> _Prepared:
         checkpoint,
         device,
         dtype,
+        _export_dtype(facts, dtype),
         template,
         data,
         schedule,
         _step_plan(resolved, schedule),
     )
+
+
+def _export_dtype(facts: ModelFacts, dtype: torch.dtype) -> torch.dtype:
+    """Precision of saved full models: that of the original, or of the computation when config.json has none."""
+    return getattr(torch, facts.dtype) if facts.dtype else dtype
 
 
 def _refuse_unavailable(resolved: Resolved) -> None:
@@ -256,18 +270,22 @@ def _open_folder(resolved: Resolved, checkpoint: Path | None) -> RunFolder:
 def _record(folder: RunFolder, prepared: _Prepared, arguments: Sequence[str] | None) -> None:
     if prepared.checkpoint is None:
         write_config(folder.path, prepared.resolved, dump)
-        prepared.data.write_validation_rows(folder.path / "val_dataset.jsonl")
+        rows = prepared.data.validation_rows
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        atomic_write_text(folder.path / "val_dataset.jsonl", text)
     write_environment(folder.path, describe_devices())
+    data = prepared.resolved.config.data
+    names = [*data.dataset, *data.val_dataset]
     write_provenance(
         folder.path,
         prepared.resolved,
         arguments=arguments,
-        data_files=prepared.data.files,
+        data_files=[file for name in names for file in find_files(parse_dataset_spec(name).path)],
         model_path=prepared.model_path,
         extra={
             "template": prepared.template.fingerprint,
             "resumed_from": str(prepared.checkpoint) if prepared.checkpoint else None,
-            "training_data": prepared.data.train.report.to_dict(),
+            "training_data": asdict(prepared.data.train.report),
         },
     )
 
@@ -281,20 +299,11 @@ def _build(
 ) -> tuple[Trainer, Callable[[], None]]:
     """Model, engine and trainer, ready for the next step; and what must be closed in the end."""
     resolved, config, device = prepared.resolved, prepared.resolved.config, prepared.device
-    full_resume = prepared.checkpoint is not None and config.tuner.tuner_type == "full"
-    weights = prepared.checkpoint if full_resume and prepared.checkpoint else prepared.model_path
-    bundle = load_bundle(
-        weights,
-        section=config.model,
-        dtype=prepared.dtype,
-        device=device,
-        template=prepared.template,
-        packed=_mode(resolved) != "padded",
-        liger=config.training.use_liger_kernel,
-    )
-    tuned = _tune(bundle, resolved)
+    checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
+    tuned = _tune(_load_weights(prepared), resolved)
     engine = _engine(prepared, tuned)
-    checkpoint = prepared.checkpoint
+    if prepared.schedule.mode != "padded":
+        check_isolation(engine)
     state = load_checkpoint(checkpoint, tuned=tuned, engine=engine) if checkpoint else TrainState()
     cursor = _cursor_fingerprint(prepared)
     if state.cursor_fingerprint not in ("", cursor):
@@ -307,7 +316,7 @@ def _build(
     state.cursor_fingerprint = cursor
     only_model = config.checkpoint.save_only_model
     _check_disk(folder.path, tuned, only_model)
-    pad_token_id = bundle.tokenizer.pad_token_id
+    pad_token_id = tokenizer.pad_token_id
     if config.training.neftune_noise_alpha:
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
     loader = BatchLoader(
@@ -318,7 +327,7 @@ def _build(
     )
     if config.report.debug_mode:
         batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(device)
-        say(inspection_report(tuned.model, batch, bundle.tokenizer))
+        say(inspection_report(tuned.model, batch, tokenizer))
     metrics = MetricsLog(folder.path / "metrics.jsonl")
     metrics.truncate_after(state.step)
     all_callbacks = [
@@ -331,7 +340,8 @@ def _build(
         save_checkpoint(
             path,
             tuned=tuned,
-            bundle=bundle,
+            tokenizer=tokenizer,
+            base_path=prepared.model_path,
             export_dtype=prepared.export_dtype,
             engine=engine,
             state=at,
@@ -363,7 +373,23 @@ def _build(
     return trainer, close
 
 
-def _tune(bundle: ModelBundle, resolved: Resolved) -> TunedModel:
+def _load_weights(prepared: _Prepared) -> Any:
+    """The base model; a full run that goes on takes the weights of its checkpoint."""
+    config = prepared.resolved.config
+    resumes_full = prepared.checkpoint is not None and config.tuner.tuner_type == "full"
+    folder = prepared.checkpoint if resumes_full and prepared.checkpoint else prepared.model_path
+    model = load_model(
+        folder,
+        dtype=prepared.dtype,
+        device=prepared.device,
+        attention=config.model.attn_impl,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    check_vocabulary(model, prepared.template.tokenizer, folder)
+    return model
+
+
+def _tune(model: Any, resolved: Resolved) -> TunedModel:
     """Attach the tuner, and switch on checkpointing."""
     config = resolved.config
     param_dtype = torch.bfloat16 if config.model.param_dtype == "bfloat16" else torch.float32
@@ -372,11 +398,10 @@ def _tune(bundle: ModelBundle, resolved: Resolved) -> TunedModel:
             raise ConfigError(
                 "training goes on from one LoRA adapter", where="--adapters", fix="name one adapter"
             )
-        tuned = load_adapter(bundle.model, _adapter_folder(config.model.adapters[0]), trainable=True)
+        tuned = load_adapter(model, _adapter_folder(config.model.adapters[0]), trainable=True)
     else:
-        tuned = apply_tuner(bundle.model, config.tuner, seed=config.training.seed, param_dtype=param_dtype)
+        tuned = apply_tuner(model, config.tuner, seed=config.training.seed, param_dtype=param_dtype)
     if config.training.gradient_checkpointing:
-        model: Any = tuned.model
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return tuned
 
