@@ -15,21 +15,14 @@ from swift.config.sections.data import DataSection
 from swift.core.errors import DataError
 from swift.core.format import format_count
 from swift.data.cache import cached_store, content_key
-from swift.data.formats import RowError, Sample, to_sample
-from swift.data.mixing import mix, repeat_rows, row_ids, sample_rows, split_rows
-from swift.data.sources import (
-    DatasetSpec,
-    Row,
-    find_files,
-    location_of,
-    parse_dataset_spec,
-    read_rows,
-    row_numbers,
-)
+from swift.data.formats import RowError, to_sample
+from swift.data.mixing import mix, repeat_rows, row_ids, split_rows
+from swift.data.samples import Selection, bad_rows_error, select
+from swift.data.sources import DatasetSpec, find_files, location_of, parse_dataset_spec, read_rows
 from swift.data.tokenise import Encoder, TemplateLike, tokenise
 from swift.data.tokens import DataReport, TokenDataset, TokenStore
 
-__all__ = ["LoadedData", "bad_rows_error", "describe_rows", "load_data", "read_samples"]
+__all__ = ["LoadedData", "describe_rows", "load_data"]
 
 _PROGRESS_BYTES = 4 << 20
 """From this much data on a progress bar is worth the look."""
@@ -93,65 +86,11 @@ def load_data(resolved: Resolved, template: TemplateLike, max_length: int | None
     return LoadedData(train, validation, rows, notes)
 
 
-def read_samples(
-    texts: Sequence[str], columns: Mapping[str, str], *, on_bad_rows: str = "error", seed: int = 42
-) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """The rows of data sets (``PATH`` or ``PATH#N``) as samples, and (location, reason) of the bad ones.
-
-    Raises DataError for missing files and, unless ``on_bad_rows`` is "skip", for bad rows.
-    """
-    samples: list[Sample] = []
-    bad: list[tuple[str, str]] = []
-    for text in texts:
-        spec = parse_dataset_spec(text)
-        selection = _select(spec, find_files(spec.path), seed)
-        mine: list[Sample] = []
-        for row in selection.rows(columns):
-            try:
-                mine.append(to_sample(row))
-            except RowError as error:
-                bad.append((error.location, error.reason))
-        if spec.num_rows and spec.num_rows > selection.num_rows and mine:
-            mine = [mine[number % len(mine)] for number in range(spec.num_rows)]
-        samples.extend(mine)
-    if bad and on_bad_rows != "skip":
-        raise bad_rows_error(bad, len(samples) + len(bad), texts)
-    return samples, bad
-
-
-@dataclass
-class _Selection:
-    """The rows of a data set that are taken: files with the numbers wanted of each (None: all)."""
-
-    files: list[tuple[Path, set[int] | None]]
-    num_rows: int
-
-    def rows(self, columns: Mapping[str, str]) -> Iterator[Row]:
-        for file, wanted in self.files:
-            yield from read_rows(file, columns, wanted)
-
-
-def _select(spec: DatasetSpec, files: list[Path], seed: int) -> _Selection:
-    numbers = [row_numbers(file) for file in files]
-    total = sum(len(part) for part in numbers)
-    if spec.num_rows is None or spec.num_rows >= total:
-        return _Selection([(file, None) for file in files], total)
-    chosen = sample_rows(total, spec.num_rows, seed, spec.text)
-    taken: list[tuple[Path, set[int] | None]] = []
-    start = 0
-    for file, part in zip(files, numbers, strict=True):
-        inside = chosen[(chosen >= start) & (chosen < start + len(part))] - start
-        if len(inside):
-            taken.append((file, {part[place] for place in inside}))
-        start += len(part)
-    return _Selection(taken, spec.num_rows)
-
-
 def _load_one(
     spec: DatasetSpec, files: list[Path], section: DataSection, encoder: Encoder, seed: int, notes: list[str]
 ) -> tuple[TokenStore, np.ndarray | None]:
     """The tokens of one data set and, when rows are repeated, the sample indices to take (None: all)."""
-    selection = _select(spec, files, seed)
+    selection = select(spec, files, seed)
     repeated = spec.num_rows is not None and spec.num_rows > selection.num_rows
     try:
         key = content_key(
@@ -189,7 +128,7 @@ def _load_one(
 
 
 def _refusal(
-    selection: _Selection, section: DataSection, seen: Sequence[tuple[str, str]], spec: DatasetSpec
+    selection: Selection, section: DataSection, seen: Sequence[tuple[str, str]], spec: DatasetSpec
 ) -> DataError:
     """The error that names all bad rows: those that cannot be read, and those seen that the template refuses."""
     bad: list[tuple[str, str]] = []
@@ -200,22 +139,6 @@ def _refusal(
             bad.append((error.location, error.reason))
     refused = [fault for fault in seen if fault not in bad]
     return bad_rows_error([*bad, *refused], selection.num_rows, [spec.text], at_least=bool(refused))
-
-
-def bad_rows_error(
-    bad: Sequence[tuple[str, str]], total: int, texts: Sequence[str], *, at_least: bool = False
-) -> DataError:
-    """The refusal of bad rows: the first five, how many there are, and what to do."""
-    shown = [f"{location}: {reason}" for location, reason in bad[:5]]
-    if len(bad) > 5:
-        shown.append(f"and {len(bad) - 5} more")
-    files = " ".join(str(parse_dataset_spec(text).path) for text in texts)
-    return DataError(
-        f"{'at least ' if at_least else ''}{len(bad)} of {total} rows cannot be used",
-        where=", ".join(texts),
-        why="\n    ".join(shown),
-        fix=f"swift data check {files}   (or go on without them: --on_bad_rows skip)",
-    )
 
 
 def _with_progress(parts: Iterable[TokenStore], num_rows: int, name: str) -> Iterator[TokenStore]:

@@ -112,9 +112,14 @@ def _missing(path: Path) -> DataError:
     parent = path.parent
     if not parent.is_dir():
         return DataError("no such file or folder", where=str(path), why=f"there is no folder {parent}")
-    names = [entry.name for entry in parent.iterdir() if entry.suffix.lower() in _READERS or entry.is_dir()]
-    near = closest(path.name, names)
-    fix = f"did you mean {parent / near}?" if near else "give the path of a file or folder on this machine"
+    # By the name without its ending: all names alike in ".jsonl" are not alike.
+    entries = [
+        entry for entry in sorted(parent.iterdir()) if entry.suffix.lower() in _READERS or entry.is_dir()
+    ]
+    by_stem = {entry.stem: entry for entry in entries}
+    stem = closest(path.stem, by_stem)
+    near = by_stem[stem] if stem else None
+    fix = f"did you mean {near}?" if near else "give the path of a file or folder on this machine"
     return DataError("no such file or folder", where=str(path), fix=fix)
 
 

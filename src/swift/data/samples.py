@@ -1,0 +1,86 @@
+"""Rows of data sets chosen and read as samples, without tokens (and without torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swift.core.errors import DataError
+from swift.data.formats import RowError, Sample, to_sample
+from swift.data.mixing import sample_rows
+from swift.data.sources import DatasetSpec, Row, find_files, parse_dataset_spec, read_rows, row_numbers
+
+__all__ = ["Selection", "bad_rows_error", "read_samples", "select"]
+
+
+@dataclass
+class Selection:
+    """The rows of a data set that are taken: files with the numbers wanted of each (None: all)."""
+
+    files: list[tuple[Path, set[int] | None]]
+    num_rows: int
+
+    def rows(self, columns: Mapping[str, str]) -> Iterator[Row]:
+        """The rows, in order; bad ones have ``error`` set."""
+        for file, wanted in self.files:
+            yield from read_rows(file, columns, wanted)
+
+
+def select(spec: DatasetSpec, files: list[Path], seed: int) -> Selection:
+    """The rows of ``files`` that ``spec`` asks for: all, or N without replacement (all, when there are no more)."""
+    numbers = [row_numbers(file) for file in files]
+    total = sum(len(part) for part in numbers)
+    if spec.num_rows is None or spec.num_rows >= total:
+        return Selection([(file, None) for file in files], total)
+    chosen = sample_rows(total, spec.num_rows, seed, spec.text)
+    taken: list[tuple[Path, set[int] | None]] = []
+    start = 0
+    for file, part in zip(files, numbers, strict=True):
+        inside = chosen[(chosen >= start) & (chosen < start + len(part))] - start
+        if len(inside):
+            taken.append((file, {part[place] for place in inside}))
+        start += len(part)
+    return Selection(taken, spec.num_rows)
+
+
+def read_samples(
+    texts: Sequence[str], columns: Mapping[str, str], *, on_bad_rows: str = "error", seed: int = 42
+) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """The rows of data sets (``PATH`` or ``PATH#N``) as samples, and (location, reason) of the bad ones.
+
+    Raises DataError for missing files and, unless ``on_bad_rows`` is "skip", for bad rows.
+    """
+    samples: list[Sample] = []
+    bad: list[tuple[str, str]] = []
+    for text in texts:
+        spec = parse_dataset_spec(text)
+        selection = select(spec, find_files(spec.path), seed)
+        mine: list[Sample] = []
+        for row in selection.rows(columns):
+            try:
+                mine.append(to_sample(row))
+            except RowError as error:
+                bad.append((error.location, error.reason))
+        if spec.num_rows and spec.num_rows > selection.num_rows and mine:
+            mine = [mine[number % len(mine)] for number in range(spec.num_rows)]
+        samples.extend(mine)
+    if bad and on_bad_rows != "skip":
+        raise bad_rows_error(bad, len(samples) + len(bad), texts)
+    return samples, bad
+
+
+def bad_rows_error(
+    bad: Sequence[tuple[str, str]], total: int, texts: Sequence[str], *, at_least: bool = False
+) -> DataError:
+    """The refusal of bad rows: the first five, how many there are, and what to do."""
+    shown = [f"{location}: {reason}" for location, reason in bad[:5]]
+    if len(bad) > 5:
+        shown.append(f"and {len(bad) - 5} more")
+    files = " ".join(str(parse_dataset_spec(text).path) for text in texts)
+    return DataError(
+        f"{'at least ' if at_least else ''}{len(bad)} of {total} rows cannot be used",
+        where=", ".join(texts),
+        why="\n    ".join(shown),
+        fix=f"swift data check {files}   (or go on without them: --on_bad_rows skip)",
+    )
