@@ -1,7 +1,7 @@
 """What a run writes down about itself: configuration, provenance, environment, summary.
 
-Secrets stay out: environment variables come from a list of harmless names, and whatever looks like a secret (an
-option or a variable called token, key, password...) is replaced by ``***`` wherever it would be recorded.
+Secrets stay out: environment variables come from a list of harmless names, and whatever looks like a secret
+(an option or a variable called token, key, password...) is replaced by ``***`` wherever it would be recorded.
 """
 
 from __future__ import annotations

@@ -1,0 +1,178 @@
+"""What a run says on the terminal: a card before (the plan) and one after (results, next commands).
+
+Both are plain lines of label and text. On a terminal rich draws a frame and colours; in a pipe or a log file
+the same lines come without either.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from swift.core.format import format_bytes, format_count, format_duration
+
+__all__ = ["end_card_lines", "plan_card_lines", "print_card", "print_end_card", "print_plan_card"]
+
+Lines = list[tuple[str, str]]
+
+
+def print_plan_card(plan: Mapping[str, Any], file: IO[str] | None = None) -> None:
+    """Print the card of a plan, given as ``Plan.to_dict()``."""
+    print_card(f"swift {plan['command']}", plan_card_lines(plan), file)
+
+
+def print_end_card(folder: Path, summary: Mapping[str, Any], file: IO[str] | None = None) -> None:
+    """Print the card of a run that has ended, given the contents of its summary.json."""
+    stopped = summary.get("stop_reason")
+    print_card(f"stopped early: {stopped}" if stopped else "done", end_card_lines(folder, summary), file)
+
+
+def print_card(title: str, lines: Lines, file: IO[str] | None = None) -> None:
+    """Print labelled lines; a frame and colours only where ``file`` (default stdout) is a terminal."""
+    file = file or sys.stdout
+    width = max((len(label) for label, _ in lines), default=0)
+    if not file.isatty():
+        print(f"-- {title}", file=file)
+        for label, text in lines:
+            print(f"   {label:<{width}}  {text}", file=file)
+        file.flush()
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in lines:
+        table.add_row(label, Text(text, style="yellow" if label == "warning" else ""))
+    console = Console(file=file, highlight=False)
+    console.print(
+        Panel(table, title=Text(title, style="bold"), title_align="left", box=box.ROUNDED, expand=False)
+    )
+
+
+def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
+    """Label and text of what is about to happen, about ten lines."""
+    model, data, steps, memory = plan["model"], plan["data"], plan["steps"], plan["memory"]
+    lines: Lines = []
+    if model:
+        trainable = model.get("trainable_parameters")
+        share = f", {format_count(trainable)} trained" if trainable else ""
+        lines.append(
+            (
+                "model",
+                f"{model['path']}  ({model['architecture']}, {format_count(model['parameters'])}"
+                f" parameters{share}, {model['dtype']})",
+            )
+        )
+    if data:
+        lines += _data_lines(data)
+    if steps:
+        lines += _step_lines(steps)
+    if memory:
+        lines.append(("memory", _memory_text(memory, plan["fits"])))
+        disk = memory.get("disk")
+        if disk:
+            lines.append(
+                (
+                    "disk",
+                    f"{format_bytes(disk['checkpoint_bytes'])} a checkpoint, at most {disk['checkpoints']}"
+                    f" of them: {format_bytes(disk['total_bytes'])}"
+                    f" ({format_bytes(disk['free_bytes'])} free)",
+                )
+            )
+    parallel = plan["parallel"]
+    if parallel and parallel["devices_needed"] > 1:
+        lines.append(("parallel", f"{parallel['devices_needed']} devices: {parallel['layout']}"))
+    checkpoint = plan["config"].get("checkpoint", {})
+    if "output_dir" in checkpoint:
+        name = checkpoint.get("run_name") or "vN-DATE-TIME"
+        lines.append(("folder", f"{checkpoint['output_dir']}/{name}"))
+    return lines + [("warning", warning) for warning in plan["warnings"]]
+
+
+def _data_lines(data: Mapping[str, Any]) -> Lines:
+    text = f"{data['rows']:,} rows"
+    if data.get("tokens"):
+        how = "counted" if data["tokens_exact"] else f"estimated from {data['sampled_rows']:,} rows"
+        text += f", {format_count(data['tokens'])} tokens ({how})"
+    if data.get("validation_rows"):
+        text += f"; validation {data['validation_rows']:,} rows"
+    return [("data", text)]
+
+
+def _step_lines(steps: Mapping[str, Any]) -> Lines:
+    about = "" if steps["exact"] else "about "
+    batch = f"{steps['batch_size']} x {steps['accumulation']} {steps['unit']} a step, {steps['layout']}"
+    rate = f"learning rate {steps['learning_rate']:g} ({steps['schedule']}, {steps['warmup_steps']} warm-up steps)"
+    return [
+        ("batch", f"{batch}, up to {steps['max_length']} tokens each"),
+        (
+            "steps",
+            f"{about}{steps['total']:,} ({steps['epochs']:g} epochs of {steps['steps_per_epoch']:,}); {rate}",
+        ),
+    ]
+
+
+def _memory_text(memory: Mapping[str, Any], fits: bool | None) -> str:
+    parts = sorted(memory["parts"].items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} {format_bytes(value)}" for name, value in parts if value)
+    device = memory.get("device_bytes")
+    verdict = {True: "fits", False: "does NOT fit", None: "not compared with a device"}[fits]
+    room = f" of {format_bytes(device)}" if device else ""
+    return f"about {format_bytes(memory['total'])}{room}, {verdict}: {shown}"
+
+
+def end_card_lines(folder: Path, summary: Mapping[str, Any]) -> Lines:
+    """Label and text of what came out, and the commands one would type next."""
+    lines: Lines = []
+    loss = [f"{summary[key]:.4f}" for key in ("first_loss", "last_loss") if summary.get(key) is not None]
+    if loss:
+        lines.append(("loss", " -> ".join(loss)))
+    evaluation = summary.get("evaluation") or {}
+    if evaluation:
+        numbers = ", ".join(
+            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4g}"
+            for name, value in evaluation.items()
+            if isinstance(value, (int, float)) and not name.endswith(("seconds", "per_second", "samples"))
+        )
+        best = summary.get("best_step")
+        lines.append(("evaluation", numbers + (f"; best at step {best}" if best else "")))
+    lines.append(("work", _work_text(summary)))
+    if summary.get("peak_memory_gib") is not None:
+        lines.append(("peak memory", f"{summary['peak_memory_gib']:.2f} GiB"))
+    lines.append(("folder", str(folder)))
+    names = [summary.get("last_checkpoint"), summary.get("best_checkpoint")]
+    kept = [f"{kind} = {name}" for kind, name in zip(("last", "best"), names, strict=True) if name]
+    if kept:
+        lines.append(("checkpoints", ", ".join(kept)))
+    return lines + _next_commands(folder, summary)
+
+
+def _work_text(summary: Mapping[str, Any]) -> str:
+    text = f"{summary['steps']:,} steps, {format_count(summary['num_tokens'])} tokens"
+    if summary.get("train_seconds"):
+        text += f" in {format_duration(summary['train_seconds'])}"
+    if summary.get("tokens_per_second"):
+        text += f" ({summary['tokens_per_second']:,.0f} tokens/s)"
+    return text
+
+
+def _next_commands(folder: Path, summary: Mapping[str, Any]) -> Lines:
+    kind = "best" if summary.get("best_checkpoint") else "last"
+    name = summary.get(f"{kind}_checkpoint")
+    if not name:
+        return []
+    checkpoint = folder / kind
+    if (folder / name / "adapter_config.json").is_file():
+        commands = [f"swift infer --adapters {checkpoint}", f"swift merge-lora --adapters {checkpoint}"]
+    else:
+        commands = [f"swift infer --model {checkpoint}"]
+    if summary.get("stop_reason"):
+        commands.append(f"swift resume {folder}")
+    return [("next" if place == 0 else "", command) for place, command in enumerate(commands)]
