@@ -338,8 +338,7 @@ def _mlp_by_config(config: dict[str, Any], sizes: dict[str, int]) -> tuple[int, 
     sparse = _num_sparse_layers(config, layers)
     shared = 3 * hidden * _shared_size(config)
     mlp = sparse * shared + (layers - sparse) * 3 * hidden * inner + _routed_parameters(config, sizes)
-    correction = experts if config.get("topk_method", "noaux_tc") == "noaux_tc" and "n_group" in config else 0
-    return mlp, sparse * (experts * hidden + correction)
+    return mlp, sparse * experts * hidden
 
 
 def _num_sparse_layers(config: dict[str, Any], layers: int) -> int:
@@ -377,6 +376,8 @@ def _tensors(weights: list[Path]) -> dict[str, tuple[int, ...]]:
 def _count_tensors(tensors: dict[str, tuple[int, ...]], tied: bool) -> dict[str, int]:
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norm", "head", "other"), 0)
     for name, shape in tensors.items():
+        if name.endswith("correction_bias"):
+            continue  # A buffer of DeepSeek's router, no parameter.
         part = _part_of(name)
         if part == "head" and tied:
             continue

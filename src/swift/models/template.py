@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, DataError, ModelError
@@ -30,8 +30,14 @@ _BUILT_IN = Path(__file__).parent / "chat_templates"
 _VERSION = 1
 """Raised when the same input gives other tokens or labels than before, so that caches notice."""
 
-Span = tuple[int, int, float]
-"""First character, end, weight."""
+
+class Span(NamedTuple):
+    """Characters ``start`` to ``end`` are learned with ``weight``; a part refines the span before it."""
+
+    start: int
+    end: int
+    weight: float
+    is_part: bool = False
 
 
 @dataclass
@@ -156,17 +162,17 @@ class Template:
             text, turns = _concatenate(conversation)
             open_end = self.pretraining or (bool(turns) and turns[-1].end == len(text))
         elif strategy == "all" and not explicit and not conversation.part_weights:
-            return self.chat.render(conversation.messages, tools), [(0, _INFINITE, 1.0)], False
+            return self.chat.render(conversation.messages, tools), [Span(0, _INFINITE, 1.0)], False
         else:
             text, turns = self._turns(conversation, tools)
             last = conversation.messages[-1]["role"] == "assistant"
             open_end = last and bool(turns) and turns[-1].end == len(text) and not text.endswith(self._ends)
-        spans: list[Span] = [(0, _INFINITE, 1.0)] if strategy == "all" else []
+        spans: list[Span] = [Span(0, _INFINITE, 1.0)] if strategy == "all" else []
         for turn in turns:
             weight = conversation.weights[turn.index]
             if weight is None:
                 weight = 1.0 if strategy != "last_round" or turn.index > conversation.last_question else 0.0
-            spans.append((turn.start, turn.end, weight))
+            spans.append(Span(turn.start, turn.end, weight))
             if turn.index in conversation.part_weights and weight > 0:
                 spans += self._part_spans(conversation, turn, text)
         return text, spans, open_end
@@ -212,9 +218,9 @@ class Template:
         spans: list[Span] = []
         start = place - whole.find(kept)
         for part, weight in parts:
-            spans.append((max(start, turn.start), min(start + len(part), turn.end), weight))
+            spans.append(Span(max(start, turn.start), min(start + len(part), turn.end), weight, True))
             start += len(part)
-        spans.append((min(start, turn.end), turn.end, parts[-1][1]))
+        spans.append(Span(min(start, turn.end), turn.end, parts[-1][1], True))
         return spans
 
     # -- tokens -------------------------------------------------------------------------------------------
@@ -237,15 +243,22 @@ class Template:
         if len(ids) > 1 and offsets[-1] == (0, 0) and ids[-1] == self.tokenizer.eos_token_id:
             # The tokenizer closes every text itself; whether this one ends here is decided below.
             ids.pop(), starts.pop()
+        # Only parts need where tokens end; they are few.
+        stops = [end for _, end in offsets[: len(ids)]] if any(span.is_part for span in spans) else []
         weights = [0.0] * len(ids)
-        for start, end, weight in spans:
-            first, last = bisect_left(starts, start), bisect_left(starts, end)
-            weights[first:last] = [weight] * (last - first)
+        outer = (0, len(ids))
+        for span in spans:
+            if span.is_part:
+                first = max(outer[0], bisect_right(stops, span.start))
+                last = max(first, min(outer[1], bisect_right(stops, span.end)))
+            else:
+                outer = first, last = bisect_left(starts, span.start), bisect_left(starts, span.end)
+            weights[first:last] = [span.weight] * (last - first)
         if open_end and ids[-1:] != [self.tokenizer.eos_token_id] and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
-            weights.append(spans[-1][2] if spans else 0.0)
+            weights.append(spans[-1].weight if spans else 0.0)
         labels = [token if weight > 0 else -100 for token, weight in zip(ids, weights, strict=True)]
-        uniform = all(weight in (0.0, 1.0) for weight in {weight for _, _, weight in spans})
+        uniform = all(weight in (0.0, 1.0) for weight in {span.weight for span in spans})
         return Encoded(ids, labels, None if uniform else weights)
 
     def _begins_with_bos(self, text: str) -> bool:
