@@ -36,10 +36,12 @@ def draw_curves(folder: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     # Not pyplot: it would keep global state and look for a display.
-    figure = Figure(figsize=(WIDTH_PIXELS / DPI, HEIGHT_PIXELS / DPI), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH_PIXELS / DPI, HEIGHT_PIXELS / DPI), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(_title(folder, rows), fontsize=11, x=0.01, ha="left", color="#444444")
     loss, accuracy, rate, norm, speed, last = figure.subplots(2, 3).flat
+    # Fixed margins: matplotlib's layout engines draw everything twice to find them.
+    figure.subplots_adjust(left=0.045, right=0.985, top=0.905, bottom=0.065, wspace=0.2, hspace=0.26)
     _panel(loss, "loss", series(rows, "loss"), series(rows, "eval_loss"), smoothed=True)
     _panel(accuracy, "token accuracy", series(rows, "token_accuracy"), series(rows, "eval_token_accuracy"))
     _panel(rate, "learning rate", series(rows, "learning_rate"))
@@ -116,12 +118,13 @@ def _panel(
             steps, values, color=_RAW if with_average else _MAIN, linewidth=1.2, marker=marker, markersize=3
         )
     if with_average:
-        axes.plot(steps, smooth(values), color=_MAIN, linewidth=1.6, label="smoothed")
+        axes.plot(steps, smooth(values, 1 - 2 / (len(values) / 20 + 4)), color=_MAIN, linewidth=1.6, label="smoothed")
         _leave_out_spikes(axes, values)
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), color=_SECOND, linewidth=1.4, marker="o", markersize=4)
         axes.plot([], [], color=_SECOND, marker="o", markersize=4, label="evaluation")
         axes.legend(fontsize=8, frameon=False)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 6), useOffset=False)
     axes.set_xlabel("step", fontsize=8, color="#555555")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
