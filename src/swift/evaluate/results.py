@@ -1,0 +1,85 @@
+"""The result file of batch inference: one JSON line per answered row, safe against being cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from swift.core.errors import ConfigError, SwiftError
+
+__all__ = ["ResultFile", "row_key"]
+
+
+def row_key(*parts: Any) -> str:
+    """Short hash of everything an answer depends on."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class ResultFile:
+    """Appends results, one JSON object with ``index`` and ``key`` per line, each batch forced to disk.
+
+    An existing file is gone on with: a last line cut in the middle is removed, rows already there are not answered
+    again. A file that belongs to other rows or other options is refused, never overwritten.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.results: dict[int, dict[str, Any]] = {}
+        self._file: TextIO | None = None
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        content = self.path.read_bytes()
+        end = 0
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                break  # the writer was killed in the middle of this line
+            try:
+                result = json.loads(line)
+                self.results[result["index"]] = result
+                result["key"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise SwiftError(
+                    "this is not a result of swift infer",
+                    where=f"{self.path}:{number}",
+                    why=str(error),
+                    fix="--result_path NEW_FILE",
+                ) from None
+            end += len(line)
+        if end < len(content):
+            os.truncate(self.path, end)
+
+    def check(self, keys: Mapping[int, str]) -> None:
+        """Raise ConfigError when a stored result has another key than the row at its index."""
+        for index, result in self.results.items():
+            if keys.get(index) != result["key"]:
+                raise ConfigError(
+                    f"row {index} in this file was answered for other data, another model or other options",
+                    where=str(self.path),
+                    fix="--result_path NEW_FILE",
+                )
+
+    def append(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Write results and force them to disk."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        for result in results:
+            self._file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            self.results[result["index"]] = dict(result)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,163 @@
+"""What a run folder knows about its model, and what the command line says instead.
+
+``--adapters RUN`` and ``--model RUN`` are enough to use what a run has trained: base model, template and system
+prompt come from the run's ``config.yaml``. Options set on the command line win.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from swift.config.bind import load_run_config
+from swift.config.schema import Resolved
+from swift.config.sections.template import TemplateSection
+from swift.core.errors import ConfigError, ModelError
+from swift.models.facts import resolve_model_path
+from swift.models.load import ModelBundle, load_bundle
+from swift.runs.folder import RunFolder
+from swift.tuners.peft_format import CONFIG_FILE, adapter_folder, is_adapter_folder, load_adapter
+
+__all__ = ["InferenceContext", "find_context", "load_context"]
+
+
+@dataclass
+class InferenceContext:
+    """Which model is used, and how.
+
+    Attributes:
+        model: folder of the (base) model.
+        adapter: folder of the adapter on top of it, or None.
+        template: template options: the run's, with those of the command line on top.
+        pretraining: True when the run was ``pt``: plain text unless ``use_chat_template`` says otherwise.
+        run: the run folder that all this comes from, or None.
+    """
+
+    model: Path
+    adapter: Path | None
+    template: TemplateSection
+    pretraining: bool
+    run: Path | None
+
+    @property
+    def home(self) -> Path:
+        """Where results belong: the run folder, or the folder of the adapter or model."""
+        return self.run or self.adapter or self.model
+
+
+def find_context(resolved: Resolved) -> InferenceContext:
+    """Work out model, adapter and template from ``--model`` and ``--adapters``, each a folder, run or checkpoint.
+
+    Raises:
+        ModelError: a folder does not exist, is not a model or adapter, or the base model cannot be found.
+        ConfigError: several adapters were named.
+    """
+    section = resolved.config.model
+    if len(section.adapters) > 1:
+        raise ConfigError(
+            "one adapter at a time", where="--adapters", fix=f"--adapters {section.adapters[0]}"
+        )
+    adapter = adapter_folder(section.adapters[0]) if section.adapters else None
+    model: Path | None = None
+    if section.model is not None:
+        model = _model_folder(section.model)
+        if is_adapter_folder(model):  # a LoRA run, or one of its checkpoints, given as the model
+            if adapter is not None:
+                raise ConfigError(
+                    "this is an adapter, not a model",
+                    where="--model",
+                    fix="name the base model, or leave --model out: the adapter's run knows it",
+                )
+            model, adapter = None, model
+    source = adapter or model
+    if source is None:
+        raise ConfigError(
+            "neither a model nor an adapter is given", where="--model", fix="--adapters RUN/last"
+        )
+    recorded, run = _run_config(source)
+    if model is None:
+        assert adapter is not None
+        model = _base_model(adapter, recorded)
+    return InferenceContext(
+        model=model,
+        adapter=adapter,
+        template=_template(resolved, recorded),
+        pretraining=recorded is not None and recorded.command == "pt",
+        run=run,
+    )
+
+
+def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
+    """Load model, tokenizer and template, and put the adapter on."""
+    from swift.core.devices import pick_device, pick_dtype
+
+    section = resolved.config.model
+    device = pick_device(section.device)
+    bundle = load_bundle(
+        context.model,
+        context.template,
+        dtype=pick_dtype(section.torch_dtype, device),
+        device=device,
+        attention=section.attn_impl,
+        pretraining=context.pretraining,
+        trust_remote_code=section.trust_remote_code,
+    )
+    if context.adapter is not None:
+        load_adapter(bundle.model, context.adapter)
+        bundle.model.eval()
+    return bundle
+
+
+def _model_folder(name: str) -> Path:
+    """A model folder; for a run folder its last checkpoint (which may hold an adapter)."""
+    folder = resolve_model_path(name)
+    if (folder / "config.json").is_file() or is_adapter_folder(folder):
+        return folder
+    run = RunFolder(folder)
+    checkpoint = run.marked("last") or run.latest_checkpoint()
+    if checkpoint is not None:
+        return checkpoint
+    raise ModelError(
+        "neither a model nor a run with a checkpoint",
+        where=name,
+        why="there is no config.json, no adapter_config.json and no checkpoint-N",
+        fix="name a model folder, a run folder or one of its checkpoints",
+    )
+
+
+def _run_config(source: Path) -> tuple[Resolved | None, Path | None]:
+    """Configuration and folder of the run that wrote ``source``; (None, None) for a folder that is no checkpoint."""
+    real = source.resolve()
+    for folder in (real, real.parent):
+        if (folder / "config.yaml").is_file():
+            run = real.parent if (real.parent / "config.yaml").is_file() else None
+            return load_run_config(folder), run
+    return None, None
+
+
+def _base_model(adapter: Path, recorded: Resolved | None) -> Path:
+    config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    names = [recorded.config.model.model if recorded else None, config.get("base_model_name_or_path")]
+    named = [name for name in dict.fromkeys(names) if name]
+    for name in named:
+        if (Path(name).expanduser() / "config.json").is_file():
+            return Path(name).expanduser()
+    raise ModelError(
+        "the adapter's base model is not found",
+        where=str(adapter),
+        why=f"it was trained on {' or '.join(named)}, which is no folder here"
+        if named
+        else "it does not say",
+        fix="--model DIR names it",
+    )
+
+
+def _template(resolved: Resolved, recorded: Resolved | None) -> TemplateSection:
+    section = resolved.config.template.model_copy()
+    if recorded is None:
+        return section
+    for name in TemplateSection.model_fields:
+        if not resolved.is_explicit(name):
+            setattr(section, name, getattr(recorded.config.template, name))
+    return section

@@ -1,0 +1,173 @@
+"""Merge an adapter into its base weights, store the result as a plain model folder, and check it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swift.core.errors import ModelError
+from swift.core.files import atomic_directory
+from swift.tuners.apply import DEFAULT_ADAPTER, tuned_model
+from swift.tuners.lora import LoraLinear, lora_layers
+from swift.tuners.saved_module import saved_modules
+
+__all__ = ["MergeDifference", "compare_logits", "merge_adapter", "merge_to_folder", "probe_tokens"]
+
+# Largest mean difference accepted, in standard deviations of the logits. Merging rounds each weight once: relative
+# 2^-24 in float32, 2^-11 in float16, 2^-8 in bfloat16, and the errors of L layers add up like sqrt(L). The limits
+# leave a factor of about ten above what deep models show; a forgotten or doubled adapter, or another base, is
+# above them by orders of magnitude.
+_LIMITS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class MergeDifference:
+    """Logits of the merged model against those of base and adapter, on the same tokens.
+
+    Attributes:
+        max: largest absolute difference.
+        mean: mean absolute difference.
+        spread: standard deviation of the adapter's logits, the scale to read the others by.
+        same_choice: share of positions at which both find the same token likeliest.
+        limit: largest accepted ``mean / spread`` in the model's precision.
+    """
+
+    max: float
+    mean: float
+    spread: float
+    same_choice: float
+    limit: float
+
+    @property
+    def relative(self) -> float:
+        return self.mean / self.spread if self.spread > 0 else self.mean
+
+    @property
+    def is_accepted(self) -> bool:
+        """False also when a number is not finite."""
+        return self.relative <= self.limit
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by {self.max:.1e} at most, {self.mean:.1e} on average "
+            f"({self.relative:.1e} of their spread; limit {self.limit:.0e}); "
+            f"same likeliest token at {self.same_choice:.1%} of positions"
+        )
+
+
+def probe_tokens(vocab_size: int, *, rows: int = 2, width: int = 64, seed: int = 0) -> Tensor:
+    """Random token ids ``[rows, width]``, always the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (rows, width), generator=generator)
+
+
+def compare_logits(merged: Tensor, adapter: Tensor, dtype: torch.dtype) -> MergeDifference:
+    """The difference between two logits ``[rows, width, vocabulary]`` computed by models in ``dtype``."""
+    merged, adapter = merged.float(), adapter.float()
+    difference = (merged - adapter).abs()
+    return MergeDifference(
+        max=difference.max().item(),
+        mean=difference.mean().item(),
+        spread=adapter.std().item(),
+        same_choice=(merged.argmax(-1) == adapter.argmax(-1)).float().mean().item(),
+        limit=_LIMITS.get(dtype, 1e-3),
+    )
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, name: str = DEFAULT_ADAPTER) -> None:
+    """Add adapter ``name`` to the base weights, in place, and take every wrapper off.
+
+    The sum is computed in float32 and rounded once to the precision of the weight. Other adapters are lost.
+
+    Raises:
+        ModelError: there is no such adapter, or it sits on a weight that another module shares (a tied output head).
+    """
+    if name not in tuned_model(model).adapter_names:
+        raise ModelError(f"the model has no adapter {name!r} to merge")
+    for key, layer in lora_layers(model).items():
+        if name in layer.specs:
+            _refuse_shared(model, key, layer)
+    for key, layer in lora_layers(model).items():
+        if name in layer.specs:
+            delta = layer.delta(name)
+            layer.weight.copy_(layer.weight.to(delta.dtype) + delta)
+        model.set_submodule(key, layer.base)
+    for key, module in saved_modules(model).items():
+        if name in module.copies:
+            current = module.base.state_dict()
+            for inner, value in module.copies[name].state_dict().items():
+                current[inner].copy_(value)
+        model.set_submodule(key, module.base)
+
+
+def _refuse_shared(model: nn.Module, key: str, layer: LoraLinear) -> None:
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is layer.weight and other != f"{key}.base.weight":
+            raise ModelError(
+                f"the adapter on {key} cannot be merged: its weight is also that of {other.rpartition('.')[0]}",
+                fix="use the adapter unmerged, or train without an adapter on that module",
+            )
+
+
+def merge_to_folder(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    name: str = DEFAULT_ADAPTER,
+    probe: Tensor | None = None,
+) -> MergeDifference:
+    """Merge, write a plain transformers folder, read it back, and compare its logits with the adapter's.
+
+    What is checked is what was written. The folder appears only when the check is passed.
+
+    Args:
+        model: a transformers model with the adapter; merged in place.
+        tokenizer: stored beside it.
+        folder: the new folder.
+        probe: token ids ``[rows, width]`` for the comparison; default: random ones.
+
+    Raises:
+        ModelError: the adapter cannot be merged, or the logits differ by more than rounding explains.
+    """
+    model.eval()
+    if probe is None:
+        probe = probe_tokens(model.config.get_text_config().vocab_size)
+    probe = probe.to(model.device)
+    with torch.no_grad(), _switch(model).use(name):
+        expected = model(input_ids=probe, use_cache=False).logits
+    merge_adapter(model, name)
+    model.config.use_cache = True  # switched off for training; stored, it would slow down every user
+    with atomic_directory(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        stored = type(model).from_pretrained(
+            aside,
+            dtype=model.dtype,
+            local_files_only=True,
+            attn_implementation=model.config._attn_implementation,
+        )
+        stored = stored.to(model.device).eval()
+        with torch.no_grad():
+            found = stored(input_ids=probe, use_cache=False).logits
+        difference = compare_logits(found, expected, model.dtype)
+        if not difference.is_accepted:
+            raise ModelError(
+                "the merged model does not compute what the adapter computes",
+                where=str(folder),
+                why=str(difference),
+                fix="merge in higher precision: --torch_dtype float32",
+            )
+    return difference
+
+
+def _switch(model: nn.Module) -> Any:
+    switch = tuned_model(model).switch
+    if switch is None:
+        raise ModelError("the model has no adapter to merge")
+    return switch
