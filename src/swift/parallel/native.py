@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class NativeEngine:
         self.dtype = dtype
         self.chunk_size = chunk_size
         self._split = split_head(model)
-        self._forward = self._split[0] if self._split else model
+        self._forward: Callable[..., Any] = self._split[0] if self._split else model
         # Other attention functions tell documents apart by position ids alone.
         self._takes_lengths = model.config._attn_implementation == VARLEN  # type: ignore[union-attr]
         if compile_model:
@@ -162,8 +162,9 @@ class NativeEngine:
             if self._split:
                 hidden = outputs.last_hidden_state[learned]
                 head = self._split[1]
-                if isinstance(head, (nn.Linear, SavedModule)) and head.bias is None:
-                    result = linear_logprobs(hidden, head.weight, targets, chunk_size=self.chunk_size)
+                weight = _output_matrix(head)
+                if weight is not None:
+                    result = linear_logprobs(hidden, weight, targets, chunk_size=self.chunk_size)
                 else:
                     result = module_logprobs(hidden, head, targets, chunk_size=self.chunk_size)
             else:
@@ -176,6 +177,13 @@ class NativeEngine:
     def _precision(self) -> Iterator[None]:
         with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
             yield
+
+
+def _output_matrix(head: nn.Module) -> Tensor | None:
+    """The matrix of a head that is nothing but a matrix product."""
+    if isinstance(head, (nn.Linear, SavedModule)) and head.bias is None:
+        return head.weight
+    return None
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Iterable
 
-from swift.data.batching import BatchSchedule, Mode
+from swift.data.batching import BatchSchedule
+from swift.data.collate import Batch
 from swift.data.loader import BatchLoader
 from swift.data.tokens import TokenDataset
 from swift.objectives.base import Objective
@@ -21,7 +22,6 @@ class LossEvaluator:
     Args:
         dataset: validation samples.
         batch_size: samples per batch (padded, grouped by length: every sample exactly once).
-        mode, max_length: layout of the rows; ``padded`` needs no isolation and is the default.
     """
 
     def __init__(
@@ -30,20 +30,17 @@ class LossEvaluator:
         *,
         batch_size: int,
         pad_token_id: int,
-        mode: Mode = "padded",
-        max_length: int | None = None,
     ) -> None:
         schedule = BatchSchedule(
             dataset.lengths,
             batch_size=batch_size,
-            mode=mode,
-            max_length=max_length,
+            mode="padded",
             group_by_length=True,
             shuffle=False,
             seed=0,
         )
         self.num_batches = schedule.num_micro_batches
-        self._loader = BatchLoader(dataset, schedule, mode, 0, pad_token_id=pad_token_id)
+        self._loader = BatchLoader(dataset, schedule, pad_token_id=pad_token_id)
 
     def run(self, engine: Engine, objective: Objective) -> dict[str, float]:
         """Keys: eval_loss (mean per target weight), eval_token_accuracy, eval_perplexity, eval_seconds."""
@@ -63,5 +60,5 @@ class LossEvaluator:
             "eval_seconds": time.perf_counter() - started,
         }
 
-    def _batches(self) -> Iterable[list]:
+    def _batches(self) -> Iterable[list[Batch]]:
         return self._loader.steps(0, 1)

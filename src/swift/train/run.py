@@ -300,7 +300,7 @@ def _build(
     """Model, engine and trainer, ready for the next step; and what must be closed in the end."""
     resolved, config, device = prepared.resolved, prepared.resolved.config, prepared.device
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
-    tuned = _tune(_load_weights(prepared), resolved)
+    tuned = _tune(_load_weights(prepared), resolved, prepared.dtype)
     engine = _engine(prepared, tuned)
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
@@ -378,9 +378,11 @@ def _load_weights(prepared: _Prepared) -> Any:
     config = prepared.resolved.config
     resumes_full = prepared.checkpoint is not None and config.tuner.tuner_type == "full"
     folder = prepared.checkpoint if resumes_full and prepared.checkpoint else prepared.model_path
+    # Full training starts from the exact weights: through the computing precision they would be rounded once.
+    dtype = _param_dtype(prepared.resolved) if config.tuner.tuner_type == "full" else prepared.dtype
     model = load_model(
         folder,
-        dtype=prepared.dtype,
+        dtype=dtype,
         device=prepared.device,
         attention=config.model.attn_impl,
         trust_remote_code=config.model.trust_remote_code,
@@ -389,10 +391,14 @@ def _load_weights(prepared: _Prepared) -> Any:
     return model
 
 
-def _tune(model: Any, resolved: Resolved) -> TunedModel:
-    """Attach the tuner, and switch on checkpointing."""
+def _param_dtype(resolved: Resolved) -> torch.dtype:
+    """Storage precision of trained weights."""
+    return torch.bfloat16 if resolved.config.model.param_dtype == "bfloat16" else torch.float32
+
+
+def _tune(model: Any, resolved: Resolved, dtype: torch.dtype) -> TunedModel:
+    """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing."""
     config = resolved.config
-    param_dtype = torch.bfloat16 if config.model.param_dtype == "bfloat16" else torch.float32
     if config.model.adapters:
         if len(config.model.adapters) > 1 or config.tuner.tuner_type != "lora":
             raise ConfigError(
@@ -400,7 +406,12 @@ def _tune(model: Any, resolved: Resolved) -> TunedModel:
             )
         tuned = load_adapter(model, _adapter_folder(config.model.adapters[0]), trainable=True)
     else:
-        tuned = apply_tuner(model, config.tuner, seed=config.training.seed, param_dtype=param_dtype)
+        tuned = apply_tuner(
+            model, config.tuner, seed=config.training.seed, param_dtype=_param_dtype(resolved)
+        )
+        for parameter in model.parameters():
+            if not parameter.requires_grad and tuned.kind == "full":
+                parameter.data = parameter.data.to(dtype)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return tuned

@@ -1,0 +1,112 @@
+"""A run that was cut and resumed equals the uninterrupted one to the last bit."""
+
+import pytest
+import torch
+
+from swift.core.errors import SwiftError
+from swift.runs.metrics import read_metrics
+from swift.train.callbacks.base import Callback
+from swift.train.checkpoints import read_state
+
+TIMING = ("tokens_per_second", "step_time", "cpu_seconds", "eval_seconds")
+
+
+class Kill(Callback):
+    """Ends the run as a crash does: no saving, after ``step`` steps."""
+
+    class Killed(BaseException):
+        pass
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, run):
+        if run.state.step == self.step:
+            raise self.Killed
+
+
+def metric_lines(folder):
+    return [
+        {k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def final_weights(folder):
+    from safetensors.torch import load_file
+
+    files = sorted((folder / "last").glob("*model*.safetensors"))
+    assert files
+    return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def cut_and_resume(run_training, kill_at, **options):
+    """Three parts of one run: killed twice, resumed twice."""
+    for step in kill_at:
+        with pytest.raises(Kill.Killed):
+            run_training(callbacks=[Kill(step)], run_name="cut", **options)
+        options["resume_from_checkpoint"] = "last"
+    return run_training(run_name="cut", **options)
+
+
+CASES = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.3},
+    "accumulation": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+    "packing": {"packing": True, "per_device_train_batch_size": 1},
+    "padding_free": {"padding_free": True},
+    "workers": {"dataloader_num_workers": 2, "lora_dropout": 0.1},
+    "log window open at the save": {"logging_steps": 5, "neftune_noise_alpha": 5.0},
+    "full": {"tuner_type": "full", "learning_rate": 1e-3},
+    "full bfloat16 masters": {"tuner_type": "full", "learning_rate": 1e-3, "torch_dtype": "bfloat16"},
+    "lora bfloat16": {"torch_dtype": "bfloat16", "lora_dropout": 0.2},
+    "gradient checkpointing": {"gradient_checkpointing": True, "lora_dropout": 0.2},
+    "evaluation in between": {"split_dataset_ratio": 0.2, "eval_steps": 2, "lora_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_equals_uninterrupted(run_training, name):
+    options = {"save_steps": 4, "max_steps": 13, "num_train_epochs": 10, **CASES[name]}
+    whole = run_training(run_name="whole", **options)
+    # kill between saves (6), and exactly at a save (8: the callback runs before the checkpoint is written)
+    cut = cut_and_resume(run_training, [6, 8], **options)
+    assert cut.folder.name == "cut"
+    assert metric_lines(cut.folder) == metric_lines(whole.folder)
+    ours, theirs = final_weights(cut.folder), final_weights(whole.folder)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    first, second = (torch.load(run.folder / "last" / "optimizer.pt") for run in (cut, whole))
+    for name_, state in first["optimizers"].items():
+        for index, moments in state["state"].items():
+            for key, value in moments.items():
+                assert torch.equal(value, second["optimizers"][name_]["state"][index][key])
+
+
+def test_changed_data_is_refused(run_training, chat_file, tmp_path):
+    options = {"save_steps": 2, "max_steps": 4, "run_name": "first"}
+    run_training(**options)
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join(chat_file.read_text().splitlines(keepends=True)[:40]))
+    with pytest.raises(SwiftError, match="changed since the checkpoint"):
+        run_training(**{**options, "dataset": str(shorter), "resume_from_checkpoint": "last", "max_steps": 8})
+
+
+def test_checkpoint_without_optimizer_cannot_be_resumed(run_training):
+    run_training(save_steps=2, max_steps=4, save_only_model=True)
+    with pytest.raises(SwiftError, match="no optimizer state"):
+        run_training(save_steps=2, max_steps=8, resume_from_checkpoint="last")
+
+
+def test_state_counts_what_was_trained(run_training, chat_file):
+    result = run_training(num_train_epochs=2)
+    state = read_state(result.folder / "last")
+    assert (state.step, state.epoch, state.step_in_epoch) == (30, 1, 15)
+    assert state.num_tokens == result.summary["num_tokens"] == metric_lines(result.folder)[-1]["num_tokens"]
+
+
+def test_going_on_longer_continues_the_same_run(run_training):
+    first = run_training(max_steps=4, lr_scheduler_type="constant")
+    second = run_training(max_steps=8, lr_scheduler_type="constant", resume_from_checkpoint=str(first.folder))
+    whole = run_training(max_steps=8, lr_scheduler_type="constant", run_name="whole")
+    assert second.folder == first.folder
+    assert metric_lines(second.folder) == metric_lines(whole.folder)
