@@ -22,6 +22,9 @@ def run(argv: list[str]) -> int:
     """Run ``swift config ACTION ...``."""
     if argv and argv[0] == "show" and not {"--help", "-h"} & set(argv):
         return _show(argv[1:])
+    if argv and argv[0] == "alias":
+        # People paste flags; here they are names.
+        argv = ["alias", *(word if word in ("--help", "-h") else word.lstrip("-") for word in argv[1:])]
     arguments = _parser().parse(argv)
     action: Callable[[Any], int] = arguments.action
     return action(arguments)
@@ -113,7 +116,7 @@ def _lines(resolved: Resolved, command: Command, shown: list[str]) -> list[str]:
 
 def _alias(arguments: Any) -> int:
     for name in arguments.names:
-        print(_meaning(name.lstrip("-").replace("-", "_").rpartition(".")[2]))
+        print(_meaning(name.replace("-", "_").rpartition(".")[2]))
     return 0
 
 

@@ -103,7 +103,7 @@ def _sections(shown: list[Option], with_spellings: bool) -> list[str]:
     for option in shown:
         if option.section != section:
             section = option.section
-            lines += ["", f"{section.capitalize()} - {_first_line(section)}"]
+            lines += ["", *textwrap.wrap(f"{section.capitalize()} - {_first_line(section)}", _width())]
         text = option.help
         if option.unit and option.unit not in text.lower():
             text += f" In {option.unit}."
