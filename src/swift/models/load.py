@@ -149,11 +149,19 @@ def load_model(
         # transformers' default for experts, grouped_mm, is 2.6x slower in bf16 on CPU, and knows no float64.
         options["experts_implementation"] = "eager"
     try:
-        model = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, **options
+        model, report = model_class.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ModelError("cannot load the model", where=str(folder), why=_first_line(error)) from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would go on with random values.
+        raise ModelError(
+            f"{len(missing)} weights of {type(model).__name__} are not in the folder",
+            where=str(folder),
+            why=", ".join(missing[:3]) + (", ..." if len(missing) > 3 else ""),
+            fix="check that config.json and the weights belong together",
+        )
     model.to(device)
     model.config.use_cache = False
     return model.eval()
