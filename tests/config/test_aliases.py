@@ -18,6 +18,7 @@ TABLE = alias_table()
 # Options that only make sense beside another one.
 BESIDE = {
     "dataset_weights": ["--dataset", "d"],
+    "chat_template": ["--use_chat_template", "true"],
     "early_stop_interval": ["--val_dataset", "v"],
     "freeze_parameters_ratio": ["--tuner_type", "full"],
     "eval_steps": ["--val_dataset", "v"],
@@ -95,12 +96,15 @@ def test_every_other_word_for_a_value(option: str, word: str, meaning: str) -> N
 
 @pytest.mark.parametrize("known", TABLE.unsupported.values(), ids=lambda known: known.name)
 def test_every_unsupported_option_is_refused_in_a_run_and_reported_in_a_plan(known: Unsupported) -> None:
-    words = [f"--{known.name}", "something"]
+    words = [f"--{known.name}", "8"]
     with pytest.raises(ConfigError) as caught:
         resolve("sft", words, partial=True)
     assert caught.value.render() == f"--{known.name}: not in this version: {known.say}\n  fix: {known.fix}"
     planned = resolve("sft", words, partial=True, planning=True)
-    assert planned.warnings == [f"--{known.name}: not in this version: {known.say}; a run refuses it"]
+    assert planned.warnings[0] == f"--{known.name}: not in this version: {known.say}; a run refuses it"
+    assert planned.warnings[1:] == (
+        ["the parallel sizes multiply to 8 devices; this version trains on one"] if known.plan_as else []
+    )
     for off in known.off:
         assert resolve("sft", [f"--{known.name}={off}"], partial=True).warnings == []
 
@@ -151,7 +155,7 @@ WHAT_ARTICLES_LACK = {
     "5": ["--parallel_method", "--deepspeed", "--dataset", "the parallel sizes multiply to 8 devices"],
     "6": [],
     "7": ["--parallel_method", "--deepspeed", "the parallel sizes multiply to 8 devices"],
-    "9": ["--parallel_strategy", "--fsdp_num_shards", "the parallel sizes multiply to 8 devices"],
+    "9": ["--parallel_strategy", "--fsdp_num_shards", "the parallel sizes multiply to 64 devices"],
 }
 
 

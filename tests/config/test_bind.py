@@ -312,6 +312,12 @@ def test_a_stray_word() -> None:
             "lr: 1\nlearning_rate: 2\n",
             "run.yaml:2: learning_rate: contradicts run.yaml:1: lr\n  cause: both set learning_rate: 2.0 and 1.0",
         ),
+        (
+            "lora_rank: 4\ntuner:\n  lora-rank: 8\n",
+            "run.yaml:3: tuner.lora-rank: contradicts run.yaml:1: lora_rank\n"
+            "  cause: both set lora_rank: 8 and 4",
+        ),
+        ("a: &a [*a]\n", "run.yaml: is nested without end"),
         ("- a\n", "run.yaml:1: is not a mapping of options"),
         ("a: [1\nb: 2\n", "run.yaml:2: is not valid YAML: expected ',' or ']', but got ':'"),
         ("command: pt\n", "run.yaml:1: command: this file is for swift pt\n  fix: use swift pt"),

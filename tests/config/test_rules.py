@@ -209,6 +209,25 @@ def test_derivations_only_name_options() -> None:
             "--use_liger_kernel: needs a CUDA device, not cpu\n  fix: leave it out",
         ),
         (
+            ["--lr_scheduler_type", "constant", "--min_lr_ratio", "0.1"],
+            "--min_lr_ratio: has no effect with lr_scheduler_type constant\n"
+            "  fix: leave it out, or set --lr_scheduler_type cosine",
+        ),
+        (
+            ["--use_chat_template", "false", "--enable_thinking"],
+            "--enable_thinking: has no effect with use_chat_template false\n"
+            "  fix: leave it out, or set --use_chat_template true",
+        ),
+        (
+            ["--val_dataset", "v", "--eval_strategy", "no", "--eval_steps", "5"],
+            "--eval_steps: nothing is evaluated with eval_strategy no\n  fix: set --eval_strategy steps or epoch",
+        ),
+        (
+            ["--sequence_parallel"],
+            "--sequence_parallel: has no effect without tensor parallelism\n  fix: leave it out",
+        ),
+        (["--json"], "--json: prints a plan, so it needs --dry_run\n  fix: add --dry_run"),
+        (
             ["--tp_size", "2"],
             "--tp_size: this version trains on one device, not on 2\n"
             "  fix: leave out --tensor_parallel_size; swift plan shows the layout",
@@ -244,6 +263,9 @@ def test_warnings() -> None:
     assert warned("sft", "--eval_steps", "5") == [
         "--eval_steps: no validation data, so nothing is evaluated; "
         "add --val_dataset FILE or --split_dataset_ratio 0.05"
+    ]
+    assert warned("sft", "--max_steps", "5", "--epochs", "2") == [
+        "--epochs: no effect, max_steps 5 sets the length"
     ]
     infer = resolve("infer", ["--model", "m", "--top_p", "0.9", "--result_path", "r.jsonl"])
     assert infer.warnings == [

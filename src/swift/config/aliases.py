@@ -58,14 +58,21 @@ class Alias:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A known option that this version cannot do (``fix`` is the alternative), or does not need (``fix`` is
-    None).
+    """A known option that this version cannot do, or has nothing to switch.
+
+    Attributes:
+        name: the option, with underscores.
+        say: why not.
+        fix: the alternative; None when it is merely not needed.
+        off: words (in lower case) that mean "not used": accepted.
+        plan_as: an option of ours that stands for it in a plan.
     """
 
     name: str
     say: str
     fix: str | None
     off: frozenset[str] = frozenset()
+    plan_as: str | None = None
 
     def is_off(self, value: Any) -> bool:
         """True when the value means that the option is not used."""
@@ -151,7 +158,7 @@ def _read_unsupported(groups: list[dict[str, Any]]) -> dict[str, Unsupported]:
         for name in group["names"]:
             if name in known:
                 raise ValueError(f"aliases.yaml: {name} stands twice")
-            known[name] = Unsupported(name, group["say"], group.get("fix"), off)
+            known[name] = Unsupported(name, group["say"], group.get("fix"), off, group.get("plan_as"))
     return known
 
 

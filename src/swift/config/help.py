@@ -133,7 +133,7 @@ def _metavar(option: Option) -> str:
 
 
 def _entry(name: str, text: str) -> list[str]:
-    wrapped = textwrap.wrap(text, max(_width() - _NAME_COLUMN - 2, 24))
+    wrapped = textwrap.wrap(text, max(_width() - _NAME_COLUMN - 2, 20))
     head = f"  {name.rstrip()}"
     if len(head) > _NAME_COLUMN:
         return [head, *(" " * (_NAME_COLUMN + 2) + line for line in wrapped)]

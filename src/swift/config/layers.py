@@ -54,6 +54,7 @@ class Binder:
         self.options = self.names.options
         self.layers: list[Layer] = []
         self.fallbacks: dict[str, _Entry] = {}
+        self.planned: dict[str, _Entry] = {}
         self.refused: list[_Refused] = []
         self.warnings: list[str] = []
         self.switches: dict[str, bool] = {}
@@ -117,7 +118,7 @@ class Binder:
         if name.switch:
             self.switches[name.switch] = self._bool(value, where)
         elif name.known:
-            self._take_known(name.known, text, where)
+            self._take_known(name.known, value, text, key, where, source)
         elif name.option:
             self._assign(layer, name.option.name, value, text, key, where, source)
         elif name.alias and name.alias.choices is not None:
@@ -137,11 +138,16 @@ class Binder:
             raise ConfigError(f"{value!r} is not true or false", where=where)
         return flag
 
-    def _take_known(self, known: Unsupported, value: Any, where: str) -> None:
+    def _take_known(
+        self, known: Unsupported, value: Any, text: Any, key: str, where: str, source: Source
+    ) -> None:
         if known.fix is None:
             self.warnings.append(f"{where}: not needed: {known.say}")
-        elif not known.is_off(value):
+        elif not known.is_off(text):
             self.refused.append(_Refused(where, known.say, known.fix))
+            entry = self._parse(known.plan_as, value, text, key, where, source) if known.plan_as else None
+            if entry is not None and known.plan_as is not None:
+                self.planned[known.plan_as] = entry
 
     def _parse(self, name: str, value: Any, text: Any, key: str, where: str, source: Source) -> _Entry | None:
         """The value as the option's type; None when this version cannot do it (remembered for the end)."""
@@ -177,14 +183,16 @@ class Binder:
         if entry is None:
             return
         before = layer.entries.get(name)
-        if before is not None and before.key.replace("-", "_") != key.replace("-", "_"):
+        # A flag may be repeated (scripts append "$@"); in a file a second mention is a mistake.
+        repeated = layer.kind == "flag" and before is not None and _same_key(before.key, key)
+        if before is not None and not repeated:
             if before.value != entry.value:
                 raise ConfigError(
                     f"contradicts {before.where}",
                     where=where,
                     why=f"both set {name}: {entry.value} and {before.value}",
                 )
-        elif before is not None and isinstance(entry.value, list):
+        elif before is not None and before.value is not None and isinstance(entry.value, list):
             # --dataset a --dataset b is the same as --dataset a b.
             entry.value = before.value + entry.value
         if layer.explicit is not None and name not in layer.explicit:
@@ -222,7 +230,9 @@ class Binder:
             if not planning:
                 raise ConfigError(f"not in this version: {refused.say}", where=refused.where, fix=refused.fix)
             self.warnings.append(f"{refused.where}: not in this version: {refused.say}; a run refuses it")
-        merged: dict[str, _Entry] = {}
+        if "json" in switches and not planning:
+            raise ConfigError("prints a plan, so it needs --dry_run", where="--json", fix="add --dry_run")
+        merged: dict[str, _Entry] = dict(self.planned)
         for layer in self.layers:
             merged.update(layer.entries)
         for name, entry in self.fallbacks.items():
@@ -253,6 +263,10 @@ class Binder:
 
 
 _REFUSED: Any = object()
+
+
+def _same_key(first: str, second: str) -> bool:
+    return first.replace("-", "_") == second.replace("-", "_")
 
 
 def _without_paths(raw: Any) -> Any:

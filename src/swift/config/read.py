@@ -68,6 +68,8 @@ def read_file(path: Path, shown: str) -> Written:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError("is not a mapping of options", where=f"{shown}:{_line(node)}")
         return _convert(loader, node, shown)
+    except RecursionError:
+        raise ConfigError("is nested without end", where=shown) from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"is not valid YAML: {error.problem}", where=f"{shown}{line}") from None

@@ -112,7 +112,8 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
         _check_required(resolved, command, planning)
     for check in _CHECKS:
         check(resolved)
-    _check_devices(resolved, planning)
+    _check_devices(resolved)
+    _check_parallel(resolved, planning)
 
 
 def _may_derive(rule: Derivation, resolved: Resolved) -> bool:
@@ -180,9 +181,15 @@ _ONLY_WITH = (
     _OnlyWith(_LORA_OPTIONS, "tuner_type", ("lora",)),
     _OnlyWith(_FULL_OPTIONS, "tuner_type", ("full",)),
     _OnlyWith(("lr_decay_ratio",), "lr_scheduler_type", ("wsd",)),
+    _OnlyWith(("min_lr_ratio",), "lr_scheduler_type", ("cosine", "linear", "wsd")),
+    _OnlyWith(("chat_template", "enable_thinking"), "use_chat_template", (True,)),
     _OnlyWith(("save_steps",), "save_strategy", ("steps",)),
     _OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
 )
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_only_with(resolved: Resolved) -> None:
@@ -191,11 +198,10 @@ def _check_only_with(resolved: Resolved) -> None:
             continue
         for name in rule.names:
             if resolved.is_explicit(name) and resolved.value(name):
-                wanted = rule.values[0]
                 raise ConfigError(
-                    f"has no effect with {rule.option} {resolved.value(rule.option)}",
+                    f"has no effect with {rule.option} {_word(resolved.value(rule.option))}",
                     where=_where(resolved, name),
-                    fix=f"leave it out, or set --{rule.option} {wanted}",
+                    fix=f"leave it out, or set --{rule.option} {_word(rule.values[0])}",
                 )
 
 
@@ -248,12 +254,14 @@ def _check_evaluation(resolved: Resolved) -> None:
                 f"{_where(resolved, wanted[0])}: no validation data, so nothing is evaluated; "
                 "add --val_dataset FILE or --split_dataset_ratio 0.05"
             )
-    elif evaluation.eval_strategy == "no" and evaluation.early_stop_interval is not None:
-        raise ConfigError(
-            "nothing is evaluated with eval_strategy no",
-            where=_where(resolved, "early_stop_interval"),
-            fix="set --eval_strategy steps or epoch",
-        )
+    elif evaluation.eval_strategy == "no":
+        for name in ("early_stop_interval", "eval_steps"):
+            if resolved.is_explicit(name) and resolved.value(name) is not None:
+                raise ConfigError(
+                    "nothing is evaluated with eval_strategy no",
+                    where=_where(resolved, name),
+                    fix="set --eval_strategy steps or epoch",
+                )
 
 
 def _check_data(resolved: Resolved) -> None:
@@ -305,6 +313,10 @@ def _check_training(resolved: Resolved) -> None:
             where=_where(resolved, "warmup_steps"),
             fix="lower --warmup_steps or raise --max_steps",
         )
+    if training.max_steps > 0 and all(map(resolved.is_explicit, ("max_steps", "num_train_epochs"))):
+        resolved.warnings.append(
+            f"{_where(resolved, 'num_train_epochs')}: no effect, max_steps {training.max_steps} sets the length"
+        )
     trackers = resolved.config.report.report_to
     if "none" in trackers and len(trackers) > 1:
         raise ConfigError("none stands beside other trackers", where=_where(resolved, "report_to"))
@@ -338,7 +350,7 @@ _CHECKS: tuple[Callable[[Resolved], None], ...] = (
 )
 
 
-def _check_devices(resolved: Resolved, planning: bool) -> None:
+def _check_devices(resolved: Resolved) -> None:
     model = resolved.config.model
     if model.device == "cpu":
         if model.torch_dtype == "float16":
@@ -353,6 +365,15 @@ def _check_devices(resolved: Resolved, planning: bool) -> None:
                 raise ConfigError(
                     "needs a CUDA device, not cpu", where=_where(resolved, name), fix="leave it out"
                 )
+
+
+def _check_parallel(resolved: Resolved, planning: bool) -> None:
+    parallel = resolved.config.parallel
+    if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
+        problem = "has no effect without tensor parallelism"
+        if not planning:
+            raise ConfigError(problem, where=_where(resolved, "sequence_parallel"), fix="leave it out")
+        resolved.warnings.append(f"{_where(resolved, 'sequence_parallel')}: {problem}")
     sizes = {
         name: resolved.value(name)
         for name in options()
@@ -363,7 +384,6 @@ def _check_devices(resolved: Resolved, planning: bool) -> None:
     num_devices = 1
     for size in sizes.values():
         num_devices *= size
-    # Experts are shared among the devices that are there already (as data and tensor parallel ranks).
     name = next(iter(sizes))
     if planning:
         resolved.warnings.append(
