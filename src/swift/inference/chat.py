@@ -26,7 +26,7 @@ class Chat:
         generator: the model.
         options: how to sample.
         seed: for sampling; every turn has its own.
-        out: where answers go.
+        out: where answers go; default: standard output.
     """
 
     def __init__(
@@ -35,9 +35,10 @@ class Chat:
         options: GenerationSection,
         *,
         seed: int | None = None,
-        out: TextIO = sys.stdout,
+        out: TextIO | None = None,
     ) -> None:
-        self.generator, self.options, self.seed, self.out = generator, options, seed, out
+        self.generator, self.options, self.seed = generator, options, seed
+        self.out = out or sys.stdout
         self.system: str | None = None
         self.messages: list[dict[str, Any]] = []
         self._turn = 0
