@@ -1,20 +1,16 @@
-"""From samples to tensors: shifted targets, positions that restart with every document, right padding.
-
-There is no attention mask. A causal model never looks to the right, so padding at the end of a row changes
-nothing before it; documents in one row are told apart by position ids and ``document_lengths``.
-"""
+"""Micro-batches as tensors. How samples are laid out is decided in ``layout``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from swift.data.batching import MicroBatch, Mode
-from swift.data.tokens import IGNORE, TokenDataset
+from swift.data.layout import Layout, lay_out
+from swift.data.tokens import TokenDataset
 
-__all__ = ["Batch", "collate"]
+__all__ = ["Batch", "batch_of", "collate"]
 
 
 @dataclass
@@ -61,41 +57,18 @@ def collate(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: i
     The width is that of the longest row. An empty ``rows`` (a rank without work at the end of an epoch) gives
     one padding token without a target: it can be run like any batch and contributes nothing.
     """
-    lengths = [[int(dataset.lengths[sample]) for sample in row] for row in rows] or [[]]
-    used = [sum(row) for row in lengths]
-    width = max(*used, 1)
-    shape = (len(lengths), width)
-    ids = np.full(shape, pad_token_id, np.int64)
-    targets = np.full(shape, IGNORE, np.int64)
-    weights = np.zeros(shape, np.float32) if dataset.has_weights else None
-    positions = np.empty(shape, np.int64)
-    counting = np.arange(width)
-    for number, row in enumerate(rows or [[]]):
-        start = 0
-        for sample in row:
-            tokens, labels, sample_weights = dataset[sample]
-            end = start + len(tokens)
-            ids[number, start:end] = tokens
-            targets[number, start : end - 1] = labels[1:]
-            positions[number, start:end] = counting[: len(tokens)]
-            if weights is not None:
-                target_weights = 1.0 if sample_weights is None else sample_weights[1:]
-                weights[number, start : end - 1] = np.where(labels[1:] != IGNORE, target_weights, 0.0)
-            start = end
-        padding_position = start if mode == "padded" else 0
-        positions[number, start:] = counting[padding_position : padding_position + width - start]
-    documents = None
-    if mode != "padded":
-        documents = [
-            row + ([width - total] if total < width else []) for row, total in zip(lengths, used, strict=True)
-        ]
+    return batch_of(lay_out(dataset, rows, mode, pad_token_id))
+
+
+def batch_of(layout: Layout) -> Batch:
+    """The arrays as tensors that share their memory."""
     return Batch(
-        input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(positions),
-        targets=torch.from_numpy(targets),
-        weights=None if weights is None else torch.from_numpy(weights),
-        document_lengths=documents,
-        num_tokens=sum(used),
-        num_targets=int((targets != IGNORE).sum()),
-        sample_ids=[sample for row in rows for sample in row],
+        input_ids=torch.from_numpy(layout.input_ids),
+        position_ids=torch.from_numpy(layout.position_ids),
+        targets=torch.from_numpy(layout.targets),
+        weights=None if layout.weights is None else torch.from_numpy(layout.weights),
+        document_lengths=layout.document_lengths,
+        num_tokens=layout.num_tokens,
+        num_targets=layout.num_targets,
+        sample_ids=layout.sample_ids,
     )

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import queue
 import threading
 from collections.abc import Generator, Iterator
 from types import TracebackType
-from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from swift.core.errors import SwiftError
 from swift.data.batching import BatchSchedule, MicroBatch, Mode
-from swift.data.collate import Batch, collate
+from swift.data.collate import Batch, batch_of
+from swift.data.layout import Layout, lay_out, lay_out_in_worker
 from swift.data.tokens import TokenDataset
+from swift.data.workers import WorkerPool
 
 __all__ = ["BatchLoader"]
 
+_STAGE = "data loading"
 _AHEAD = 4  # micro-batches prepared in advance by the thread, and by each worker process
 
 
@@ -54,8 +52,7 @@ class BatchLoader:
         self.num_workers = num_workers
         self.pad_token_id = pad_token_id
         self.deadline_seconds = deadline_seconds
-        self._order = _Order()
-        self._workers: DataLoader[Batch] | None = None
+        self._pool: WorkerPool[MicroBatch, Layout] | None = None
 
     def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of ``epoch``, from step ``start_step`` (0-based) on.
@@ -71,7 +68,9 @@ class BatchLoader:
 
     def close(self) -> None:
         """End the worker processes."""
-        self._workers = None  # the DataLoader ends its processes when it is collected
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def __enter__(self) -> BatchLoader:
         return self
@@ -95,7 +94,7 @@ class BatchLoader:
         def work() -> None:
             try:
                 for rows in todo:
-                    if not put(collate(self.dataset, rows, self.mode, self.pad_token_id)):
+                    if not put(batch_of(lay_out(self.dataset, rows, self.mode, self.pad_token_id))):
                         return
             except (
                 BaseException
@@ -109,7 +108,9 @@ class BatchLoader:
                 try:
                     item = ready.get(timeout=self.deadline_seconds)
                 except queue.Empty:
-                    raise self._late() from None
+                    message = f"no batch for {self.deadline_seconds:.0f} s"
+                    why = "the loading thread is stuck, or the disk that holds the tokens is"
+                    raise SwiftError(message, where=_STAGE, why=why) from None
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -118,72 +119,15 @@ class BatchLoader:
             thread.join(timeout=self.deadline_seconds)
 
     def _from_processes(self, todo: list[MicroBatch]) -> Generator[Batch, None, None]:
-        self._order.rows = todo
-        if self._workers is None:
-            self._workers = self._start_workers()
-        try:
-            yield from self._workers
-        except RuntimeError as error:
-            if "timed out" in str(error):
-                raise self._late() from error
-            if "exited unexpectedly" in str(error):
-                raise SwiftError(
-                    "a data worker process died",
-                    why=str(error),
-                    fix="look for a memory limit, or use --dataloader_num_workers 0",
-                ) from error
-            raise
-
-    def _start_workers(self) -> DataLoader[Batch]:
-        # forkserver: a plain fork would copy this process with its threads and its CUDA context.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["swift.data.collate"])
-        return DataLoader(
-            _Collated(self.dataset, self.mode, self.pad_token_id),
-            batch_size=None,
-            sampler=self._order,
-            num_workers=self.num_workers,
-            prefetch_factor=_AHEAD,
-            persistent_workers=True,
-            multiprocessing_context=context,
-            timeout=self.deadline_seconds,
-            worker_init_fn=_one_thread,
-            # Without a generator of its own the DataLoader would draw its seed from the global one, and
-            # dropout would depend on the number of workers.
-            generator=torch.Generator().manual_seed(0),
-        )
-
-    def _late(self) -> SwiftError:
-        who = f"{self.num_workers} worker processes" if self.num_workers else "the loading thread"
-        return SwiftError(
-            f"no batch arrived for {self.deadline_seconds:.0f} s",
-            where="data loading",
-            why=f"{who} did not finish the next batch: the disk that holds the tokens may be slow or gone",
-        )
-
-
-class _Order(Sampler[Any]):
-    """Hands the DataLoader the rows of each micro-batch; ``rows`` changes from epoch to epoch."""
-
-    def __init__(self) -> None:
-        self.rows: list[MicroBatch] = []
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class _Collated(Dataset[Batch]):
-    """Makes a batch from the rows of a micro-batch, in a worker process."""
-
-    def __init__(self, dataset: TokenDataset, mode: Mode, pad_token_id: int) -> None:
-        self.dataset, self.mode, self.pad_token_id = dataset, mode, pad_token_id
-
-    def __getitem__(self, rows: MicroBatch) -> Batch:
-        return collate(self.dataset, rows, self.mode, self.pad_token_id)
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
+        if self._pool is None:
+            self._pool = WorkerPool(
+                lay_out_in_worker,
+                (self.dataset, self.mode, self.pad_token_id),
+                self.num_workers,
+                stage=_STAGE,
+                fix="look for a memory limit, or use --dataloader_num_workers 0",
+                deadline_seconds=self.deadline_seconds,
+            )
+        with contextlib.closing(self._pool.map(todo, _AHEAD)) as layouts:
+            for layout in layouts:
+                yield batch_of(layout)

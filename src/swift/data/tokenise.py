@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from swift.core.errors import DataError, SwiftError
+from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
 from swift.data.sources import Row
 from swift.data.tokens import DataReport, EncodedLike, TokenStore, TokenWriter, encoded_arrays
+from swift.data.workers import WorkerPool
 
 __all__ = ["Encoder", "TemplateLike", "Truncation", "encode_rows", "tokenise"]
 
@@ -140,8 +137,8 @@ def tokenise(
         remaining = (time.process_time() - started) / done * (num_rows - done)
         wanted = remaining > _POOL_WORTH_SECONDS if num_processes is None else num_rows > done
         if cores > 1 and wanted:
-            break
-    yield from _in_processes(iterator, encoder, cores)
+            yield from _in_processes(iterator, encoder, cores)
+            return
 
 
 def _num_cores() -> int:
@@ -149,40 +146,20 @@ def _num_cores() -> int:
 
 
 def _in_processes(rows: Iterator[Row], encoder: Encoder, num_processes: int) -> Iterator[TokenStore]:
-    chunk = list(islice(rows, _CHUNK_ROWS))
-    if not chunk:
-        return
-    # forkserver: tokenizers hold threads and locks, which a plain fork would copy in an unknown state.
-    context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(num_processes, context, initializer=_start_worker, initargs=(encoder,))
-    waiting: deque[Future[TokenStore]] = deque()
+    chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
+    pool = WorkerPool(
+        _encode_in_worker,
+        encoder,
+        num_processes,
+        stage="tokenisation",
+        fix="look for a memory limit, or use --dataset_num_proc 1",
+        deadline_seconds=_DEADLINE_SECONDS,
+    )
     try:
-        while chunk or waiting:
-            while chunk and len(waiting) < 2 * num_processes:
-                waiting.append(pool.submit(_encode_in_worker, chunk))
-                chunk = list(islice(rows, _CHUNK_ROWS))
-            yield waiting.popleft().result(timeout=_DEADLINE_SECONDS)
-    except BrokenProcessPool as error:
-        fix = "look for a memory limit, or use --dataset_num_proc 1"
-        raise SwiftError(
-            "a tokenising process died", where="tokenisation", why=str(error), fix=fix
-        ) from error
-    except TimeoutError as error:
-        why = f"no result for {_DEADLINE_SECONDS:.0f} s"
-        raise SwiftError("a tokenising process is stuck", where="tokenisation", why=why) from error
+        yield from pool.map(chunks, ahead=2)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()
 
 
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = encoder
-
-
-def _encode_in_worker(rows: list[Row]) -> TokenStore:
-    assert _worker_encoder is not None
-    return encode_rows(rows, _worker_encoder)
+def _encode_in_worker(encoder: Encoder, rows: list[Row]) -> TokenStore:
+    return encode_rows(rows, encoder)

@@ -1,0 +1,83 @@
+"""From samples to arrays: shifted targets, positions that restart with every document, right padding.
+
+There is no attention mask. A causal model never looks to the right, so padding at the end of a row changes
+nothing before it; documents in one row are told apart by position ids and ``document_lengths``.
+Only numpy is needed here, so that worker processes start fast and stay small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from swift.data.batching import MicroBatch, Mode
+from swift.data.tokens import IGNORE, TokenDataset
+
+__all__ = ["Layout", "lay_out", "lay_out_in_worker"]
+
+
+@dataclass
+class Layout:
+    """A micro-batch as numpy arrays; the fields are those of ``swift.data.collate.Batch``."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray | None
+    document_lengths: list[list[int]] | None
+    num_tokens: int
+    num_targets: int
+    sample_ids: list[int]
+
+
+def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
+    """Arrays for the samples in ``rows``.
+
+    The width is that of the longest row. An empty ``rows`` (a rank without work at the end of an epoch) gives
+    one padding token without a target: it can be run like any batch and contributes nothing.
+    """
+    lengths = [[int(dataset.lengths[sample]) for sample in row] for row in rows] or [[]]
+    used = [sum(row) for row in lengths]
+    width = max(*used, 1)
+    shape = (len(lengths), width)
+    ids = np.full(shape, pad_token_id, np.int64)
+    targets = np.full(shape, IGNORE, np.int64)
+    weights = np.zeros(shape, np.float32) if dataset.has_weights else None
+    positions = np.empty(shape, np.int64)
+    counting = np.arange(width)
+    for number, row in enumerate(rows or [[]]):
+        start = 0
+        for sample in row:
+            tokens, labels, sample_weights = dataset[sample]
+            end = start + len(tokens)
+            ids[number, start:end] = tokens
+            targets[number, start : end - 1] = labels[1:]
+            positions[number, start:end] = counting[: len(tokens)]
+            if weights is not None:
+                target_weights = 1.0 if sample_weights is None else sample_weights[1:]
+                weights[number, start : end - 1] = np.where(labels[1:] != IGNORE, target_weights, 0.0)
+            start = end
+        padding_position = start if mode == "padded" else 0
+        positions[number, start:] = counting[padding_position : padding_position + width - start]
+    documents = None
+    if mode != "padded":
+        documents = [
+            row + ([width - total] if total < width else []) for row, total in zip(lengths, used, strict=True)
+        ]
+    return Layout(
+        input_ids=ids,
+        position_ids=positions,
+        targets=targets,
+        weights=weights,
+        document_lengths=documents,
+        num_tokens=sum(used),
+        num_targets=int((targets != IGNORE).sum()),
+        sample_ids=[sample for row in rows for sample in row],
+    )
+
+
+def lay_out_in_worker(state: tuple[TokenDataset, Mode, int], rows: MicroBatch) -> Layout:
+    """``lay_out`` for a worker pool; ``state`` is (data set, mode, padding token)."""
+    dataset, mode, pad_token_id = state
+    return lay_out(dataset, rows, mode, pad_token_id)

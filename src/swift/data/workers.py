@@ -1,0 +1,109 @@
+"""Worker processes that end with their work, with an error, and with the process that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from swift.core.errors import SwiftError
+
+__all__ = ["WorkerPool"]
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class WorkerPool(Generic[In, Out]):
+    """Applies a function to items in several processes and returns the results in order.
+
+    Args:
+        function: ``function(state, item) -> result``, importable by name.
+        state: sent to every process once.
+        num_processes: how many; they start with the first items.
+        stage: what the processes do, for messages ("tokenisation").
+        fix: what the user can do when a process dies.
+        deadline_seconds: how long to wait for one result.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, In], Out],
+        state: Any,
+        num_processes: int,
+        *,
+        stage: str,
+        fix: str,
+        deadline_seconds: float,
+    ) -> None:
+        self.function = function
+        self.num_processes = num_processes
+        self.stage = stage
+        self.fix = fix
+        self.deadline_seconds = deadline_seconds
+        # forkserver: a plain fork would copy this process with its threads, locks and CUDA context.
+        context = multiprocessing.get_context("forkserver")
+        self._pool = ProcessPoolExecutor(
+            num_processes, context, initializer=_start, initargs=(function, state)
+        )
+
+    def map(self, items: Iterable[In], ahead: int) -> Generator[Out, None, None]:
+        """The results, in the order of the items; at most ``ahead`` items per process are under way.
+
+        What the function raises is raised here. Raises SwiftError when a process dies or a result does not
+        arrive in time. Closing the generator early drops what is under way.
+        """
+        iterator = iter(items)
+        waiting: deque[Future[Out]] = deque()
+        try:
+            while True:
+                for item in islice(iterator, ahead * self.num_processes - len(waiting)):
+                    waiting.append(self._pool.submit(_work, item))
+                if not waiting:
+                    return
+                # Left in the queue until it is there: an error must cancel it too.
+                yield waiting[0].result(timeout=self.deadline_seconds)
+                waiting.popleft()
+        except BrokenProcessPool as error:
+            message = "a worker process died"
+            raise SwiftError(message, where=self.stage, why=str(error), fix=self.fix) from error
+        except TimeoutError as error:
+            why = "its processes are stuck, or the disk they read from is"
+            message = f"no result for {self.deadline_seconds:.0f} s"
+            raise SwiftError(message, where=self.stage, why=why) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the processes once their current item is done."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_function: Callable[[Any, Any], Any]
+_state: Any
+
+
+def _start(function: Callable[[Any, Any], Any], state: Any) -> None:
+    global _function, _state
+    _function, _state = function, state
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed process would wait for its next item for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(item: Any) -> Any:
+    return _function(_state, item)
