@@ -1,0 +1,112 @@
+"""Which parameters a run trains, by name and shape, read from the headers of the weights (or from config.json)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from swift.config.sections.tuner import TunerSection
+from swift.models.facts import ModelFacts, read_safetensors_header, weight_files
+from swift.plan.analytic import LinearShape
+
+__all__ = ["adapted_layers", "full_trainable", "linear_layers", "parameter_sizes", "saved_parameters"]
+
+_OTHER = re.compile(
+    r"(^|\.)(embed_\w+|wte|wpe|lm_head|embed_out|router)$|norm|(^|\.)ln_|\.experts(\.|$)|\.gate$"
+)
+
+
+def parameter_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all stored tensors; empty when there are no safetensors files."""
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    return {
+        name: tuple(entry["shape"])
+        for file in files
+        for name, entry in read_safetensors_header(file)[0].items()
+    }
+
+
+def linear_layers(facts: ModelFacts, shapes: dict[str, tuple[int, ...]]) -> list[LinearShape]:
+    """All linear layers but the output head and fused experts, from the stored shapes or, without them, as Llama's."""
+    if shapes:
+        return [
+            LinearShape(name.removesuffix(".weight"), shape[-1], shape[0])
+            for name, shape in shapes.items()
+            if len(shape) == 2
+            and name.endswith(".weight")
+            and not _OTHER.search(name.removesuffix(".weight"))
+        ]
+    hidden, inner = facts.hidden_size, facts.intermediate_size
+    queries = facts.num_attention_heads * facts.head_dim
+    keys = facts.num_key_value_heads * facts.head_dim
+    layer = [
+        ("self_attn.q_proj", hidden, queries),
+        ("self_attn.k_proj", hidden, keys),
+        ("self_attn.v_proj", hidden, keys),
+        ("self_attn.o_proj", queries, hidden),
+    ]
+    if not facts.is_mixture_of_experts:
+        layer += [
+            ("mlp.gate_proj", hidden, inner),
+            ("mlp.up_proj", hidden, inner),
+            ("mlp.down_proj", inner, hidden),
+        ]
+    return [
+        LinearShape(f"model.layers.{number}.{name}", inputs, outputs)
+        for number in range(facts.num_layers)
+        for name, inputs, outputs in layer
+    ]
+
+
+def adapted_layers(layers: Sequence[LinearShape], tuner: TunerSection) -> list[LinearShape]:
+    """The layers that get an adapter, by the rules of the tuner options; may be empty."""
+    saved = tuple(tuner.modules_to_save)
+    layers = [layer for layer in layers if not any(_ends_with(layer.name, name) for name in saved)]
+    if tuner.target_regex is not None:
+        return [layer for layer in layers if re.fullmatch(tuner.target_regex, layer.name)]
+    return [
+        layer
+        for layer in layers
+        if any(target == "all-linear" or _ends_with(layer.name, target) for target in tuner.target_modules)
+    ]
+
+
+def saved_parameters(facts: ModelFacts, shapes: dict[str, tuple[int, ...]], tuner: TunerSection) -> int:
+    """Parameters of the modules that are trained in full beside the adapters."""
+    count = 0
+    for name in tuner.modules_to_save:
+        mine = [
+            math.prod(shape) for full, shape in shapes.items() if _ends_with(full.rpartition(".")[0], name)
+        ]
+        if not mine and name in ("lm_head", "embed_tokens"):  # tied (stored once), or no weights here
+            mine = [facts.vocab_size * facts.hidden_size]
+        count += sum(mine)
+    return count
+
+
+def full_trainable(facts: ModelFacts, shapes: dict[str, tuple[int, ...]], tuner: TunerSection) -> int:
+    """Parameters that full training trains: all but what the freeze options name."""
+    if not shapes:
+        return round(facts.num_parameters * (1 - tuner.freeze_parameters_ratio))
+    frozen: set[str] = set()
+    limit, count = int(facts.num_parameters * tuner.freeze_parameters_ratio), 0
+    for name, shape in shapes.items():
+        count += math.prod(shape)
+        if count <= limit:
+            frozen.add(name)
+    frozen |= _named(shapes, tuner.freeze_parameters, tuner.freeze_parameters_regex)
+    frozen -= _named(shapes, tuner.trainable_parameters, tuner.trainable_parameters_regex)
+    return facts.num_parameters - sum(math.prod(shapes[name]) for name in frozen)
+
+
+def _named(
+    names: Sequence[str] | dict[str, tuple[int, ...]], starts: Sequence[str], pattern: str | None
+) -> set[str]:
+    found = {name for name in names if starts and name.startswith(tuple(starts))}
+    return found | {name for name in names if pattern is not None and re.search(pattern, name)}
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")

@@ -1,0 +1,398 @@
+"""What a run will do and cost, before it starts. No torch, no network; what cannot be resolved is a warning."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swift.config.bind import dump
+from swift.config.schema import Resolved
+from swift.core.errors import ConfigError, SwiftError
+from swift.core.files import free_bytes
+from swift.core.format import format_bytes
+from swift.models.facts import ModelFacts, check_model_folder, resolve_model_path
+from swift.plan.analytic import DTYPE_BYTES, Setup, adapter_parameters, checkpoint_bytes, memory_parts
+from swift.plan.device import DeviceFacts, find_device
+from swift.plan.modules import (
+    adapted_layers,
+    full_trainable,
+    linear_layers,
+    parameter_sizes,
+    saved_parameters,
+)
+from swift.plan.rows import RowPlan, fit_lengths, plan_rows
+
+__all__ = ["Plan", "make_plan"]
+
+DEFAULT_MAX_LENGTH = 2048
+LONG_SHARE = 0.02
+"""More rows than this above max_length are worth a warning."""
+TIGHT_SHARE = 0.95
+"""A total above this share of the device does not fit: allocators lose some to fragmentation."""
+
+
+@dataclass
+class Plan:
+    """A run on paper. All parts are plain values, ready for JSON; a part that cannot be known is empty.
+
+    ``fits``: whether memory and devices suffice; None when the model or the device is not known here.
+    """
+
+    command: str
+    config: dict[str, Any]
+    sources: dict[str, str]
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+    fits: bool | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parts by name, in the order of the attributes."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def make_plan(resolved: Resolved) -> Plan:
+    """Plan ``resolved`` without changing it. Raises ConfigError only for options that contradict what is known."""
+    resolved = copy.deepcopy(resolved)
+    warnings = list(resolved.warnings)
+    device = find_device(resolved.config.model.device)
+    facts, folder = _read_model(resolved, warnings)
+    _derive(resolved, facts, device)
+    setup: Setup | None = None
+    training = resolved.command in ("pt", "sft")
+    data: dict[str, Any] = {}
+    steps: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
+    parallel = _parallel(resolved, device)
+    if training:
+        rows = _plan_rows(resolved, folder, warnings)
+        data, lengths = _data(resolved, rows, warnings)
+        widest = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
+        if lengths:
+            steps, widest = _steps(resolved, rows, lengths, warnings)
+        if facts is not None and folder is not None:
+            setup = _setup(resolved, facts, folder, device, widest, warnings)
+            memory = _memory(resolved, facts, setup, device, steps)
+    plan = Plan(
+        command=resolved.command,
+        config=dump(resolved),
+        sources={name: str(source) for name, source in resolved.sources.items()},
+        model=_model(resolved, facts, folder, setup, device),
+        data=data,
+        steps=steps,
+        memory=memory,
+        parallel=parallel,
+        warnings=warnings,
+    )
+    plan.fits = _fits(plan, device)
+    return plan
+
+
+def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | None, Path | None]:
+    name = resolved.config.model.model
+    if name is None:
+        return None, None
+    try:
+        folder = resolve_model_path(name)
+        facts = ModelFacts.read(folder)
+    except SwiftError as error:
+        warnings.append(_one_line(error))
+        return None, None
+    try:
+        check_model_folder(folder)
+    except SwiftError as error:
+        warnings.append(_one_line(error))
+    return facts, folder
+
+
+def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts) -> None:
+    """Fill in what the trainer derives from model and device."""
+    taken = resolved.sources
+    if facts is not None and "max_length" in taken:
+        limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
+        resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
+    if "gradient_checkpointing" in taken:
+        resolved.derive("gradient_checkpointing", device.kind != "cpu", "device")
+
+
+def _plan_rows(resolved: Resolved, folder: Path | None, warnings: list[str]) -> RowPlan:
+    section = resolved.config.data
+    template = None
+    if folder is not None and section.dataset:
+        from swift.models.template import Template
+        from swift.plan.light import LightTokenizer
+
+        try:
+            template = Template(LightTokenizer(folder), resolved.config.template, resolved.command == "pt")
+        except ConfigError:
+            raise
+        except SwiftError as error:
+            warnings.append(f"tokens are not counted: {_one_line(error)}")
+    rows = plan_rows(resolved, section.dataset, section.dataset_weights, template)
+    shown = rows.warnings[:3]
+    warnings += shown
+    if len(rows.warnings) > len(shown):
+        warnings.append(f"and {len(rows.warnings) - len(shown)} more rows of the sample cannot be used")
+    return rows
+
+
+def _data(resolved: Resolved, rows: RowPlan, warnings: list[str]) -> tuple[dict[str, Any], list[int]]:
+    """The data part, and the lengths of the sampled rows after the truncation policy."""
+    section = resolved.config.data
+    if not rows.datasets:
+        return {}, []
+    limit, policy = section.max_length, section.truncation_strategy
+    long = sum(length > limit for length in rows.lengths) if limit else 0
+    lengths = fit_lengths(rows.lengths, limit, policy)
+    if rows.lengths and long / len(rows.lengths) > LONG_SHARE:
+        what = {"delete": "left out", "split": "split"}.get(policy, f"cut at the {policy}")
+        warnings.append(
+            f"{long / len(rows.lengths):.0%} of the rows are longer than max_length {limit} and will be {what}"
+        )
+    validation = _count_validation(resolved, rows, warnings)
+    train_rows = rows.rows - (validation if not section.val_dataset else 0)
+    share = train_rows / rows.rows if rows.rows else 0
+    tokens = rows.estimate_tokens(limit, policy)
+    data: dict[str, Any] = {
+        "rows": train_rows,
+        "rows_exact": rows.rows_exact,
+        "validation_rows": validation,
+        "tokens": None if tokens is None else round(tokens * share),
+        "tokens_exact": rows.tokens_exact and share == 1,
+        "sampled_rows": rows.sampled,
+        "longer_than_max_length": round(long / len(rows.lengths), 4) if rows.lengths else None,
+        "datasets": rows.datasets,
+    }
+    if rows.lengths:
+        ordered = sorted(rows.lengths)
+        data["length"] = {
+            "mean": round(sum(ordered) / len(ordered), 1),
+            "median": ordered[len(ordered) // 2],
+            "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+            "max": ordered[-1],
+        }
+    return data, lengths
+
+
+def _count_validation(resolved: Resolved, rows: RowPlan, warnings: list[str]) -> int:
+    section = resolved.config.data
+    if section.val_dataset:
+        validation = plan_rows(resolved, section.val_dataset, [], None)
+        warnings += validation.warnings
+        return validation.rows
+    if section.split_dataset_ratio > 0 and rows.rows > 1:
+        return min(max(1, round(rows.rows * section.split_dataset_ratio)), rows.rows - 1)
+    return 0
+
+
+def _steps(
+    resolved: Resolved, rows: RowPlan, lengths: list[int], warnings: list[str]
+) -> tuple[dict[str, Any], int]:
+    """The steps part, and the tokens of the largest micro-batch."""
+    from swift.plan.steps import plan_epoch, step_counts
+
+    section, training = resolved.config.data, resolved.config.training
+    mode = "packed" if section.packing else "padding_free" if section.padding_free else "padded"
+    max_length = section.max_length or DEFAULT_MAX_LENGTH
+    train_share = 1.0
+    if not section.val_dataset and section.split_dataset_ratio > 0 and rows.rows > 1:
+        train_share = 1 - _count_validation(resolved, rows, []) / rows.rows
+    num_samples = round(rows.rows * len(lengths) / len(rows.lengths) * train_share)
+    epoch = plan_epoch(
+        lengths,
+        max(1, num_samples),
+        batch_size=training.per_device_train_batch_size,
+        mode=mode,  # type: ignore[arg-type]
+        max_length=max_length,
+        group_by_length=section.group_by_length,
+        ranks=resolved.config.parallel.data_parallel_size,
+    )
+    per_epoch, total, warmup = step_counts(epoch.micro_batches, training)
+    if epoch.padding > 0.3:
+        warnings.append(f"{epoch.padding:.0%} of each batch is padding: --packing true avoids it")
+    mean = sum(lengths) / len(lengths)
+    return {
+        "layout": "packed rows"
+        if mode == "packed"
+        else mode.replace("_", " ").replace("padding free", "joined"),
+        "unit": "rows" if mode == "packed" else "samples",
+        "batch_size": training.per_device_train_batch_size,
+        "accumulation": training.gradient_accumulation_steps or 1,
+        "max_length": max_length,
+        "micro_batches_per_epoch": epoch.micro_batches,
+        "steps_per_epoch": per_epoch,
+        "total": total,
+        "epochs": round(total / per_epoch, 3),
+        "exact": epoch.exact
+        and rows.rows_exact
+        and (rows.tokens_exact or section.truncation_strategy != "delete"),
+        "warmup_steps": warmup,
+        "schedule": training.lr_scheduler_type,
+        "learning_rate": training.learning_rate,
+        "tokens_per_step": round(num_samples * mean / per_epoch),
+        "largest_micro_batch_tokens": epoch.widest,
+        "padding": round(epoch.padding, 4),
+        "samples_per_row": round(epoch.samples_per_row, 2),
+    }, epoch.widest
+
+
+def _compute_dtype(resolved: Resolved, device: DeviceFacts) -> str:
+    name = resolved.config.model.torch_dtype
+    if name != "auto":
+        return name
+    return "bfloat16" if device.kind in ("cuda", "npu", "xpu") else "float32"
+
+
+def _setup(
+    resolved: Resolved, facts: ModelFacts, folder: Path, device: DeviceFacts, widest: int, warnings: list[str]
+) -> Setup:
+    config = resolved.config
+    tuner, parallel = config.tuner, config.parallel
+    shapes = parameter_sizes(folder)
+    is_lora = tuner.tuner_type == "lora"
+    adapted = adapted_layers(linear_layers(facts, shapes), tuner) if is_lora else []
+    saved = saved_parameters(facts, shapes, tuner) if is_lora else 0
+    if is_lora and not adapted:
+        warnings.append("no linear layer of this model matches target_modules: nothing would be adapted")
+    return Setup(
+        compute=_compute_dtype(resolved, device),
+        is_lora=is_lora,
+        trainable=adapter_parameters(adapted, tuner.lora_rank) + saved
+        if is_lora
+        else full_trainable(facts, shapes, tuner),
+        trainable_bytes=DTYPE_BYTES[tuner.lora_dtype]
+        if is_lora
+        else DTYPE_BYTES["bfloat16" if config.model.param_dtype == "bfloat16" else "float32"],
+        saved_modules=saved,
+        adapted=adapted,
+        rank=tuner.lora_rank,
+        dropout=tuner.lora_dropout if is_lora else 0.0,
+        tokens=widest,
+        checkpointing=bool(config.training.gradient_checkpointing),
+        chunk=config.training.logits_chunk_size,
+        device=device.kind,
+        model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+        sequence_shares=parallel.tensor_parallel_size * parallel.context_parallel_size,
+    )
+
+
+def _memory(
+    resolved: Resolved, facts: ModelFacts, setup: Setup, device: DeviceFacts, steps: dict[str, Any]
+) -> dict[str, Any]:
+    parts = memory_parts(facts, setup)
+    options = resolved.config.checkpoint
+    one = checkpoint_bytes(
+        facts,
+        setup,
+        only_model=options.save_only_model,
+        export_bytes=DTYPE_BYTES.get(facts.dtype) if facts.dtype else None,
+    )
+    number = _num_checkpoints(resolved, steps)
+    return {
+        "parts": parts,
+        "total": sum(parts.values()),
+        "device": device.kind,
+        "device_bytes": device.memory_bytes,
+        "disk": {
+            "checkpoint_bytes": one,
+            "checkpoints": number,
+            # While one is written, the ones before it are still there.
+            "total_bytes": one * number,
+            "free_bytes": free_bytes(Path(options.output_dir).expanduser().absolute()),
+        },
+    }
+
+
+def _num_checkpoints(resolved: Resolved, steps: dict[str, Any]) -> int:
+    """Checkpoints on disk at most: those saved, or save_total_limit besides best and last, and one being written."""
+    options = resolved.config.checkpoint
+    if not steps:
+        return 1
+    if options.save_strategy == "no":
+        saved = 1
+    elif options.save_strategy == "epoch":
+        saved = math.ceil(steps["total"] / steps["steps_per_epoch"])
+    else:
+        saved = math.ceil(steps["total"] / options.save_steps)
+    if options.save_total_limit is None:
+        return saved
+    return min(saved, options.save_total_limit + 3)
+
+
+def _parallel(resolved: Resolved, device: DeviceFacts) -> dict[str, Any]:
+    section = resolved.config.parallel
+    sizes = {name: size for name, size in section.model_dump().items() if name.endswith("_size")}
+    named = [f"{name.removesuffix('_parallel_size')} {size}" for name, size in sizes.items() if size > 1]
+    return {
+        "sizes": {name.removesuffix("_parallel_size"): size for name, size in sizes.items()},
+        "devices_needed": math.prod(sizes.values()),
+        "devices_present": device.count,
+        "device": device.kind,
+        "layout": " x ".join(named) or "one device",
+    }
+
+
+def _model(
+    resolved: Resolved,
+    facts: ModelFacts | None,
+    folder: Path | None,
+    setup: Setup | None,
+    device: DeviceFacts,
+) -> dict[str, Any]:
+    if facts is None:
+        return {}
+    return {
+        "path": str(folder),
+        "architecture": facts.architecture,
+        "model_type": facts.model_type,
+        "parameters": facts.num_parameters,
+        "parameters_exact": facts.exact,
+        "active_parameters": facts.num_active_parameters,
+        "parts": dict(facts.parts),
+        "trainable_parameters": setup.trainable if setup else None,
+        "layers": facts.num_layers,
+        "hidden_size": facts.hidden_size,
+        "vocab_size": facts.vocab_size,
+        "context_length": facts.max_position_embeddings,
+        "stored_dtype": facts.dtype,
+        "dtype": _compute_dtype(resolved, device),
+        "weights_bytes": facts.weights_bytes,
+    }
+
+
+def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
+    """Whether it fits; adds the warnings that say why not."""
+    verdict: bool | None = None
+    if plan.memory and device.memory_bytes is not None:
+        verdict = plan.memory["total"] <= TIGHT_SHARE * device.memory_bytes
+        if not verdict:
+            plan.warnings.append(
+                f"memory: about {format_bytes(plan.memory['total'])} on a {device.kind} device of"
+                f" {format_bytes(device.memory_bytes)}; a smaller --per_device_train_batch_size or --max_length,"
+                " --gradient_checkpointing true or --tuner_type lora lowers it"
+            )
+    if plan.memory:
+        disk = plan.memory["disk"]
+        if disk["total_bytes"] > disk["free_bytes"]:
+            plan.warnings.append(
+                f"disk: checkpoints need about {format_bytes(disk['total_bytes'])},"
+                f" {format_bytes(disk['free_bytes'])} are free; --save_total_limit 1 keeps fewer"
+            )
+    if plan.parallel["devices_needed"] > (device.count if device.count is not None else math.inf):
+        plan.warnings.append(
+            f"the layout needs {plan.parallel['devices_needed']} devices, {device.count} {device.kind} found here"
+        )
+        verdict = False
+    return verdict
+
+
+def _one_line(error: SwiftError) -> str:
+    """What happened, where and the fix, in one line."""
+    text = f"{error.where}: {error.message}" if error.where else error.message
+    return f"{text}; {error.fix}" if error.fix else text

@@ -1,0 +1,154 @@
+"""How many rows and tokens a run will see: rows are counted, tokens counted or estimated from a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swift.config.schema import Resolved
+from swift.core.errors import DataError, SwiftError
+from swift.data.formats import RowError, Sample, to_sample
+from swift.data.sources import find_files, parse_dataset_spec, read_rows, row_numbers
+
+if TYPE_CHECKING:
+    from swift.data.tokenise import TemplateLike
+
+__all__ = ["RowPlan", "plan_rows"]
+
+SAMPLE_ROWS = 256
+"""Rows that are rendered and tokenised; data sets with no more rows are counted exactly."""
+COUNT_BYTES = 256 << 20
+"""Above this, a file's rows are estimated from its size: reading it through would take longer than a plan may."""
+_HEAD_ROWS = 2000
+
+
+@dataclass
+class RowPlan:
+    """Rows of one list of data sets, and the token lengths of a sample of them.
+
+    Attributes:
+        rows: rows a run takes (after ``#N`` and mixing).
+        rows_exact: False when a file was too large to count.
+        lengths: tokens of each sampled row, untruncated.
+        sampled: rows looked at.
+        datasets: name, rows in the files, rows taken.
+        warnings: what could not be resolved.
+    """
+
+    rows: int = 0
+    rows_exact: bool = True
+    lengths: list[int] = field(default_factory=list)
+    sampled: int = 0
+    datasets: list[dict[str, object]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_exact(self) -> bool:
+        """True when every row was tokenised."""
+        return self.rows_exact and self.sampled > 0 and len(self.lengths) == self.rows
+
+    def estimate_tokens(self, max_length: int | None, truncation: str) -> int | None:
+        """Tokens of an epoch after the truncation policy; None without a sample."""
+        if not self.lengths:
+            return None
+        kept = fit_lengths(self.lengths, max_length, truncation)
+        return round(sum(kept) * self.rows / len(self.lengths))
+
+
+def fit_lengths(lengths: Sequence[int], max_length: int | None, truncation: str) -> list[int]:
+    """Lengths of what the truncation policy leaves of samples; as ``swift.data.tokenise`` does it."""
+    result: list[int] = []
+    for length in lengths:
+        if max_length is None or length <= max_length:
+            result.append(length)
+        elif truncation in ("left", "right"):
+            result.append(max_length)
+        elif truncation == "split":
+            starts = range(0, length - 1, max_length - 1)
+            result += [min(max_length, length - start) for start in starts]
+    return result
+
+
+def plan_rows(
+    resolved: Resolved, texts: Sequence[str], weights: Sequence[float], template: TemplateLike | None
+) -> RowPlan:
+    """Count the rows of ``texts`` and tokenise a sample of them (none without a template).
+
+    What cannot be found or read becomes a warning: a plan may be made on another machine than the run.
+    """
+    plan = RowPlan()
+    sizes: list[int] = []
+    for text in texts:
+        try:
+            spec = parse_dataset_spec(text)
+            files = find_files(spec.path)
+        except DataError as error:
+            plan.warnings.append(" ".join(str(error).split("\n")[0].split()))
+            sizes.append(0)
+            continue
+        counts = [_count(file) for file in files]
+        total = sum(count for count, _, _ in counts)
+        plan.rows_exact &= all(exact for _, exact, _ in counts)
+        sizes.append(total if spec.num_rows is None else spec.num_rows)
+        plan.datasets.append({"name": text, "rows": total, "taken": sizes[-1], "files": len(files)})
+        if template is not None:
+            numbers = [known for _, _, known in counts]
+            _sample(plan, resolved, files, numbers, SAMPLE_ROWS // len(texts) or 1, template)
+    plan.rows = sum(sizes)
+    if weights and len(weights) == len(sizes):
+        from swift.data.mixing import mixing_counts
+
+        taken = mixing_counts(sizes, weights)
+        plan.rows = sum(taken)
+        for entry, count in zip(plan.datasets, taken, strict=False):
+            entry["taken"] = count
+    return plan
+
+
+def _count(file: Path) -> tuple[int, bool, list[int] | None]:
+    """Rows of a file, whether they were counted, and their numbers (None: estimated)."""
+    size = file.stat().st_size
+    if size <= COUNT_BYTES or file.suffix.lower() == ".parquet":
+        numbers = row_numbers(file)
+        return len(numbers), True, numbers
+    with file.open("rb") as stream:
+        head = stream.read(8 << 20)
+    lines = max(1, head.count(b"\n"))
+    return round(size / (len(head) / lines)), False, None
+
+
+def _sample(
+    plan: RowPlan,
+    resolved: Resolved,
+    files: Sequence[Path],
+    numbers: Sequence[list[int] | None],
+    wanted: int,
+    template: TemplateLike,
+) -> None:
+    """Tokenise rows spread evenly over the files (of uncounted files: from their start)."""
+    total = sum(len(known) if known is not None else _HEAD_ROWS for known in numbers)
+    every = max(1, -(-total // wanted))
+    offset = 0
+    for file, known in zip(files, numbers, strict=True):
+        if known is None:
+            rows = list(islice(read_rows(file, resolved.config.data.columns), 0, _HEAD_ROWS, every))
+        else:
+            chosen = {number for place, number in enumerate(known, offset) if place % every == 0}
+            offset += len(known)
+            rows = list(read_rows(file, resolved.config.data.columns, chosen)) if chosen else []
+        samples: list[Sample] = []
+        for row in rows:
+            plan.sampled += 1
+            try:
+                samples.append(to_sample(row))
+            except RowError as error:
+                plan.warnings.append(f"{error.location}: {error.reason} (swift data check {file})")
+        try:
+            encoded = template.encode_many([(sample.messages, sample.tools) for sample in samples])
+        except SwiftError as error:
+            plan.warnings.append(f"{file}: {error.message}" + (f" ({error.why})" if error.why else ""))
+            continue
+        plan.lengths += [len(one.input_ids) for one in encoded]
