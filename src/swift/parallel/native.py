@@ -116,7 +116,9 @@ class NativeEngine:
             "optimizers": {name: group.optimizer.state_dict() for name, group in self.parameter_sets.items()},
             "scaler": self._scaler.state_dict() if self._scaler else None,
         }
-        torch.save(state, folder / OPTIMIZER_FILE)
+        # Through Python's file object a failed write is an OSError; torch's own writer raises various RuntimeErrors.
+        with (folder / OPTIMIZER_FILE).open("wb") as file:
+            torch.save(state, file)
 
     def load(self, folder: Path) -> None:
         file = folder / OPTIMIZER_FILE

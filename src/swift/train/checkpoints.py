@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from swift.core.errors import SwiftError
@@ -57,10 +58,7 @@ def save_checkpoint(
             if not only_model:
                 engine.save(folder)
             (folder / STATE_FILE).write_text(json.dumps(state.to_dict(), indent=2))
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors report a failed write as RuntimeError.
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-            raise
+    except (OSError, SafetensorError) as error:
         raise SwiftError(
             "the checkpoint could not be written",
             where=str(path),

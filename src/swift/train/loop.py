@@ -133,6 +133,8 @@ class Trainer:
         self._status.update("running", step=self.state.step, total_steps=self.total_steps, stage="train")
         self._clock.restart()
         with StopSignals() as signals:
+            if self.state.evaluation_owed:
+                self._evaluate_and_save()
             for batches in self._remaining_steps():
                 self._train_step(batches)
                 self._notify("on_step_end")
@@ -179,6 +181,10 @@ class Trainer:
         )
 
     def _between_steps(self) -> None:
+        self._report_step()
+        self._evaluate_and_save()
+
+    def _report_step(self) -> None:
         step = self.state.step
         set_log_step(step)
         finished = step >= self.total_steps or self._stop_reason is not None
@@ -186,6 +192,9 @@ class Trainer:
             self._log()
         elif time.monotonic() - self._status_written > STATUS_INTERVAL_SECONDS:
             self._write_status()
+
+    def _evaluate_and_save(self) -> None:
+        self.state.evaluation_owed = False
         improved = self._evaluate() if self._due(self.config.evaluation.eval_strategy, "eval") else False
         if self._due(self.config.checkpoint.save_strategy, "save") or improved:
             self._save(is_best=improved)
@@ -313,9 +322,12 @@ class Trainer:
         self._clock.restart(keep_counts=True)
 
     def _interrupt(self, signals: StopSignals) -> None:
-        """Save and leave. No metric line: the open log window is in the checkpoint and the resumed run writes it."""
+        """Save and leave at once. An evaluation due after this step is owed: the resumed run starts with it."""
+        self._report_step()
         if self._saved_step != self.state.step:
+            self.state.evaluation_owed = True
             self._save()
+        self._write_status()
         raise Interrupted(
             f"stopped by {signals.name} after step {self.state.step} of {self.total_steps}; checkpoint saved",
             fix=f"swift resume {self.folder.path}",

@@ -40,6 +40,7 @@ class TrainState:
         cursor_fingerprint: hash of what the cursor refers to; a checkpoint of other data is refused.
         best_metric, best_step: of ``metric_for_best_model``.
         stale_evaluations: evaluations since the best one.
+        evaluation_owed: a signal cut the run before what was due after ``step``; a resumed run begins with it.
     """
 
     step: int = 0
@@ -50,6 +51,7 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     stale_evaluations: int = 0
+    evaluation_owed: bool = False
     first_loss: float | None = None
     last_loss: float | None = None
     cursor_fingerprint: str = ""

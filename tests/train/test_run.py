@@ -1,0 +1,270 @@
+"""What a run computes and leaves behind."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+
+from swift.core.errors import ConfigError, DataError, SwiftError
+from swift.runs.metrics import read_metrics
+from swift.runs.status import read_status
+from swift.train.callbacks.base import Callback
+from swift.train.callbacks.user import load_callbacks
+from swift.train.loop import Interrupted
+
+
+def training_lines(folder):
+    return [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+class Record(Callback):
+    """Keeps the batches' sample ids and the events."""
+
+    def __init__(self):
+        self.events = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_"):
+            return lambda *args: object.__getattribute__(self, "events").append(name)
+        return object.__getattribute__(self, name)
+
+
+def test_run_folder_is_complete(run_training):
+    result = run_training(split_dataset_ratio=0.2, save_steps=5, run_name="r")
+    names = {entry.name for entry in result.folder.iterdir()}
+    assert names >= {
+        "config.yaml", "provenance.json", "metrics.jsonl", "log.txt", "logs", "env.json", "status.json",
+        "curves.png", "summary.json", "val_dataset.jsonl", "checkpoint-5", "best", "last",
+    }  # fmt: skip
+    line = training_lines(result.folder)[-1]
+    assert set(line) >= {
+        "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_time", "num_tokens",
+        "gpu_mem_usage",
+    }  # fmt: skip
+    evaluations = [row for row in read_metrics(result.folder / "metrics.jsonl") if "eval_loss" in row]
+    assert math.exp(evaluations[-1]["eval_loss"]) == pytest.approx(evaluations[-1]["eval_perplexity"])
+    assert 0 <= evaluations[-1]["eval_token_accuracy"] <= 1
+    assert len((result.folder / "val_dataset.jsonl").read_text().splitlines()) == 12
+    assert read_status(result.folder)["state"] == "succeeded"
+    log = [json.loads(text) for text in (result.folder / "logs" / "rank-0.jsonl").read_text().splitlines()]
+    assert all({"time", "level", "message", "rank", "run"} <= set(entry) for entry in log)
+    assert json.loads((result.folder / "summary.json").read_text())["steps"] == 12
+
+
+def test_config_of_a_run_repeats_it(run_training, tmp_path):
+    first = run_training(run_name="first", lora_rank=4)
+    config = first.folder / "config.yaml"
+    assert yaml.safe_load(config.read_text())["tuner"]["lora_rank"] == 4
+    from swift.config.bind import resolve
+    from swift.train.run import train
+
+    again = train(resolve("sft", [str(config), "--run_name", "again"]), say=lambda text: None)
+    losses = [[line["loss"] for line in training_lines(run.folder)] for run in (first, again)]
+    assert losses[0] == losses[1]
+
+
+def test_losses_equal_an_independent_loop(run_training, tiny_model_dir):
+    """Same start, same rows: PEFT + transformers' loss with a padding mask + AdamW give the same losses."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    rows_of_steps = []
+
+    class Rows(Callback):
+        def on_train_begin(self, run):
+            original = run.engine.forward_backward
+
+            def recorded(batches, objective):
+                rows_of_steps.append(batches)
+                return original(batches, objective)
+
+            run.engine.forward_backward = recorded  # an instance attribute of our own object
+
+    start = run_training(run_name="start", max_steps=1, learning_rate=1e-12, weight_decay=0.0)
+    options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 5e-3}
+    result = run_training(
+        callbacks=[Rows()], run_name="ours", adapters=[str(start.folder / "last")], **options
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model = PeftModel.from_pretrained(base, start.folder / "last", is_trainable=True).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    expected = []
+    for step, batches in enumerate(rows_of_steps):
+        count = sum(batch.num_targets for batch in batches)
+        total = 0.0
+        for batch in batches:
+            lengths = batch.targets.shape[1]
+            labels = torch.full_like(batch.targets, -100)
+            labels[:, 1:] = batch.targets[:, :-1]
+            mask = torch.zeros_like(batch.input_ids)
+            for row in range(len(mask)):
+                real = (batch.input_ids[row] != 0).nonzero().max() + 1
+                mask[row, : max(int(real), int((labels[row] != -100).nonzero().max()) + 1)] = 1
+            assert mask.shape[1] == lengths
+            loss = model(
+                input_ids=batch.input_ids, attention_mask=mask, labels=labels, num_items_in_batch=count
+            ).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * 0.5 * (1 + math.cos(math.pi * step / 6))
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(total)
+    assert [line["loss"] for line in training_lines(result.folder)] == pytest.approx(expected, rel=2e-5)
+
+
+def test_loss_falls(run_training):
+    result = run_training(num_train_epochs=6, lr_scheduler_type="constant")
+    assert result.summary["last_loss"] < result.summary["first_loss"] - 0.5
+
+
+def test_signal_saves_and_names_the_resume_command(run_training):
+    options = {"save_steps": 100, "split_dataset_ratio": 0.2, "eval_steps": 5}
+
+    class Terminate(Callback):
+        def on_step_end(self, run):
+            if run.state.step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        run_training(callbacks=[Terminate()], run_name="stopped", **options)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    folder = caught.value.fix.split()[-1]
+    assert caught.value.fix == f"swift resume {folder}"
+    resumed = run_training(resume_from_checkpoint=folder, **options)
+    whole = run_training(run_name="whole", **options)
+    for key in ("loss", "eval_loss"):
+        ours, theirs = (
+            [(row["step"], row[key]) for row in read_metrics(run.folder / "metrics.jsonl") if key in row]
+            for run in (resumed, whole)
+        )
+        assert ours == theirs
+
+
+def test_status_of_a_stopped_run(run_training, tmp_path):
+    class Interrupt(Callback):
+        def on_step_end(self, run):
+            if run.state.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run_training(callbacks=[Interrupt()], run_name="stopped")
+    status = read_status(tmp_path / "output" / "stopped")
+    assert status["state"] == "stopped"
+    assert status["step"] == 2
+
+
+def test_nonfinite_loss_stops_the_run_and_keeps_good_weights(run_training, tmp_path):
+    class Spoil(Callback):
+        def on_step_end(self, run):
+            if run.state.step == 3:
+                next(iter(run.engine.gather().values())).fill_(float("nan"))
+
+    with pytest.raises(SwiftError, match="not finite at step 4") as caught:
+        run_training(callbacks=[Spoil()], save_steps=2, run_name="nan")
+    assert "checkpoint-2" in caught.value.fix
+    assert read_status(tmp_path / "output" / "nan")["state"] == "failed"
+    assert not (tmp_path / "output" / "nan" / "checkpoint-4").exists()
+
+
+def test_best_and_last_and_limit(run_training):
+    result = run_training(
+        split_dataset_ratio=0.2, save_steps=2, save_total_limit=1, num_train_epochs=2, learning_rate=0.3
+    )
+    evaluations = {
+        row["step"]: row["eval_loss"]
+        for row in read_metrics(result.folder / "metrics.jsonl")
+        if "eval_loss" in row
+    }
+    best = min(evaluations, key=evaluations.get)
+    assert (result.folder / "best").resolve().name == f"checkpoint-{best}"
+    assert (result.folder / "last").resolve().name == f"checkpoint-{max(evaluations)}"
+    kept = {path.name for path in result.folder.glob("checkpoint-*")}
+    assert len(kept) <= 3
+    assert {f"checkpoint-{best}", f"checkpoint-{max(evaluations)}"} <= kept
+    assert result.summary["best_metric"] == evaluations[best]
+
+
+def test_early_stop(run_training):
+    result = run_training(
+        split_dataset_ratio=0.2, eval_steps=1, save_steps=1, num_train_epochs=50, learning_rate=1e-12,
+        early_stop_interval=3, save_total_limit=1,
+    )  # fmt: skip
+    assert "did not improve" in result.summary["stop_reason"]
+    assert result.summary["steps"] < 600
+
+
+def test_callbacks_see_the_run(run_training, tmp_path):
+    recorder = Record()
+    run_training(callbacks=[recorder], max_steps=2, split_dataset_ratio=0.2, save_steps=2)
+    assert recorder.events[0] == "on_train_begin"
+    assert recorder.events[-1] == "on_train_end"
+    assert {"on_step_end", "on_log", "on_evaluate", "on_save"} <= set(recorder.events)
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from swift.train.callbacks.base import Callback\n"
+        "class Stop(Callback):\n"
+        "    def on_log(self, run, metrics):\n"
+        "        run.stop('enough')\n"
+    )
+    result = run_training(callbacks=load_callbacks([f"{file}:Stop"]))
+    assert result.summary["steps"] == 1
+    assert result.summary["stop_reason"] == "enough"
+
+
+def test_user_callback_errors(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name\n")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        load_callbacks([str(broken)])
+    with pytest.raises(ConfigError, match="no such file"):
+        load_callbacks([str(tmp_path / "absent.py")])
+
+
+def test_errors_come_before_the_run_folder(run_training, tmp_path):
+    with pytest.raises(SwiftError):
+        run_training(model=str(tmp_path / "no-model"))
+    with pytest.raises(DataError):
+        run_training(dataset=str(tmp_path / "no-data.jsonl"))
+    with pytest.raises(ConfigError, match="one device"):
+        run_training(tensor_parallel_size=2)
+    assert not (tmp_path / "output").exists()
+
+
+def test_debug_mode_shows_alignment(tiny_model_dir, chat_file, tmp_path):
+    from swift.config.bind import resolve
+    from swift.train.run import train
+
+    said = []
+    values = {
+        "model": str(tiny_model_dir), "dataset": str(chat_file), "output_dir": str(tmp_path), "max_steps": 1,
+        "max_length": 160, "debug_mode": True,
+    }  # fmt: skip
+    train(resolve("sft", values=values), say=said.append)
+    text = "\n".join(said)
+    assert "first batch:" in text
+    assert "input embeddings:" in text
+    assert "mean_norm" in text
+
+
+def test_full_training_writes_a_loadable_model(run_training):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = run_training(tuner_type="full", learning_rate=1e-3, max_steps=3)
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "last")
+    assert AutoTokenizer.from_pretrained(result.folder / "last").chat_template
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_pretraining_on_plain_text(run_training, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"line {i} of a small book about numbers and letters" for i in range(30)))
+    result = run_training(command="pt", dataset=str(text), truncation_strategy="split", num_train_epochs=4)
+    assert result.summary["last_loss"] < result.summary["first_loss"]
