@@ -117,9 +117,14 @@ def test_a_recorded_value_outlives_a_change_of_the_defaults(tmp_path: Path) -> N
 def test_secrets_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIFT_TEST_API_KEY", "secret")
     monkeypatch.setenv("SWIFT_TEST_THREADS", "2")
-    environment = {"SWIFT_TEST_API_KEY": "secret", "SWIFT_TEST_THREADS": "2"}
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    environment = {
+        "SWIFT_TEST_API_KEY": "secret",
+        "SWIFT_TEST_THREADS": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     resolved = resolve("sft", values={**NEEDED, "ENV": environment})
-    assert dump(resolved)["ENV"] == {"SWIFT_TEST_THREADS": "2"}
+    assert dump(resolved)["ENV"] == {"SWIFT_TEST_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def test_run_folders_and_checkpoints_lead_to_their_configuration(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from swift.config.aliases import alias_table
-from swift.config.commands import COMMANDS
+from swift.config.commands import COMMANDS, LATER_COMMANDS
 from swift.config.completion import completion_script
 from swift.config.kinds import kind_of
 from swift.config.reference import reference_page
@@ -41,6 +41,10 @@ def test_commands_name_options_that_exist() -> None:
         assert command.own_arguments == (not command.options())
         assert set(command.switches).isdisjoint(options())
         assert re.fullmatch(r"swift\.cli\.[a-z_]+", command.module)
+
+
+def test_later_commands_are_not_there_yet() -> None:
+    assert set(LATER_COMMANDS).isdisjoint(COMMANDS)
 
 
 def test_every_training_option_belongs_to_a_command() -> None:

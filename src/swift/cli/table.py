@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from swift.config.commands import COMMANDS, Command
+from swift.config.commands import COMMANDS, LATER_COMMANDS, Command
 from swift.core.errors import UsageError
 from swift.core.registry import closest
 
@@ -16,7 +16,10 @@ __all__ = ["COMMANDS", "Command", "find_command", "load_command"]
 
 def find_command(name: str) -> Command:
     """The command of this name (``merge_lora`` is ``merge-lora``). Raises UsageError with the nearest name."""
-    command = COMMANDS.get(name.replace("_", "-"))
+    name = name.replace("_", "-")
+    command = COMMANDS.get(name)
+    if name in LATER_COMMANDS:
+        raise UsageError(f"swift {name} comes with a later version", fix=LATER_COMMANDS[name])
     if command is None:
         near = closest(name, COMMANDS)
         raise UsageError(

@@ -26,7 +26,7 @@ from swift.core.registry import closest
 
 __all__ = ["command_of", "dump", "dump_text", "load_run_config", "resolve"]
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 
 
 def resolve(

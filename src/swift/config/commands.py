@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from swift.config.schema import SECTIONS, Option, options
 
-__all__ = ["COMMANDS", "Command"]
+__all__ = ["COMMANDS", "LATER_COMMANDS", "Command"]
 
 
 @dataclass(frozen=True)
@@ -154,3 +154,16 @@ COMMANDS: dict[str, Command] = {
         ),
     )
 }
+
+LATER_COMMANDS: dict[str, str] = {
+    "fit": "use swift sft",
+    "rlhf": "use swift sft",
+    "export": "swift merge-lora writes a merged model folder",
+    "deploy": "use swift infer",
+    "app": "use swift infer",
+    "eval": "swift infer --val_dataset FILE computes metrics",
+    "rollout": "use swift infer",
+    "sample": "use swift infer",
+    "web-ui": "use the command line",
+}
+"""Commands of the articles and of ms-swift that this version does not have: name -> what to do instead."""
