@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,12 @@ def test_many_are_encoded_as_one(tokenizer: Any) -> None:
     one = template(tokenizer)
     assert one.encode_many(samples) == [one.encode(*sample) for sample in samples]
     assert one.encode_many([]) == []
+
+
+def test_it_can_be_sent_to_another_process(tokenizer: Any) -> None:
+    here = template(tokenizer, system="x")
+    there = pickle.loads(pickle.dumps(here))
+    assert there.encode(CHAT) == here.encode(CHAT) and there.fingerprint == here.fingerprint
 
 
 def test_a_token_across_the_border_is_not_learned(tokenizer: Any) -> None:

@@ -110,6 +110,10 @@ class ChatTemplate:
             isinstance(node, jinja2.nodes.ExtensionAttribute) and node.name == "_enclose" for node in calls
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Compiled templates cannot be sent to another process; their text can.
+        return ChatTemplate, (self.source, self.variables, self.where)
+
     def render(
         self,
         messages: Sequence[Message],

@@ -56,7 +56,9 @@ def find_turns(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        found = _by_prefix(render, messages, index, text) or _by_difference(render, messages, index, text)
+        found = _by_prefix(render, messages, index, text, end_tokens) or _by_difference(
+            render, messages, index, text
+        )
         if found is None:
             raise DataError(
                 f"cannot tell which part of the rendered text message {index + 1} (assistant) is",
@@ -105,19 +107,39 @@ def end_of_turn_token(render: Render, tokens: Sequence[str]) -> str | None:
     return next((token for token in sorted(tokens, key=len, reverse=True) if after.startswith(token)), None)
 
 
-def _by_prefix(render: Render, messages: Sequence[Message], index: int, text: str) -> tuple[int, int] | None:
+def _by_prefix(
+    render: Render, messages: Sequence[Message], index: int, text: str, end_tokens: Sequence[str]
+) -> tuple[int, int] | None:
     if index == 0:
         return None
     try:
         before = render(messages[:index], True)
         if not text.startswith(before):
             return None
+        if index + 1 < len(messages):
+            # Most turns are just their content: that saves a rendering.
+            end = _end_of_content(messages[index], text, len(before), end_tokens)
+            if end is not None:
+                return len(before), end
         with_turn = text if index + 1 == len(messages) else render(messages[: index + 1], False)
     except DataError:
         return None
     if not text.startswith(with_turn) or len(with_turn) < len(before):
         return None
     return len(before), len(with_turn)
+
+
+def _end_of_content(message: Message, text: str, start: int, end_tokens: Sequence[str]) -> int | None:
+    """Where the turn that begins at ``start`` ends, when it is the message's content and an end token."""
+    if message.get("tool_calls"):
+        return None
+    for content in (message["content"], message["content"].strip()):
+        if text.startswith(content, start):
+            end = start + len(content)
+            token = next((token for token in end_tokens if text.startswith(token, end)), None)
+            if token is not None:
+                return end + len(token)
+    return None
 
 
 def _by_difference(
@@ -133,11 +155,12 @@ def _by_difference(
     header = _header(render, [*messages[: index - 1], _probe(messages[index - 1])])
     if previous is None or header is None or previous[1] > start:
         return None
-    # Between the two messages stands the template's text only. What the generation prompt shares with it
-    # comes
-    # before the turn; the rest (an empty thinking block, say) the model has to write itself.
+    # Between the two messages stands the template's text only. As much of it as the generation prompt says comes
+    # before the turn; more than that (an empty thinking block, say) the model has to write itself.
     between = text[previous[1] : start]
-    return previous[1] + _shared(between, header), end
+    if between.startswith(header):
+        return previous[1] + len(header), end
+    return (start, end) if header.startswith(between) else None
 
 
 def _probe(message: Message) -> dict[str, Any]:
