@@ -1,0 +1,74 @@
+"""``swift demo``: train a tiny model here and now, and watch it learn."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swift.cli.arguments import ArgumentParser
+from swift.cli.table import COMMANDS
+from swift.core.logging import quiet_libraries
+
+if TYPE_CHECKING:
+    from swift.demo.run import DemoResult
+
+
+def run(argv: list[str]) -> int:
+    """Exit code 0 when the model has mastered the task, 1 when it has not."""
+    parser = ArgumentParser(prog="swift demo", description=COMMANDS["demo"].help)
+    parser.add_argument(
+        "--output_dir", default="demo", metavar="DIR", help="folder for everything (default: demo)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=42, metavar="N", help="other data, other weights (default: 42)"
+    )
+    arguments = parser.parse(argv)
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # read when torch loads; more threads slow so small a model down
+    quiet_libraries()
+    from swift.demo.run import GOAL, run_demo
+    from swift.train.callbacks.progress import ProgressLine
+
+    result = run_demo(Path(arguments.output_dir), seed=arguments.seed, callbacks=[ProgressLine()])
+    _show(result)
+    if result.accuracy_after < GOAL:
+        print(f"the goal is {GOAL:.0%}: this seed did not get there", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show(result: DemoResult) -> None:
+    from swift.demo.show import answer_table, sparkline
+    from swift.runs.cards import print_card
+
+    num_shown = 6
+    print()
+    for line in answer_table(result.before[:num_shown], result.after[:num_shown]):
+        print(f"   {line}")
+    print()
+    curve = sparkline(result.losses, encoding=sys.stdout.encoding or "ascii")
+    run = _short(result.run)
+    print_card(
+        "what it learned",
+        [
+            (
+                "held-out",
+                f"{result.accuracy_before:.1%} right before, {result.accuracy_after:.1%} right after",
+            ),
+            ("loss", f"{result.losses[0]:.2f} {curve} {result.losses[-1]:.2f}"),
+            ("curves", str(run / "curves.png")),
+            ("run folder", str(run)),
+            ("all answers", str(run / "answers.jsonl")),
+            ("next", f"swift infer --model {run / 'last'}        (then type: Reverse SWIFT)"),
+            ("", f"swift sft {run.parent / 'sft.yaml'} --learning_rate 1e-3"),
+        ],
+    )
+
+
+def _short(path: Path) -> Path:
+    """Relative to the working folder where it lies below it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
