@@ -6,14 +6,19 @@ the turns have to be found by comparing renderings. Both must learn exactly the 
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import DataError
+from swift.models.load import load_template
 from swift.models.template import Template
 from swift.models.tiny import train_tokenizer
 
@@ -228,3 +233,46 @@ def test_rendering_is_that_of_transformers(style: str) -> None:
             messages, tokenize=False, add_generation_prompt=prompt
         )
         assert template.render(messages, add_generation_prompt=prompt) == theirs
+
+
+_WORDS = st.text(st.sampled_from("ab \n.é🎉👍🏽日"), max_size=8)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Alternating turns, here and there with thinking, a tool call or a system prompt."""
+    messages: list[dict[str, Any]] = [system(draw(_WORDS))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append(user("q" + draw(_WORDS)))
+        if draw(st.booleans()):
+            messages += [
+                assistant(draw(_WORDS), tool_calls=[CALL]),
+                {"role": "tool", "content": draw(_WORDS)},
+            ]
+        thought = draw(st.sampled_from(["", "<think>\nhm\n</think>\n\n"]))
+        messages.append(assistant(thought + draw(_WORDS)))
+    return messages
+
+
+@functools.cache
+def pair(style: str) -> tuple[Template, Template]:
+    return make_template(style), make_template(style, generation=False)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(conversations(), st.sampled_from(["qwen2_5", "qwen3"]))
+def test_both_methods_agree_on_any_conversation(messages: list[dict[str, Any]], style: str) -> None:
+    tags, no_tags = pair(style)
+    assert no_tags.encode(messages) == tags.encode(messages)
+
+
+def test_a_header_that_also_stops_is_learned_as_the_end(tmp_path: Path) -> None:
+    """GLM's answers end where the next question begins; its generation_config lists that header as a stop."""
+    template = make_template("glm")
+    stop = template.tokenizer.convert_tokens_to_ids("<|user|>")
+    template.tokenizer.save_pretrained(tmp_path)
+    config = {"eos_token_id": [template.tokenizer.eos_token_id, stop]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded = load_template(tmp_path, TemplateSection())
+    assert learned(loaded, TWO) == ["first<|user|>", "second<|endoftext|>"]
+    assert loaded.stop_token_ids == config["eos_token_id"]
