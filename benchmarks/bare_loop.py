@@ -132,7 +132,11 @@ def attention_by_document(
     rows = []
     for row, lengths in enumerate(documents):
         parts = [tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value)]
-        rows.append(torch.cat([scaled_dot_product_attention(*qkv, **options) for qkv in zip(*parts)], dim=2))
+        rows.append(
+            torch.cat(
+                [scaled_dot_product_attention(*qkv, **options) for qkv in zip(*parts, strict=True)], dim=2
+            )
+        )
     return torch.cat(rows).transpose(1, 2), None
 
 
