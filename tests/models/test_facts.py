@@ -191,6 +191,7 @@ def test_missing_shards(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / names[0])
     index = {"weight_map": {f"layer.{number}": name for number, name in enumerate(names)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert not ModelFacts.read(folder).exact
     error = refuse(folder, "2 of 3 weight files are missing")
     assert error.why == f"{names[1]}, {names[2]}"
 

@@ -80,7 +80,14 @@ class ModelFacts:
 
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
-        """Facts of a model folder. Raises ModelError when config.json is missing or is no decoder's."""
+        """Facts of a model folder.
+
+        Weights that are missing or damaged only mean that numbers come from config.json (``exact`` is False): a plan
+        needs no weights. `check_model_folder` is what refuses such a folder.
+
+        Raises:
+            ModelError: config.json is missing, or is not a decoder's.
+        """
         raw = _read_config(folder)
         config = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
         try:
@@ -93,8 +100,11 @@ class ModelFacts:
             ) from None
         tied = _tied(raw, config)
         parts, exact = count_by_config(config, sizes, tied), False
-        weights = weight_files(folder)
-        tensors = _tensors(weights)
+        try:
+            weights = weight_files(folder)
+            tensors = _tensors(weights)
+        except ModelError:
+            weights, tensors = [], {}
         experts_share = 1.0
         if tensors:
             parts, exact = count_tensors(tensors, tied), True

@@ -13,9 +13,9 @@ __all__ = ["split_head"]
 def split_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
     """(backbone, lm_head) with ``lm_head(backbone(input_ids=x).last_hidden_state) == model(input_ids=x).logits``.
 
-    The equation is tried on the loaded model with four tokens, in evaluation mode, and the result is exact equality:
-    a model that does anything else between hidden states and logits (soft-capping, a scale) gives None. A backbone
-    and head found here share the model's parameters; tied heads work alike.
+    The equation is tried on the loaded model with four tokens, in evaluation mode. A model that does anything else
+    between hidden states and logits (soft-capping, a scale) gives None, as does one without the usual parts. Both
+    share the model's parameters; tied heads work alike.
     """
     get_head = getattr(model, "get_output_embeddings", None)
     prefix = getattr(model, "base_model_prefix", "")
