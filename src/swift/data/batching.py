@@ -175,6 +175,7 @@ class BatchSchedule:
         return result
 
     def _put_largest_first(self, batches: list[list[int]]) -> None:
-        sizes = [len(batch) * int(self.lengths[batch].max()) for batch in batches]
+        widths = self.lengths[[batch[0] for batch in batches]]  # windows are sorted, longest first
+        sizes = widths * np.asarray([len(batch) for batch in batches])
         largest = int(np.argmax(sizes))
         batches[0], batches[largest] = batches[largest], batches[0]

@@ -11,11 +11,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from swift.config.sections.template import TemplateSection
 from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
 from swift.data.sources import Row
 from swift.data.tokens import DataReport, EncodedLike, TokenStore, TokenWriter, encoded_arrays
 from swift.data.workers import WorkerPool
+from swift.models.template import Template
 
 __all__ = ["Encoder", "TemplateLike", "Truncation", "encode_rows", "tokenise"]
 
@@ -46,6 +48,23 @@ class Encoder:
     template: TemplateLike
     max_length: int | None
     truncation: Truncation = "delete"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self.template, Template):
+            # A compiled chat template cannot be sent to another process; what it is made from can.
+            made_from = (self.template.tokenizer, self.template.section, self.template.pretraining)
+            return _rebuild, (*made_from, self.max_length, self.truncation)
+        return Encoder, (self.template, self.max_length, self.truncation)
+
+
+def _rebuild(
+    tokenizer: Any,
+    section: TemplateSection,
+    pretraining: bool,
+    max_length: int | None,
+    truncation: Truncation,
+) -> Encoder:
+    return Encoder(Template(tokenizer, section, pretraining), max_length, truncation)
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> TokenStore:

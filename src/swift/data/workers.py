@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
 from typing import Any, Generic, TypeVar
 
 from swift.core.errors import SwiftError
 
 __all__ = ["WorkerPool"]
+
+_GRACE_SECONDS = 5.0
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -48,9 +53,12 @@ class WorkerPool(Generic[In, Out]):
         self.fix = fix
         self.deadline_seconds = deadline_seconds
         # forkserver: a plain fork would copy this process with its threads, locks and CUDA context.
-        context = multiprocessing.get_context("forkserver")
+        known = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+        self._under_way: deque[Future[Out]] = deque()
+        ended, self._end = context.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(
-            num_processes, context, initializer=_start, initargs=(function, state)
+            num_processes, context, initializer=_start, initargs=(function, state, ended)
         )
 
     def map(self, items: Iterable[In], ahead: int) -> Generator[Out, None, None]:
@@ -60,7 +68,7 @@ class WorkerPool(Generic[In, Out]):
         arrive in time. Closing the generator early drops what is under way.
         """
         iterator = iter(items)
-        waiting: deque[Future[Out]] = deque()
+        waiting = self._under_way = deque[Future[Out]]()
         try:
             while True:
                 for item in islice(iterator, ahead * self.num_processes - len(waiting)):
@@ -82,27 +90,36 @@ class WorkerPool(Generic[In, Out]):
                 future.cancel()
 
     def close(self) -> None:
-        """End the processes once their current item is done."""
+        """End the processes: when their current items are done, or by force when they do not get done."""
+        for future in self._under_way:
+            future.cancel()
+        running = [future for future in self._under_way if future.running()]
+        if wait(running, timeout=min(_GRACE_SECONDS, self.deadline_seconds)).not_done:
+            self._end.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._end.close()
 
 
 _function: Callable[[Any, Any], Any]
 _state: Any
 
 
-def _start(function: Callable[[Any, Any], Any], state: Any) -> None:
+def _start(function: Callable[[Any, Any], Any], state: Any, ended: Connection) -> None:
     global _function, _state
     _function, _state = function, state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent decides what they mean.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(ended,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A worker of a killed process would wait for its next item for ever."""
+def _end_with_parent(ended: Connection) -> None:
+    """End this process, whatever it does, when its parent says so (by closing the pipe) or has died."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    assert parent is not None
+    wait_for_any([ended, parent.sentinel])
+    os._exit(1)
 
 
 def _work(item: Any) -> Any:
