@@ -161,8 +161,8 @@ def report(speed: dict[str, list[Run]], losses: dict[str, list[float]], steps: i
     text = (
         "# Supervised fine-tuning beside TRL\n\n"
         "Qwen3 with 6.8M random parameters, LoRA rank 8 on all linear layers, batch 8, at most 512 tokens, no\n"
-        f"gradient checkpointing, one thread, {steps} steps, {len(speed['TRL'])} rounds in turn; float32 unless the name says"
-        f" bf16.\nHeld-out loss after {LOSS_TOKENS:,} training tokens, one value a seed.\n\n"
+        f"gradient checkpointing, one thread, {steps} steps, {len(speed['TRL'])} rounds in turn; float32\n"
+        f"unless the name says bf16. Held-out loss after {LOSS_TOKENS:,} training tokens, one value a seed.\n\n"
     )
     write_results("sft_vs_trl", text + markdown_table(header, rows), {"runs": values})
 
