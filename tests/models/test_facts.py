@@ -42,7 +42,7 @@ def test_counted_and_computed_agree_with_the_model(tmp_path: Path, architecture:
     assert counted.architecture == type(model).__name__
 
 
-# From the models' published config.json; totals as their safetensors say.
+# Sizes of well-known models and the totals known for them (recalled, not read from their files here).
 PUBLISHED: list[tuple[str, dict[str, Any], int]] = [
     (
         "Qwen3-0.6B",
