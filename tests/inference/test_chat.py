@@ -111,6 +111,14 @@ def test_lines_of_a_file_are_answered_one_by_one() -> None:
     assert out.getvalue().splitlines() == ["one ", "/clear ", "two "]
 
 
+def test_ctrl_c_stops_all_lines_of_a_file() -> None:
+    echo = Echo(interrupt=True)
+    talk, _ = chat(echo)
+    with pytest.raises(KeyboardInterrupt):
+        answer_lines(talk, iter(["one\n", "two\n"]))
+    assert len(echo.asked) == 1
+
+
 @pytest.mark.parametrize(
     "typed,text",
     [

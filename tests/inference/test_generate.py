@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import threading
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import DataError
-from swift.inference.generate import Generator
+from swift.inference.chat import Chat
+from swift.inference.generate import Generator, _Pieces
 from swift.inference.losses import answer_losses
 from swift.inference.text import StopWords, decode
 from swift.models.load import load_bundle
@@ -148,6 +151,28 @@ def test_leaving_a_stream_stops_the_thread(generator: Generator) -> None:
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "swift-generate"]
+
+
+def test_ctrl_c_stops_the_thread_and_reaches_the_caller(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+    wait = _Pieces.next
+
+    def wait_or_interrupt(self: _Pieces, worker: threading.Thread) -> list[int] | None:
+        nonlocal count
+        count += 1
+        if count == 4:
+            signal.raise_signal(signal.SIGINT)
+        return wait(self, worker)
+
+    monkeypatch.setattr(_Pieces, "next", wait_or_interrupt)
+    out = io.StringIO()
+    chat = Chat(generator, GREEDY.model_copy(update={"max_new_tokens": 400}), out=out)
+    assert chat.handle("Reverse the letters: a b c d e.")
+    assert out.getvalue().endswith(" … (stopped)\n") and count == 4
+    assert not [thread for thread in threading.enumerate() if thread.name == "swift-generate"]
+    assert len(chat.messages) == 2
 
 
 def test_an_error_in_the_thread_reaches_the_caller(

@@ -15,8 +15,11 @@ from tuner_models import shake, tiny_gpt2, tiny_qwen3, tokens
 
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ModelError
+from swift.models.load import load_model
+from swift.models.tiny import make_tiny_model
 from swift.tuners.apply import apply_tuner
 from swift.tuners.lora import lora_layers
+from swift.tuners.merge import merge_adapter
 from swift.tuners.peft_format import adapter_folder, load_adapter, save_adapter
 
 SECTIONS = {
@@ -87,6 +90,36 @@ def test_gpt2_conv1d_both_ways(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     torch.testing.assert_close(theirs(tokens()).logits, expected, atol=2e-6, rtol=1e-5)
     assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path).model(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", ["glm", "phi3", "gemma2", "mixtral"])
+def test_other_architectures_both_ways_and_merged(architecture: str, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "base", architecture=architecture)
+    base = load_model(tmp_path / "base", dtype=torch.float32)
+    ids = tokens(2, 9)
+    tuned = apply_tuner(copy.deepcopy(base), TunerSection())
+    shake(tuned.named_trainable(), std=0.1)
+    expected = tuned.model(input_ids=ids).logits
+    assert (expected - base(input_ids=ids).logits).abs().max() > 1e-3
+    save_adapter(tuned.model, tmp_path / "adapter", tmp_path / "base")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+    merge_adapter(tuned.model)
+    torch.testing.assert_close(tuned.model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_experts_left_out_by_all_linear_are_mentioned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_tiny_model(tmp_path, architecture="qwen3_moe")
+    tuned = apply_tuner(load_model(tmp_path, dtype=torch.float32), TunerSection())
+    assert {name.rpartition(".")[2] for name in lora_layers(tuned.model)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert "all-linear leaves out the experts" in caplog.text and "mlp.experts.gate_up_proj" in caplog.text
 
 
 def test_ranks_and_alphas_by_pattern(tmp_path: Path) -> None:

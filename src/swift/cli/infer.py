@@ -96,12 +96,21 @@ def _chat(resolved: Resolved) -> None:
     with contextlib.suppress(ImportError):  # Windows has none
         importlib.import_module("readline")  # gives input() line editing and history
     print("Chat. /help lists the commands.")
+    interrupted = False  # a Ctrl-C that comes just after the end of an answer should not end the chat
     while True:
         try:
             text = read_input(input)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            if interrupted:
+                print()
+                return
+            interrupted = True
+            print("\n(Ctrl-C again or /exit leaves)")
+            continue
+        interrupted = False
         if not chat.handle(text):
             return
 

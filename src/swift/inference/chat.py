@@ -16,7 +16,7 @@ HELP = """/clear        forget the conversation
 /system TEXT  set the system prompt (and forget the conversation)
 /exit         leave (also Ctrl-D)
 \"\"\"           begin and end a message of several lines
-Ctrl-C        stop the answer; at the prompt: leave"""
+Ctrl-C        stop the answer; twice at the prompt: leave"""
 
 
 class Chat:
@@ -62,13 +62,15 @@ class Chat:
         elif word.startswith("/") and word[1:].isalpha() and not rest:
             self._say(f"(no command {word}; /help lists them)")
         else:
-            self._answer(text)
+            self.answer(text)
         return True
 
-    def _answer(self, text: str) -> None:
+    def answer(self, text: str) -> bool:
+        """Answer one question and add both to the history; False when Ctrl-C cut the answer short."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         question = {"role": "user", "content": text}
         pieces: list[str] = []
+        complete = True
         seed = None if self.seed is None else self.seed + self._turn
         stream = self.generator.stream([*system, *self.messages, question], self.options, seed=seed)
         try:
@@ -79,18 +81,20 @@ class Chat:
                     self.out.flush()
         except KeyboardInterrupt:
             stream.close()  # type: ignore[attr-defined]
+            complete = False
             pieces.append(" …")
             if self.options.stream:
                 self.out.write(" … (stopped)")
         except SwiftError as error:
             self._say(error.render())
-            return
+            return True
         if not self.options.stream:
             self.out.write("".join(pieces))
         self.out.write("\n")
         self.out.flush()
         self._turn += 1
         self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
+        return complete
 
     def _say(self, text: str) -> None:
         self.out.write(text + "\n")
@@ -110,8 +114,13 @@ def read_input(ask: Callable[[str], str]) -> str:
 
 
 def answer_lines(chat: Chat, lines: Iterator[str]) -> None:
-    """Answer every line on its own, without history (input that is not a terminal)."""
+    """Answer every line on its own, without history (input that is not a terminal).
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C during an answer stops all of them.
+    """
     for line in lines:
         if line.strip():
             chat.messages.clear()
-            chat._answer(line.rstrip("\n"))
+            if not chat.answer(line.rstrip("\n")):
+                raise KeyboardInterrupt

@@ -5,6 +5,9 @@ A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` with th
 trained in full, ``base_model.model.MODULE.weight``. Written as PEFT 0.21 writes it, but for keys of the
 configuration that older PEFT versions do not know and that would hold their default. Whatever the
 configuration asks for that our layer cannot do is refused by name.
+
+Known limit: for mixture-of-experts models that have ``gate_proj``, ``up_proj`` or ``down_proj`` as linear layers too
+(DeepSeek's shared experts), PEFT 0.21 takes these names to mean the fused experts and cannot load the folder; we can.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from swift.core.errors import ConfigError
+from swift.core.logging import get_logger
 from swift.core.registry import closest
 from swift.tuners.lora import LoraLinear, is_linear
 from swift.tuners.saved_module import SavedModule
@@ -15,6 +16,7 @@ from swift.tuners.saved_module import SavedModule
 __all__ = ["find_saved", "find_targets", "linear_names", "module_names", "output_head_name"]
 
 ALL_LINEAR = "all-linear"
+logger = get_logger(__name__)
 
 
 def module_names(model: nn.Module) -> list[str]:
@@ -77,6 +79,7 @@ def find_targets(
     for target in target_modules:
         if target == ALL_LINEAR:
             chosen.update(name for name in linear if name != head)
+            _warn_of_experts(model)
             continue
         matching = [name for name in linear if _ends_with(name, target)]
         if not matching:
@@ -85,6 +88,16 @@ def find_targets(
     if not chosen:
         raise ConfigError("no linear layer is left for an adapter", where="--target_modules")
     return [name for name in linear if name in chosen]
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    if fused:
+        logger.warning(
+            "all-linear leaves out the experts: they are fused weights (%s and %d more), not linear layers",
+            fused[0],
+            len(fused) - 1,
+        )
 
 
 def _match_regex(pattern: str, linear: Sequence[str]) -> list[str]:
