@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -150,6 +151,27 @@ def test_a_file_of_other_rows_or_options_is_refused(generator: Generator, data: 
     with pytest.raises(SwiftError, match="not a result of swift infer") as caught:
         ResultFile(path)
     assert caught.value.where == f"{path}:1"
+
+
+def test_a_full_disk_is_explained_and_the_file_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ResultFile(tmp_path / "out.jsonl")
+    file.append([{"index": 0, "key": "a"}])
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(SwiftError, match="cannot be written") as caught:
+        patch.setattr(os, "fsync", full)
+        file.append([{"index": 1, "key": "b"}])
+    assert caught.value.why == "No space left on device" and list(file.results) == [0]
+    file.close()
+    again = ResultFile(tmp_path / "out.jsonl")
+    again.check({0: "a", 1: "b"})
+    again.append([{"index": 2, "key": "c"}])
+    again.close()
+    assert json.loads((tmp_path / "out.jsonl").read_bytes().splitlines()[-1]) == {"index": 2, "key": "c"}
 
 
 # -- the commands ----------------------------------------------------------------------------------------

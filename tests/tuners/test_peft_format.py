@@ -80,6 +80,14 @@ def test_the_configuration_is_what_peft_would_write(tmp_path: Path) -> None:
     )
 
 
+def test_a_relative_base_folder_is_stored_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    save_adapter(apply_tuner(tiny_qwen3(), TunerSection()).model, tmp_path, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+
+
 def test_gpt2_conv1d_both_ways(tmp_path: Path) -> None:
     base = tiny_gpt2()
     tuned = apply_tuner(copy.deepcopy(base), TunerSection())

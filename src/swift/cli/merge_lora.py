@@ -43,7 +43,15 @@ def merge(resolved: Resolved) -> Path:
     tokenizer = bundle.tokenizer
     if context.template.chat_template is not None and bundle.template.chat is not None:
         tokenizer.chat_template = bundle.template.chat.source
-    difference = merge_to_folder(bundle.model, tokenizer, folder)
+    try:
+        difference = merge_to_folder(bundle.model, tokenizer, folder)
+    except OSError as error:
+        raise SwiftError(
+            "the merged model cannot be written",
+            where=str(folder),
+            why=error.strerror,
+            fix="--output_dir elsewhere",
+        ) from error
     print(f"check    {difference}\nmerged   {folder}\nnext     swift infer --model {folder}")
     return folder
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from swift.core.errors import ConfigError, SwiftError
 
@@ -33,7 +34,7 @@ class ResultFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results: dict[int, dict[str, Any]] = {}
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         if path.exists():
             self._read()
 
@@ -68,16 +69,25 @@ class ResultFile:
                     fix="--result_path NEW_FILE",
                 )
 
-    def append(self, results: Iterable[Mapping[str, Any]]) -> None:
-        """Write results and force them to disk."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        for result in results:
-            self._file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            self.results[result["index"]] = dict(result)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def append(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Write results and force them to disk. Raises SwiftError when the disk is full or cannot be written."""
+        lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            data = lines.encode()
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SwiftError(
+                "the results cannot be written",
+                where=str(self.path),
+                why=error.strerror,
+                fix="free some space, or --result_path elsewhere; the same command goes on where it stopped",
+            ) from error
+        self.results.update((result["index"], dict(result)) for result in results)
 
     def close(self) -> None:
         if self._file is not None:

@@ -162,7 +162,7 @@ def _config(
     return {
         "alpha_pattern": {re.escape(k): _plain(s.alpha) for k, s in specs.items() if s.alpha != alpha},
         "auto_mapping": None,
-        "base_model_name_or_path": None if base_path is None else str(base_path),
+        "base_model_name_or_path": _base_name(base_path),
         "bias": "none",
         "fan_in_fan_out": all(layer.is_transposed for layer in layers.values()),
         "inference_mode": True,
@@ -185,6 +185,14 @@ def _config(
         "use_dora": False,
         "use_rslora": first.use_rslora,
     }
+
+
+def _base_name(base_path: str | Path | None) -> str | None:
+    """A folder is stored with its full path, so that the adapter finds it from anywhere."""
+    if base_path is None:
+        return None
+    folder = Path(base_path).expanduser()
+    return str(folder.resolve() if folder.is_dir() else base_path)
 
 
 def _plain(number: float) -> float | int:
