@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swift.cli.training import run_resolved
+from swift.cli.training import run_or_plan
 from swift.config.bind import load_run_config, resolve
 from swift.core.errors import UsageError
 from swift.runs.folder import locate
@@ -25,4 +25,4 @@ def run(argv: list[str]) -> int:
     command = load_run_config(config).command
     start = str(checkpoint or folder.path)
     resolved = resolve(command, [str(config), *flags, "--resume_from_checkpoint", start])
-    return run_resolved(resolved, ["resume", *argv])
+    return run_or_plan(resolved, ["resume", *argv])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -9,21 +10,28 @@ from swift.config.bind import resolve
 from swift.config.schema import Resolved
 from swift.core.logging import quiet_libraries
 
-__all__ = ["run_command", "run_resolved"]
+__all__ = ["run_command", "run_or_plan"]
 
 
 def run_command(command: str, argv: Sequence[str]) -> int:
     """Bind the words after ``swift COMMAND`` and train, or only plan with ``--dry_run``."""
-    resolved = resolve(command, argv)
+    return run_or_plan(resolve(command, argv), [command, *argv])
+
+
+def run_or_plan(resolved: Resolved, words: Sequence[str]) -> int:
+    """Train as resolved, or with ``--dry_run`` show what that would do."""
     if "dry_run" in resolved.switches:
         from swift.cli.plan import show_plan
 
         return show_plan(resolved, as_json="json" in resolved.switches)
-    return run_resolved(resolved, [command, *argv])
+    return _train(resolved, words)
 
 
-def run_resolved(resolved: Resolved, words: Sequence[str]) -> int:
+def _train(resolved: Resolved, words: Sequence[str]) -> int:
     """Train, telling the terminal the plan, the progress and the result."""
+    # Importing torch and transformers makes millions of objects that live for ever; looking through them for
+    # garbage again and again costs half a second. `train.run` switches collection on before the first step.
+    gc.disable()
     quiet_libraries()
     from swift.plan.plan import make_plan
     from swift.runs.cards import print_end_card, print_plan_card

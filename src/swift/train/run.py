@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from swift.config.bind import dump
+from swift.config.bind import dump_text
 from swift.config.schema import Resolved
 from swift.core.devices import describe_devices, pick_device, pick_dtype
 from swift.core.errors import ConfigError, SwiftError
@@ -33,7 +34,7 @@ from swift.parallel.native import NativeEngine
 from swift.runs.curves import draw_curves
 from swift.runs.folder import RunFolder, find_latest_run, locate
 from swift.runs.metrics import MetricsLog
-from swift.runs.record import write_config, write_environment, write_provenance, write_summary
+from swift.runs.record import write_environment, write_provenance, write_summary
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.trackers import tracker_callbacks
@@ -114,6 +115,8 @@ def train(
         trainer, close = _build(prepared, folder, status, callbacks, say)
         if resumed_step:
             say(f"going on from {prepared.checkpoint} (step {resumed_step} of {prepared.plan.total_steps})")
+        gc.freeze()  # what is loaded by now stays to the end and need not be searched for garbage
+        gc.enable()
         try:
             summary = {"folder": str(folder.path), "command": resolved.command, **trainer.train()}
         finally:
@@ -269,7 +272,8 @@ def _open_folder(resolved: Resolved, checkpoint: Path | None) -> RunFolder:
 
 def _record(folder: RunFolder, prepared: _Prepared, arguments: Sequence[str] | None) -> None:
     if prepared.checkpoint is None:
-        write_config(folder.path, prepared.resolved, dump)
+        config_file = folder.path / "config.yaml"
+        atomic_write_text(config_file, dump_text(prepared.resolved, str(config_file)))
         rows = prepared.data.validation_rows
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         atomic_write_text(folder.path / "val_dataset.jsonl", text)
