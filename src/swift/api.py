@@ -11,8 +11,9 @@ from swift.config.schema import Resolved
 from swift.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
+    from swift.models.load import ModelBundle
     from swift.train.callbacks.base import Callback
     from swift.train.run import RunResult
 
@@ -62,47 +63,45 @@ class SwiftModel:
     @staticmethod
     def from_pretrained(
         model: str | Path, *, adapters: Sequence[str | Path] = (), **options: Any
-    ) -> nn.Module:
-        """The transformers model at ``model`` (a folder), with ``adapters`` on top; in evaluation mode.
+    ) -> PreTrainedModel:
+        """The transformers model at ``model``, with ``adapters`` on top, in evaluation mode.
 
         Args:
             model: model folder, or a run folder or checkpoint.
-            adapters: adapter folders or runs.
+            adapters: adapter folder or run.
             options: of the section ``model`` (``torch_dtype``, ``device``, ``attn_impl``...).
 
         Raises:
             ModelError: the folder is not a model, or an adapter does not fit it.
         """
-        from swift.inference.context import open_context
+        return _load({"model": str(model), "adapters": [str(adapter) for adapter in adapters], **options})[
+            0
+        ].model
 
-        values = {"model": str(model), "adapters": [str(adapter) for adapter in adapters], **options}
-        return open_context(resolve("infer", values=values)).bundle.model
 
-
-def infer(
-    prompts: str | Sequence[str] | Sequence[Mapping[str, Any]],
-    *,
-    config: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> str | list[str]:
-    """Answer one prompt, several prompts, or one conversation (a list of messages).
+def infer(prompts: str | Sequence[str] | Sequence[Mapping[str, Any]], **options: Any) -> str | list[str]:
+    """Answer one prompt, several prompts, or one conversation.
 
     Args:
-        prompts: a text (returns a text), texts (returns a list), or messages (returns a text).
-        config, options: options of ``swift infer``: ``model``, ``adapters``, ``max_new_tokens``...
+        prompts: a text or the messages of one conversation (returns a text), or several texts (returns a list).
+        options: options of ``swift infer``: ``model``, ``adapters``, ``max_new_tokens``...
     """
-    from swift.inference.context import open_context
     from swift.inference.generate import Generator
 
-    resolved = resolve("infer", values={**(config or {}), **options})
-    context = open_context(resolved)
-    generator = Generator(context.bundle)
+    bundle, resolved = _load(options)
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
     if isinstance(prompts, str):
-        conversations: list[list[dict[str, Any]]] = [[{"role": "user", "content": prompts}]]
-    elif prompts and isinstance(prompts[0], Mapping):
+        conversations = [[{"role": "user", "content": prompts}]]
+    elif single:
         conversations = [[dict(message) for message in prompts if isinstance(message, Mapping)]]
     else:
-        return generator.batch(
-            [[{"role": "user", "content": str(prompt)}] for prompt in prompts], resolved.config.generation
-        )
-    return generator.batch(conversations, resolved.config.generation)[0]
+        conversations = [[{"role": "user", "content": str(prompt)}] for prompt in prompts]
+    answers = Generator(bundle).batch(conversations, resolved.config.generation)
+    return answers[0] if single else answers
+
+
+def _load(options: Mapping[str, Any]) -> tuple[ModelBundle, Resolved]:
+    from swift.inference.context import find_context, load_context
+
+    resolved = resolve("infer", values=options)
+    return load_context(find_context(resolved), resolved), resolved

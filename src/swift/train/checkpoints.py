@@ -74,7 +74,11 @@ def _save_full(folder: Path, tuned: TunedModel, export_dtype: torch.dtype, *, wi
         name: tensor.to(export_dtype) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
     }
-    model.save_pretrained(folder, state_dict=state)
+    model.config.use_cache = True  # off in training only; who loads the folder wants it
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.use_cache = False
     rounded = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in tuned.named_trainable().items()

@@ -48,7 +48,7 @@ from swift.train.optimizers import build_optimizer
 from swift.train.schedules import learning_rate_schedule
 from swift.train.state import TrainState
 from swift.tuners.apply import TunedModel, apply_tuner
-from swift.tuners.peft_format import is_adapter_folder, load_adapter
+from swift.tuners.peft_format import adapter_folder, load_adapter
 
 __all__ = ["RunResult", "train"]
 
@@ -165,6 +165,9 @@ def _prepare(resolved: Resolved) -> _Prepared:
         pretraining=resolved.command == "pt",
         trust_remote_code=config.model.trust_remote_code,
     )
+    if template.chat is not None and config.template.chat_template:
+        # Checkpoints carry the template they were trained with, so that other programs use it as well.
+        template.tokenizer.chat_template = template.chat.source
     assert config.data.max_length is not None
     data = load_data(resolved, template, config.data.max_length)
     schedule = BatchSchedule(
@@ -408,7 +411,7 @@ def _tune(model: Any, resolved: Resolved, dtype: torch.dtype) -> TunedModel:
             raise ConfigError(
                 "training goes on from one LoRA adapter", where="--adapters", fix="name one adapter"
             )
-        tuned = load_adapter(model, _adapter_folder(config.model.adapters[0]), trainable=True)
+        tuned = load_adapter(model, adapter_folder(config.model.adapters[0]), trainable=True)
     else:
         tuned = apply_tuner(
             model, config.tuner, seed=config.training.seed, param_dtype=_param_dtype(resolved)
@@ -419,18 +422,6 @@ def _tune(model: Any, resolved: Resolved, dtype: torch.dtype) -> TunedModel:
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return tuned
-
-
-def _adapter_folder(name: str) -> Path:
-    """An adapter folder, or the last checkpoint of a run."""
-    path = Path(name)
-    if is_adapter_folder(path):
-        return path
-    run, checkpoint = locate(path)
-    checkpoint = checkpoint or run.latest_checkpoint()
-    if checkpoint is None or not is_adapter_folder(checkpoint):
-        raise SwiftError("no adapter here", where=f"--adapters {name}", fix="name a checkpoint of a LoRA run")
-    return checkpoint
 
 
 def _engine(prepared: _Prepared, tuned: TunedModel) -> NativeEngine:

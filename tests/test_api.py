@@ -1,0 +1,54 @@
+"""The Python face: as in the articles, and independent of what was imported before."""
+
+import subprocess
+import sys
+
+import pytest
+
+from swift.core.errors import ConfigError, UsageError
+
+
+def test_importing_the_face_imports_nothing_heavy():
+    code = (
+        "import swift, sys; swift.SwiftTrainer; from swift import train, infer;"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"
+
+
+def test_train_and_infer(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWIFT_HOME", str(tmp_path / "home"))
+    from swift import SwiftModel, SwiftTrainer, infer, train
+
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"query": "1 + 2", "response": "3"}\n' * 8)
+    config = {
+        "model": str(tiny_model_dir),
+        "dataset": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "max_length": 64,
+        "training": {"max_steps": 2},
+    }
+    result = SwiftTrainer(config, lora_rank=4).train()
+    assert result.summary["steps"] == 2
+    # After the package swift.train was imported, the name is still a function.
+    again = train(config, run_name="again", lora_rank=4)
+    assert again.summary["last_loss"] == result.summary["last_loss"]
+    run = str(result.folder)
+    answer = infer("1 + 2", adapters=[run], max_new_tokens=4)
+    assert isinstance(answer, str)
+    assert infer(["1 + 2", "2 + 2"], adapters=[run], max_new_tokens=4)[0] == answer
+    assert infer([{"role": "user", "content": "1 + 2"}], adapters=[run], max_new_tokens=4) == answer
+    model = SwiftModel.from_pretrained(tiny_model_dir, adapters=[run])
+    assert not model.training
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_errors_are_immediate():
+    from swift import SwiftTrainer
+
+    with pytest.raises(ConfigError, match="lora_rank"):
+        SwiftTrainer({"model": "m", "dataset": "d", "lora_rnk": 4})
+    with pytest.raises(UsageError, match="sft or pt"):
+        SwiftTrainer({"command": "infer"})
