@@ -33,6 +33,9 @@ def _train(resolved: Resolved, words: Sequence[str]) -> int:
     # garbage again and again costs half a second. `train.run` switches collection on before the first step.
     gc.disable()
     quiet_libraries()
+    from swift.train.preflight import preflight
+
+    preflight(resolved)
     from swift.plan.plan import make_plan
     from swift.runs.cards import print_end_card, print_plan_card
 

@@ -25,7 +25,8 @@ from swift.data.batching import BatchSchedule, Mode
 from swift.data.load import LoadedData, load_data
 from swift.data.loader import BatchLoader
 from swift.data.sources import find_files, parse_dataset_spec
-from swift.models.facts import ModelFacts, check_model_folder, resolve_model_path
+from swift.models.facts import ModelFacts
+from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model, load_template
 from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
@@ -45,6 +46,7 @@ from swift.train.inspection import inspection_report
 from swift.train.loop import Interrupted, StepPlan, Trainer
 from swift.train.neftune import add_embedding_noise
 from swift.train.optimizers import build_optimizer
+from swift.train.preflight import preflight
 from swift.train.schedules import learning_rate_schedule
 from swift.train.state import TrainState
 from swift.tuners.apply import TunedModel, apply_tuner
@@ -142,18 +144,16 @@ def train(
 def _prepare(resolved: Resolved) -> _Prepared:
     """Check and resolve everything that needs no weights; the cheapest checks come first."""
     config = resolved.config
-    _refuse_unavailable(resolved)
-    if config.model.model is None:
-        raise ConfigError("which model?", where="--model", fix="--model FOLDER")
-    if not config.data.dataset:
-        raise ConfigError("which data?", where="--dataset", fix="--dataset FILE.jsonl")
+    model_path = preflight(resolved)
     checkpoint = _find_checkpoint(resolved)
-    model_path = resolve_model_path(config.model.model)
-    check_model_folder(model_path)
     facts = ModelFacts.read(model_path)
     limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
     resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
     device = pick_device(config.model.device)
+    if config.training.use_liger_kernel and device.type != "cuda":
+        raise ConfigError(
+            "liger kernels need a CUDA device", where="--use_liger_kernel", fix="leave the option out"
+        )
     dtype = pick_dtype(config.model.torch_dtype, device)
     resolved.derive("gradient_checkpointing", device.type != "cpu", "device")
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
@@ -196,29 +196,6 @@ def _prepare(resolved: Resolved) -> _Prepared:
 def _export_dtype(facts: ModelFacts, dtype: torch.dtype) -> torch.dtype:
     """Precision of saved full models: that of the original, or of the computation when config.json has none."""
     return getattr(torch, facts.dtype) if facts.dtype else dtype
-
-
-def _refuse_unavailable(resolved: Resolved) -> None:
-    """Options that this version or this machine cannot honour."""
-    config = resolved.config
-    sizes = {
-        name: getattr(config.parallel, name)
-        for name in type(config.parallel).model_fields
-        if name.endswith("_size") and getattr(config.parallel, name) > 1
-    }
-    if sizes or config.parallel.sequence_parallel:
-        named = ", ".join(f"--{name} {size}" for name, size in sizes.items()) or "--sequence_parallel"
-        raise ConfigError(
-            f"{named}: this version trains on one device",
-            why="the parallel engines come with a later release; `swift plan` accepts these sizes",
-            fix="leave the parallel sizes at 1",
-        )
-    if config.training.use_liger_kernel and pick_device(config.model.device).type != "cuda":
-        raise ConfigError(
-            "liger kernels need a CUDA device",
-            where="--use_liger_kernel",
-            fix="leave the option out on this machine",
-        )
 
 
 def _mode(resolved: Resolved) -> Mode:
@@ -395,6 +372,8 @@ def _load_weights(prepared: _Prepared) -> Any:
         trust_remote_code=config.model.trust_remote_code,
     )
     check_vocabulary(model, prepared.template.tokenizer, folder)
+    if config.training.use_liger_kernel:
+        apply_liger_kernels(model)
     return model
 
 
