@@ -14,8 +14,18 @@ __all__ = ["run_command", "run_or_plan"]
 
 
 def run_command(command: str, argv: Sequence[str]) -> int:
-    """Bind the words after ``swift COMMAND`` and train, or only plan with ``--dry_run``."""
-    return run_or_plan(resolve(command, argv), [command, *argv])
+    """Bind the words after ``swift COMMAND`` and train, or only plan with ``--dry_run``.
+
+    Without a model but with ``--resume_from_checkpoint``, the options of that run are the starting point.
+    """
+    resolved = resolve(command, argv)
+    if resolved.config.model.model is None and resolved.config.checkpoint.resume_from_checkpoint:
+        from swift.train.preflight import find_checkpoint
+
+        checkpoint = find_checkpoint(resolved)
+        if checkpoint is not None:
+            resolved = resolve(command, [str(checkpoint.parent / "config.yaml"), *argv])
+    return run_or_plan(resolved, [command, *argv])
 
 
 def run_or_plan(resolved: Resolved, words: Sequence[str]) -> int:

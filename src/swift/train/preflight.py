@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from swift.config.schema import Resolved
-from swift.core.errors import ConfigError
+from swift.core.errors import ConfigError, SwiftError
 from swift.data.sources import find_files, parse_dataset_spec
 from swift.models.facts import check_model_folder, resolve_model_path
+from swift.runs.folder import find_latest_run, locate
 
-__all__ = ["preflight"]
+__all__ = ["find_checkpoint", "preflight"]
 
 
 def preflight(resolved: Resolved) -> Path:
@@ -31,6 +32,33 @@ def preflight(resolved: Resolved) -> Path:
     for name in [*config.data.dataset, *config.data.val_dataset]:
         find_files(parse_dataset_spec(name).path)
     return folder
+
+
+def find_checkpoint(resolved: Resolved) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start."""
+    wanted = resolved.config.checkpoint.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "last":
+        run = find_latest_run(resolved.config.checkpoint.output_dir)
+        if run is None:
+            raise SwiftError(
+                "there is no run to resume",
+                where="--resume_from_checkpoint last",
+                why=f"no run folder in {resolved.config.checkpoint.output_dir}",
+                fix="name the run folder instead of `last`",
+            )
+        checkpoint = run.latest_checkpoint()
+    else:
+        run, checkpoint = locate(wanted)
+        checkpoint = checkpoint or run.latest_checkpoint()
+    if checkpoint is None:
+        raise SwiftError(
+            "this run has no checkpoint yet",
+            where=str(run.path),
+            fix="start it again without --resume_from_checkpoint",
+        )
+    return checkpoint
 
 
 def _refuse_parallel(resolved: Resolved) -> None:

@@ -33,7 +33,7 @@ from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
 from swift.parallel.native import NativeEngine
 from swift.runs.curves import draw_curves
-from swift.runs.folder import RunFolder, find_latest_run, locate
+from swift.runs.folder import RunFolder
 from swift.runs.metrics import MetricsLog
 from swift.runs.record import write_environment, write_provenance, write_summary
 from swift.runs.status import StatusFile
@@ -46,7 +46,7 @@ from swift.train.inspection import inspection_report
 from swift.train.loop import Interrupted, StepPlan, Trainer
 from swift.train.neftune import add_embedding_noise
 from swift.train.optimizers import build_optimizer
-from swift.train.preflight import preflight
+from swift.train.preflight import find_checkpoint, preflight
 from swift.train.schedules import learning_rate_schedule
 from swift.train.state import TrainState
 from swift.tuners.apply import TunedModel, apply_tuner
@@ -145,7 +145,7 @@ def _prepare(resolved: Resolved) -> _Prepared:
     """Check and resolve everything that needs no weights; the cheapest checks come first."""
     config = resolved.config
     model_path = preflight(resolved)
-    checkpoint = _find_checkpoint(resolved)
+    checkpoint = find_checkpoint(resolved)
     facts = ModelFacts.read(model_path)
     limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
     resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
@@ -213,33 +213,6 @@ def _step_plan(resolved: Resolved, schedule: BatchSchedule) -> StepPlan:
         else math.ceil(training.num_train_epochs * steps_per_epoch)
     )
     return StepPlan(total, steps_per_epoch, accumulation)
-
-
-def _find_checkpoint(resolved: Resolved) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start."""
-    wanted = resolved.config.checkpoint.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted == "last":
-        run = find_latest_run(resolved.config.checkpoint.output_dir)
-        if run is None:
-            raise SwiftError(
-                "there is no run to resume",
-                where="--resume_from_checkpoint last",
-                why=f"no run folder in {resolved.config.checkpoint.output_dir}",
-                fix="name the run folder instead of `last`",
-            )
-        checkpoint = run.latest_checkpoint()
-    else:
-        run, checkpoint = locate(wanted)
-        checkpoint = checkpoint or run.latest_checkpoint()
-    if checkpoint is None:
-        raise SwiftError(
-            "this run has no checkpoint yet",
-            where=str(run.path),
-            fix="start it again without --resume_from_checkpoint",
-        )
-    return checkpoint
 
 
 def _open_folder(resolved: Resolved, checkpoint: Path | None) -> RunFolder:
