@@ -14,7 +14,8 @@ from data_fakes import FakeEncoded
 from swift.core.errors import SwiftError
 from swift.data.batching import BatchSchedule, Mode
 from swift.data.loader import BatchLoader
-from swift.data.tokens import TokenDataset, TokenStore
+from swift.data.store import TokenStore
+from swift.data.tokens import TokenDataset
 
 ACCUMULATION = 3
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from swift.data.formats import RowError, Sample, to_sample
-from swift.data.sources import Row
+from swift.data.rows import Row
 
 
 def read(values: dict[str, Any]) -> Sample:

@@ -14,7 +14,8 @@ from swift.data.cache import cache_root
 from swift.data.load import LoadedData, describe_rows, load_data
 from swift.data.mixing import mixing_counts
 from swift.data.samples import read_samples
-from swift.data.tokens import TokenDataset, TokenStore
+from swift.data.store import TokenStore
+from swift.data.tokens import TokenDataset
 
 
 @pytest.fixture(autouse=True)

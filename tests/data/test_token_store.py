@@ -10,8 +10,9 @@ import pytest
 from data_fakes import FakeEncoded, FakeTemplate, chat, write_jsonl
 
 from swift.data.sources import read_rows
+from swift.data.store import CorruptStoreError, TokenStore
 from swift.data.tokenise import Encoder, encode_rows
-from swift.data.tokens import CorruptStoreError, TokenDataset, TokenStore
+from swift.data.tokens import TokenDataset
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from swift.data.formats import Sample
-    from swift.data.sources import Row
-    from swift.data.tokens import EncodedLike
+    from swift.data.rows import Row
+    from swift.data.store import EncodedLike
 
 _CHUNK_ROWS = 256
 
@@ -84,7 +84,7 @@ def _faults(arguments: Namespace) -> Iterator[tuple[int, list[tuple[str, str]]]]
             except RowError as error:
                 yield 1, [(error.location, error.reason)]
         return
-    from swift.data.sources import location_of
+    from swift.data.rows import location_of
     from swift.data.tokenise import Encoder, encode_rows
 
     encoder = Encoder(_template(arguments), arguments.max_length, "delete")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from swift.core.logging import get_logger
-from swift.data.tokens import CorruptStoreError, TokenStore
+from swift.data.store import CorruptStoreError, TokenStore
 
 __all__ = ["cache_root", "cached_store", "content_key"]
 

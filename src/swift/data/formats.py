@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swift.core.errors import DataError
-from swift.data.sources import Row
+from swift.data.rows import Row
 
 __all__ = ["QUERY_COLUMNS", "RESPONSE_COLUMNS", "SYSTEM_COLUMNS", "RowError", "Sample", "to_sample"]
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from swift.data.batching import MicroBatch, Mode
-from swift.data.tokens import IGNORE, TokenDataset
+from swift.data.store import IGNORE
+from swift.data.tokens import TokenDataset
 
 __all__ = ["Layout", "lay_out", "lay_out_in_worker"]
 

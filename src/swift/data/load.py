@@ -17,10 +17,13 @@ from swift.core.format import format_count
 from swift.data.cache import cached_store, content_key
 from swift.data.formats import RowError, to_sample
 from swift.data.mixing import mix, repeat_rows, row_ids, split_rows
+from swift.data.report import DataReport
+from swift.data.rows import location_of
 from swift.data.samples import Selection, bad_rows_error, select
-from swift.data.sources import DatasetSpec, find_files, location_of, parse_dataset_spec, read_rows
+from swift.data.sources import DatasetSpec, find_files, parse_dataset_spec, read_rows
+from swift.data.store import TokenStore
 from swift.data.tokenise import Encoder, TemplateLike, tokenise
-from swift.data.tokens import DataReport, TokenDataset, TokenStore
+from swift.data.tokens import TokenDataset
 
 __all__ = ["LoadedData", "describe_rows", "load_data"]
 

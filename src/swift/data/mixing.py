@@ -8,7 +8,7 @@ import numpy as np
 
 from swift.core.errors import ConfigError
 from swift.data.batching import random_generator
-from swift.data.tokens import TokenStore
+from swift.data.store import TokenStore
 
 __all__ = ["mix", "mixing_counts", "repeat_rows", "row_ids", "sample_rows", "split_rows"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
 from swift.data.mixing import sample_rows
-from swift.data.sources import DatasetSpec, Row, find_files, parse_dataset_spec, read_rows, row_numbers
+from swift.data.rows import Row
+from swift.data.sources import DatasetSpec, find_files, parse_dataset_spec, read_rows, row_numbers
 
 __all__ = ["Selection", "bad_rows_error", "read_samples", "select"]
 

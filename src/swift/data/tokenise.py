@@ -14,8 +14,9 @@ import numpy as np
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
-from swift.data.sources import Row
-from swift.data.tokens import DataReport, EncodedLike, TokenStore, TokenWriter, encoded_arrays
+from swift.data.report import DataReport
+from swift.data.rows import Row
+from swift.data.store import EncodedLike, TokenStore, TokenWriter, encoded_arrays
 from swift.data.workers import WorkerPool
 from swift.models.template import Template
 
