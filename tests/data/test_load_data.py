@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,17 @@ def test_a_truncated_cache_is_made_again(tmp_path: Path, name: str) -> None:
     assert data.notes[0].startswith("the token cache was damaged and is made again")
     assert [ids.tolist() for ids, _, _ in data.train] == expected
     assert load(template=FakeTemplate(), dataset=[file]).notes == []
+
+
+def test_what_killed_processes_left_is_cleared_after_a_day(tmp_path: Path) -> None:
+    old, new = (cache_root() / f".key.partial-{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "ids.bin").write_bytes(b"")
+    os.utime(old, (1_000_000_000, 1_000_000_000))
+    load(dataset=[rows_file(tmp_path / "a.jsonl", 3)])
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_an_unwritable_cache_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

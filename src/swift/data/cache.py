@@ -11,8 +11,11 @@ note says why.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +25,8 @@ from swift.data.store import CorruptStoreError, TokenStore
 __all__ = ["cache_root", "cached_store", "content_key"]
 
 logger = get_logger(__name__)
+
+_LEFTOVER_SECONDS = 24 * 3600
 
 
 def cache_root() -> Path:
@@ -63,6 +68,7 @@ def cached_store(
             pass  # not there, or not readable: then writing says why
         except CorruptStoreError as error:
             notes.append(f"the token cache was damaged and is made again ({error})")
+    _clear_leftovers(path.parent)
     making = _Guard(make)
     try:
         return TokenStore.write(path, making)
@@ -74,6 +80,14 @@ def cached_store(
         except (OSError, CorruptStoreError):
             notes.append(f"tokens are not cached: {error.strerror or error} ({path.parent})")
     return TokenStore.join(make())
+
+
+def _clear_leftovers(root: Path) -> None:
+    """Delete what killed processes left half-written. A day is longer than anybody tokenises one data set."""
+    for leftover in root.glob(".*.partial-*"):
+        with contextlib.suppress(OSError):  # another process clears the same
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(leftover)
 
 
 class _Guard:

@@ -145,6 +145,7 @@ def _refusal(
 
 
 def _with_progress(parts: Iterable[TokenStore], num_rows: int, name: str) -> Iterator[TokenStore]:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -153,7 +154,8 @@ def _with_progress(parts: Iterable[TokenStore], num_rows: int, name: str) -> Ite
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True) as progress:
+    console = Console(stderr=True)  # standard output may be read by a program
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=num_rows)
         for part in parts:
             progress.advance(task, part.report.rows_read)
