@@ -122,17 +122,21 @@ def test_lock_of_a_killed_writer_is_free_and_its_leftovers_go(tmp_path: Path) ->
 def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "mine")
     (run.path / "config.yaml").write_text("")
-    read_end, write_end = os.pipe()
+    ready, child_ready = os.pipe()
     child = os.fork()
     if child == 0:
-        os.read(read_end, 1)
+        os.write(child_ready, b"x")
+        signal.pause()
         os._exit(0)
-    run.release()  # as the end of the parent would do
-    RunFolder.open(run.path, write=True).release()
-    os.write(write_end, b"x")
-    os.waitpid(child, 0)
-    os.close(read_end)
-    os.close(write_end)
+    try:
+        os.read(ready, 1)  # the child runs, so its copy of the lock is closed
+        run.release()  # as the end of the parent would do
+        RunFolder.open(run.path, write=True).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(child_ready)
 
 
 def test_checkpoints_are_complete_and_sorted_by_number(tmp_path: Path) -> None:

@@ -118,7 +118,13 @@ def _panel(
             steps, values, color=_RAW if with_average else _MAIN, linewidth=1.2, marker=marker, markersize=3
         )
     if with_average:
-        axes.plot(steps, smooth(values, 1 - 2 / (len(values) / 20 + 4)), color=_MAIN, linewidth=1.6, label="smoothed")
+        axes.plot(
+            steps,
+            smooth(values, 1 - 2 / (len(values) / 20 + 4)),
+            color=_MAIN,
+            linewidth=1.6,
+            label="smoothed",
+        )
         _leave_out_spikes(axes, values)
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), color=_SECOND, linewidth=1.4, marker="o", markersize=4)

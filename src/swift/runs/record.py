@@ -59,7 +59,7 @@ _VARIABLE = re.compile(
     r"(OMP|MKL|OPENBLAS|KMP|GOMP|CUDA|NCCL|GLOO|TORCH|PYTORCH|TRITON|HF|TRANSFORMERS|TOKENIZERS|SLURM|SWIFT)_\w+"
     r"|CUBLAS_WORKSPACE_CONFIG|PYTHONHASHSEED|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|ASCEND_\w+|CONDA_PREFIX"
 )
-_SECRET = re.compile(r"token$|_token|secret|passw|api_?key|_key$|credential|auth$", re.IGNORECASE)
+_SECRET = re.compile(r"(^|_)token$|secret|passw|api_?key|_key$|credential|auth$", re.IGNORECASE)
 _WHOLE_FILE_BYTES = 1 << 30
 _PART_BYTES = 1 << 26
 
