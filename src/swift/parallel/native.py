@@ -79,6 +79,25 @@ class NativeEngine:
         self.training_batch = None
         return StepOutput(torch.stack(losses).sum(), metrics)
 
+    def rehearse(self, batch: Batch, objective: Objective) -> None:
+        """One forward and backward pass that changes nothing, to see whether the largest batch fits.
+
+        Raises SwiftError when the device runs out of memory: now, and not after an hour.
+        """
+        try:
+            self.forward_backward([batch], objective)
+        except torch.OutOfMemoryError as error:
+            rows, width = batch.input_ids.shape
+            raise SwiftError(
+                f"the largest batch ({rows} x {width} tokens) does not fit into the device's memory",
+                where=str(self.device),
+                why=str(error).split(". ", 1)[0],
+                fix="a smaller --per_device_train_batch_size or --max_length, or --gradient_checkpointing true",
+            ) from error
+        finally:
+            for group in self.parameter_sets.values():
+                group.optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> StepOutput:
         self.model.eval()

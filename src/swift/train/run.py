@@ -22,6 +22,7 @@ from swift.core.files import atomic_write_text, free_bytes
 from swift.core.format import format_bytes
 from swift.core.logging import attach_run_logs, detach_run_logs, get_logger
 from swift.data.batching import BatchSchedule, Mode
+from swift.data.collate import collate
 from swift.data.load import LoadedData, load_data
 from swift.data.loader import BatchLoader
 from swift.data.sources import find_files, parse_dataset_spec
@@ -276,6 +277,11 @@ def _build(
     pad_token_id = tokenizer.pad_token_id
     if config.training.neftune_noise_alpha:
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
+    if device.type != "cpu":
+        rows = prepared.schedule.largest_micro_batch()
+        engine.rehearse(
+            collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), SftObjective()
+        )
     loader = BatchLoader(
         prepared.data.train,
         prepared.schedule,
