@@ -221,7 +221,7 @@ def measure_all(rounds: int, steps: int) -> None:
                 if row is None:
                     continue
                 out = folder / f"swift-{row.name}-{number}"
-                run_child(swift_command(row, model, data, out, steps), out.with_suffix(".log"))
+                run_child(swift_command(row, model, data / "sft.jsonl", out, steps), out.with_suffix(".log"))
                 ours = read_marks(out / "marks.jsonl")
                 if [mark.num_tokens for mark in ours] != [mark.num_tokens for mark in bare]:
                     raise SystemExit(f"error: {row.name} did not train on the same batches as the bare loop")

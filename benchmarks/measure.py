@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 PACKAGES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "swift-forge")
 
 

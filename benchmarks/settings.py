@@ -48,10 +48,15 @@ def swift_command(
     batch_size: int = BATCH_SIZE,
     seed: int = SEED,
 ) -> list[str]:
-    """The command line of one `swift sft` run in the run folder ``out``; it writes ``out/marks.jsonl``."""
+    """The command line of one `swift sft` run in the run folder ``out``; it writes ``out/marks.jsonl``.
+
+    Args:
+        data: the training file.
+        steps: optimizer steps; -1 for one pass over the data.
+    """
     options = {
         "--model": model,
-        "--dataset": data / "sft.jsonl",
+        "--dataset": data,
         "--output_dir": out.parent,
         "--run_name": out.name,
         "--lora_rank": LORA_RANK,
@@ -65,6 +70,7 @@ def swift_command(
         "--gradient_accumulation_steps": 1,
         "--max_length": MAX_LENGTH,
         "--max_steps": steps,
+        "--num_train_epochs": 1,
         "--seed": seed,
         "--logging_steps": 10,
         "--save_strategy": "no",

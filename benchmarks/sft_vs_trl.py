@@ -9,7 +9,7 @@ runs of the same round disturbs less. Columns:
 - times TRL: the same, divided by TRL's of the same round (median over rounds);
 - first step: CPU-seconds from the launch of the process to the end of the first optimizer step;
 - peak memory: highest resident set of the process;
-- held-out loss: see ``heldout_loss``; after the same number of tokens in steps of about the same size, seeds
+- held-out loss: see ``heldout_loss.py``; after one pass over the same rows in steps of about the same size, seeds
   differing between rounds. Packed rows are 3.5 times as long as samples, so these runs take 2 rows a step.
 """
 
@@ -22,10 +22,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from make_work import make_work
 from measure import (
+    HERE,
     Child,
     Mark,
     markdown_table,
@@ -38,9 +38,9 @@ from measure import (
 )
 from settings import BATCH_SIZE, SEED, SWIFT_ROWS, SwiftRow, swift_command
 
-HERE = Path(__file__).parent
 WARM_UP_STEPS = 5
-LOSS_TOKENS = 60_000
+ONE_PASS = -1
+LOSS_ROWS = 1000
 PACKED_LOSS_BATCH = 2
 
 
@@ -58,7 +58,7 @@ class Run:
 
 
 def run_trl(model: Path, data: Path, out: Path, steps: int, seed: int) -> Run:
-    command = [sys.executable, str(HERE / "trl_sft.py"), str(model), str(data / "sft.jsonl"), str(out)]
+    command = [sys.executable, str(HERE / "trl_sft.py"), str(model), str(data), str(out)]
     child = run_child([*command, "--steps", str(steps), "--seed", str(seed)], out.with_suffix(".log"))
     return Run("TRL", child, read_marks(out / "marks.jsonl"))
 
@@ -77,9 +77,9 @@ def measure_speed(model: Path, data: Path, folder: Path, rounds: int, steps: int
     for number in range(rounds):
         out = folder / f"speed-{number}"
         out.mkdir()
-        new = [run_trl(model, data, out / "trl", steps, SEED)]
+        new = [run_trl(model, data / "sft.jsonl", out / "trl", steps, SEED)]
         for row in SWIFT_ROWS:
-            new.append(run_swift(row, model, data, out / row.name, steps, SEED, BATCH_SIZE))
+            new.append(run_swift(row, model, data / "sft.jsonl", out / row.name, steps, SEED, BATCH_SIZE))
         for run in new:
             print(f"round {number + 1}: {run.name}: {run.rate:.0f} tokens per CPU-second", flush=True)
             runs.setdefault(run.name, []).append(run)
@@ -98,29 +98,23 @@ def heldout_loss(model: Path, adapter: Path, data: Path) -> float:
     return float(done.stdout)
 
 
-def measure_losses(
-    model: Path, data: Path, folder: Path, rounds: int, speed: dict[str, list[Run]]
-) -> dict[str, Any]:
-    """Held-out loss of each side after LOSS_TOKENS tokens; one value a seed."""
-    trl_step_tokens = speed["TRL"][0].marks[-1].num_tokens / speed["TRL"][0].marks[-1].step
+def measure_losses(model: Path, data: Path, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Held-out loss of each side after one pass over the same LOSS_ROWS rows; one value a seed."""
     losses: dict[str, list[float]] = {}
+    rows = (data / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:LOSS_ROWS]
+    part = folder / "part.jsonl"
+    part.write_text("".join(rows), encoding="utf-8")
     for number in range(rounds):
         out, seed = folder / f"loss-{number}", SEED + number
         out.mkdir()
-        steps = round(LOSS_TOKENS / trl_step_tokens)
-        run_trl(model, data, out / "trl", steps, seed)
+        run_trl(model, part, out / "trl", ONE_PASS, seed)
         losses.setdefault("TRL", []).append(heldout_loss(model, out / "trl" / "adapter", data))
         for row in SWIFT_ROWS:
-            packed = row.bare_mode == "packed"
-            batch_size = PACKED_LOSS_BATCH if packed else BATCH_SIZE
-            marks = speed[f"swift {row.name}"][0].marks
-            step_tokens = marks[-1].num_tokens / marks[-1].step * batch_size / BATCH_SIZE
-            run_swift(row, model, data, out / row.name, round(LOSS_TOKENS / step_tokens), seed, batch_size)
-            loss = heldout_loss(model, out / row.name / "last", data)
-            losses.setdefault(f"swift {row.name}", []).append(loss)
-        print(
-            f"round {number + 1}: held-out losses {json.dumps({k: round(v[-1], 4) for k, v in losses.items()})}"
-        )
+            batch_size = PACKED_LOSS_BATCH if row.bare_mode == "packed" else BATCH_SIZE
+            run = run_swift(row, model, part, out / row.name, ONE_PASS, seed, batch_size)
+            losses.setdefault(run.name, []).append(heldout_loss(model, out / row.name / "last", data))
+        newest = {name: round(values[-1], 4) for name, values in losses.items()}
+        print(f"round {number + 1}: held-out losses {json.dumps(newest)}", flush=True)
     return losses
 
 
@@ -162,7 +156,7 @@ def report(speed: dict[str, list[Run]], losses: dict[str, list[float]], steps: i
         "# Supervised fine-tuning beside TRL\n\n"
         "Qwen3 with 6.8M random parameters, LoRA rank 8 on all linear layers, batch 8, at most 512 tokens, no\n"
         f"gradient checkpointing, one thread, {steps} steps, {len(speed['TRL'])} rounds in turn; float32\n"
-        f"unless the name says bf16. Held-out loss after {LOSS_TOKENS:,} training tokens, one value a seed.\n\n"
+        f"unless the name says bf16. Held-out loss after one pass over {LOSS_ROWS:,} rows, one value a seed.\n\n"
     )
     write_results("sft_vs_trl", text + markdown_table(header, rows), {"runs": values})
 
@@ -179,7 +173,7 @@ def main() -> None:
         folder = Path(temporary)
         model, data = make_work(folder)
         speed = measure_speed(model, data, folder, arguments.rounds, arguments.steps)
-        losses = {} if arguments.no_losses else measure_losses(model, data, folder, arguments.rounds, speed)
+        losses = {} if arguments.no_losses else measure_losses(model, data, folder, arguments.rounds)
         report(speed, losses, arguments.steps)
 
 

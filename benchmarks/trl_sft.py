@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="-1: one pass over the data")
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()
 
@@ -47,6 +47,7 @@ def main() -> None:
     config = SFTConfig(
         output_dir=str(arguments.out / "trainer"),
         max_steps=arguments.steps,
+        num_train_epochs=1,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
         learning_rate=2e-3,
