@@ -9,25 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from swift.config.bind import dump, load_run_config, resolve
+from swift.config.bind import resolve
 from swift.runs import record
 from swift.runs.record import (
     data_fingerprint,
     model_fingerprint,
     redact_arguments,
-    write_config,
     write_environment,
     write_provenance,
     write_summary,
 )
-
-
-def test_config_is_read_back(tmp_path: Path) -> None:
-    resolved = resolve("sft", ["--model", "m", "--dataset", "a.jsonl", "--lora_rank", "4"])
-    write_config(tmp_path, resolved, dump)
-    again = load_run_config(tmp_path)
-    assert again.config == resolved.config
-    assert again.is_explicit("lora_rank") and not again.is_explicit("lora_alpha")
 
 
 def test_provenance(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from swift.config.bind import resolve
 from swift.config.schema import Resolved
@@ -46,16 +47,28 @@ def _train(resolved: Resolved, words: Sequence[str]) -> int:
     from swift.train.preflight import preflight
 
     preflight(resolved)
-    from swift.plan.plan import make_plan
-    from swift.runs.cards import print_end_card, print_plan_card
-
-    if resolved.config.checkpoint.resume_from_checkpoint is None:
-        print_plan_card(make_plan(resolved).to_dict())
-    for warning in resolved.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
     from swift.train.callbacks.progress import ProgressLine
     from swift.train.run import train
 
-    result = train(resolved, callbacks=[ProgressLine()], arguments=["swift", *words])
+    result = train(
+        resolved,
+        callbacks=[ProgressLine()],
+        arguments=["swift", *words],
+        announce=partial(_announce, resolved),
+    )
+    from swift.runs.cards import print_end_card
+
     print_end_card(result.folder, result.summary)
     return 0
+
+
+def _announce(resolved: Resolved, lengths: Sequence[int]) -> None:
+    """The plan card of a new run, from the tokenised data; a resumed one only repeats its warnings."""
+    if resolved.config.checkpoint.resume_from_checkpoint is None:
+        from swift.plan.plan import make_plan
+        from swift.runs.cards import print_plan_card
+
+        print_plan_card(make_plan(resolved, lengths).to_dict())
+    else:
+        for warning in resolved.warnings:
+            print(f"warning: {warning}", file=sys.stderr)

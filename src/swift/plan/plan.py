@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from swift.plan.modules import (
     parameter_sizes,
     saved_parameters,
 )
-from swift.plan.rows import RowPlan, fit_lengths, plan_rows
+from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 
 __all__ = ["Plan", "make_plan"]
 
@@ -57,8 +58,13 @@ class Plan:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def make_plan(resolved: Resolved) -> Plan:
-    """Plan ``resolved`` without changing it. Raises ConfigError only for options that contradict what is known."""
+def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
+    """Plan ``resolved`` without changing it. Raises ConfigError only for options that contradict what is known.
+
+    Args:
+        lengths: tokens of every sample (those set aside by split_dataset_ratio included) when the data is tokenised
+            already; else rows are counted and tokens estimated from a sample of them.
+    """
     resolved = copy.deepcopy(resolved)
     warnings = list(resolved.warnings)
     device = find_device(resolved.config.model.device)
@@ -71,7 +77,9 @@ def make_plan(resolved: Resolved) -> Plan:
     memory: dict[str, Any] = {}
     parallel = _parallel(resolved, device)
     if training:
-        rows = _plan_rows(resolved, folder, warnings)
+        rows = (
+            known_rows(resolved, lengths) if lengths is not None else _plan_rows(resolved, folder, warnings)
+        )
         data, lengths = _data(resolved, rows, warnings)
         widest = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
         if lengths:

@@ -16,7 +16,7 @@ from swift.data.sources import find_files, parse_dataset_spec, read_rows, row_nu
 if TYPE_CHECKING:
     from swift.data.tokenise import TemplateLike
 
-__all__ = ["RowPlan", "plan_rows"]
+__all__ = ["RowPlan", "fit_lengths", "known_rows", "plan_rows"]
 
 SAMPLE_ROWS = 256
 """Rows that are rendered and tokenised; data sets with no more rows are counted exactly."""
@@ -106,6 +106,12 @@ def plan_rows(
         for entry, count in zip(plan.datasets, taken, strict=False):
             entry["taken"] = count
     return plan
+
+
+def known_rows(resolved: Resolved, lengths: Sequence[int]) -> RowPlan:
+    """The same of data that is tokenised already: nothing is estimated."""
+    datasets: list[dict[str, object]] = [{"name": text} for text in resolved.config.data.dataset]
+    return RowPlan(len(lengths), True, list(lengths), len(lengths), datasets)
 
 
 def _count(file: Path) -> tuple[int, bool, list[int] | None]:

@@ -15,13 +15,11 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from swift.core.files import atomic_write_json, atomic_write_text
+from swift.core.files import atomic_write_json
 from swift.runs.metrics import finite
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ __all__ = [
     "installed_versions",
     "model_fingerprint",
     "redact_arguments",
-    "write_config",
     "write_environment",
     "write_provenance",
     "write_summary",
@@ -62,13 +59,6 @@ _VARIABLE = re.compile(
 _SECRET = re.compile(r"(^|_)token$|secret|passw|api_?key|_key$|credential|auth$", re.IGNORECASE)
 _WHOLE_FILE_BYTES = 1 << 30
 _PART_BYTES = 1 << 26
-
-
-def write_config(folder: Path, resolved: Resolved, dump: Callable[[Resolved], dict[str, Any]]) -> None:
-    """``config.yaml``: every value that is not None, by section; ``swift COMMAND config.yaml`` repeats the run."""
-    header = f"# swift {resolved.command} {folder / 'config.yaml'}\n"
-    text = yaml.safe_dump(dump(resolved), sort_keys=False, allow_unicode=True, default_flow_style=False)
-    atomic_write_text(folder / "config.yaml", header + text)
 
 
 def write_provenance(

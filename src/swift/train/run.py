@@ -39,7 +39,7 @@ from swift.runs.metrics import MetricsLog
 from swift.runs.record import write_environment, write_provenance, write_summary
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
-from swift.train.callbacks.trackers import tracker_callbacks
+from swift.train.callbacks.trackers import check_trackers, tracker_callbacks
 from swift.train.callbacks.user import load_callbacks
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, read_state, save_checkpoint
 from swift.train.evaluation import LossEvaluator
@@ -83,6 +83,13 @@ class _Prepared:
     schedule: BatchSchedule
     plan: StepPlan
 
+    def sample_lengths(self) -> list[int]:
+        """Tokens of each training sample, then of those that split_dataset_ratio set aside."""
+        lengths: list[int] = self.data.train.lengths.tolist()
+        if self.data.validation is not None and not self.resolved.config.data.val_dataset:
+            lengths += self.data.validation.lengths.tolist()
+        return lengths
+
 
 def train(
     resolved: Resolved,
@@ -90,6 +97,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     say: Callable[[str], None] = print,
     arguments: Sequence[str] | None = None,
+    announce: Callable[[Sequence[int]], None] | None = None,
 ) -> RunResult:
     """Run ``pt`` or ``sft`` as configured.
 
@@ -98,12 +106,15 @@ def train(
         callbacks: in addition to those the configuration names (the command line adds its progress line).
         say: receives the few lines meant for the terminal.
         arguments: the command line, for provenance.json.
+        announce: called with the token length of every sample before the weights are read.
 
     Raises:
         SwiftError: with cause and fix; bad options, model or data are found before anything slow.
         Interrupted: stopped by a signal, after saving.
     """
     prepared = _prepare(resolved)
+    if announce is not None:
+        announce(prepared.sample_lengths())
     folder = _open_folder(resolved, prepared.checkpoint)
     resumed_step = read_state(prepared.checkpoint).step if prepared.checkpoint else 0
     status = StatusFile(folder.path, total_steps=prepared.plan.total_steps)
@@ -125,7 +136,7 @@ def train(
         finally:
             close()
         write_summary(folder.path, summary)
-        draw_curves(folder.path)
+        _draw_curves(folder.path)
         for callback in trainer.callbacks:
             callback.on_train_end(trainer, summary)
         status.finish("succeeded")
@@ -142,10 +153,19 @@ def train(
         folder.release()
 
 
+def _draw_curves(folder: Path) -> None:
+    """A picture that cannot be written must not turn a trained model into a failed run."""
+    try:
+        draw_curves(folder)
+    except OSError as error:
+        logger.warning("curves.png could not be written: %s", error)
+
+
 def _prepare(resolved: Resolved) -> _Prepared:
     """Check and resolve everything that needs no weights; the cheapest checks come first."""
     config = resolved.config
     model_path = preflight(resolved)
+    check_trackers(config.report.report_to)
     checkpoint = find_checkpoint(resolved)
     facts = ModelFacts.read(model_path)
     limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
