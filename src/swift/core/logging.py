@@ -86,5 +86,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("transformers", "huggingface_hub", "torch", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|huggingface_hub)\b.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|huggingface_hub)\b.*")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|transformers|huggingface_hub)\b.*"
+    )
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(torch|transformers|huggingface_hub)\b.*"
+    )
