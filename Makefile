@@ -42,6 +42,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	@$(BIN)/swift demo
+	@echo "   (swift is $(BIN)/swift; to have it at hand: source $(BIN)/activate)"
 
 test: $(VENV)/.installed-dev
 	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
