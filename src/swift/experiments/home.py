@@ -1,0 +1,50 @@
+"""Where the experiment service keeps its state."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Home"]
+
+
+@dataclass(frozen=True)
+class Home:
+    """``SWIFT_HOME`` (default ``~/.swift``): everything the service owns lies below it."""
+
+    root: Path
+
+    @classmethod
+    def find(cls, path: str | Path | None = None) -> Home:
+        """The given folder, else ``$SWIFT_HOME``, else ``~/.swift``; made private to the user when it is new."""
+        root = Path(path or os.environ.get("SWIFT_HOME") or "~/.swift").expanduser().absolute()
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return cls(root)
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store.sqlite3"
+
+    @property
+    def token_file(self) -> Path:
+        return self.root / "token"
+
+    @property
+    def service_file(self) -> Path:
+        """Process identity and address of the running service."""
+        return self.root / "service.json"
+
+    @property
+    def service_log(self) -> Path:
+        return self.root / "service.log"
+
+    @property
+    def warm_socket(self) -> Path:
+        return self.root / "warm.sock"
+
+    def job_dir(self, job_id: str) -> Path:
+        return self.root / "jobs" / job_id
+
+    def attempt_dir(self, job_id: str, attempt: int) -> Path:
+        return self.job_dir(job_id) / f"attempt-{attempt}"

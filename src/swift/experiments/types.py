@@ -1,0 +1,217 @@
+"""The nouns of the experiment service. Plain data: everything here goes through JSON unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "ACTIVE",
+    "FINISHED",
+    "STATES",
+    "Dependency",
+    "Device",
+    "Inventory",
+    "Job",
+    "JobSpec",
+    "Launch",
+    "Needs",
+    "Placement",
+    "State",
+]
+
+State = Literal[
+    "queued", "waiting", "starting", "running", "pausing", "paused", "succeeded", "failed", "cancelled"
+]
+STATES: tuple[State, ...] = (
+    "queued", "waiting", "starting", "running", "pausing", "paused", "succeeded", "failed", "cancelled",
+)  # fmt: skip
+"""``waiting``: for other jobs; ``queued``: ready, for devices; the rest says what it means."""
+ACTIVE: tuple[State, ...] = ("starting", "running", "pausing")
+"""A supervisor lives."""
+FINISHED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+
+Condition = Literal["success", "failure", "always"]
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """This job starts when ``job`` (a name within the same group) has ended as ``condition`` says."""
+
+    job: str
+    condition: Condition = "success"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job asks of the machine.
+
+    Attributes:
+        devices: accelerators (or CPU slots where there are none).
+        memory_bytes: per device; None: as the plan estimates.
+        threads: CPU threads; None: an equal share of the cores.
+        time_limit_seconds: then it is stopped (with a checkpoint) and has failed.
+        exclusive: no other job on its devices.
+    """
+
+    devices: int = 1
+    memory_bytes: int | None = None
+    threads: int | None = None
+    time_limit_seconds: float | None = None
+    exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What was submitted; never changed afterwards.
+
+    Attributes:
+        name: unique within its group: ``EXPERIMENT`` or ``EXPERIMENT/STAGE``.
+        experiment: the experiment it belongs to.
+        command: the word after ``swift``.
+        options: for commands with options: everything the user set, flat, as resolved at submit.
+        words: for other commands: the words after ``swift COMMAND``.
+        cwd, env: where and with which extra variables it runs.
+        run_dir: absolute run folder, for training commands.
+        parameters: what makes this experiment differ from its siblings (for tables).
+        fingerprints: of the data files at submit (path, bytes, sha256).
+        code_version: of this program at submit.
+    """
+
+    name: str
+    experiment: str
+    command: str
+    options: dict[str, Any] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+    cwd: str = "."
+    env: dict[str, str] = field(default_factory=dict)
+    run_dir: str | None = None
+    needs: Needs = field(default_factory=Needs)
+    priority: int = 0
+    max_parallel: int | None = None
+    after: list[Dependency] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    fingerprints: list[dict[str, Any]] = field(default_factory=list)
+    estimate: dict[str, Any] = field(default_factory=dict)
+    code_version: str = ""
+    cold: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> JobSpec:
+        needs = Needs(**values["needs"])
+        after = [Dependency(**entry) for entry in values["after"]]
+        return cls(**{**values, "needs": needs, "after": after})
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or one CPU slot.
+
+    Attributes:
+        index: as the vendor's visible-devices variable counts.
+        memory_bytes: in all; free_bytes: not taken by processes that are not ours.
+        foreign: other people's processes on it (pid, bytes).
+    """
+
+    kind: str
+    index: int
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    foreign: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The machine: its devices, cores, and host memory in bytes."""
+
+    devices: tuple[Device, ...]
+    cores: int
+    host_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a job runs: devices of one kind, its share of memory on each, and threads."""
+
+    kind: str
+    devices: tuple[int, ...]
+    memory_bytes: int
+    threads: int
+
+
+@dataclass
+class Job:
+    """A job as the store knows it.
+
+    Attributes:
+        id: short and unique, such as ``j12``.
+        group: the submission it came with, by its name.
+        attempt: number of launches so far; 0 before the first.
+        reason: one sentence: why it waits, why it failed.
+        retries: what was changed for each relaunch ("out of memory: micro-batch 4 -> 2").
+        overrides: options changed by policies, on top of the snapshot's.
+    """
+
+    id: str
+    group: str
+    spec: JobSpec
+    state: State
+    reason: str = ""
+    attempt: int = 0
+    placement: Placement | None = None
+    exit_code: int | None = None
+    retries: list[dict[str, Any]] = field(default_factory=list)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    submitted: float = 0.0
+    started: float | None = None
+    ended: float | None = None
+    priority: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``swift ps --json`` shows it."""
+        return {
+            "id": self.id,
+            "name": self.spec.name,
+            "experiment": self.spec.experiment,
+            "group": self.group,
+            "command": self.spec.command,
+            "state": self.state,
+            "run_dir": self.spec.run_dir,
+            "devices": list(self.placement.devices) if self.placement else [],
+            "reason": self.reason,
+            "attempt": self.attempt,
+            "priority": self.priority,
+            "exit_code": self.exit_code,
+            "submitted": self.submitted,
+            "started": self.started,
+            "ended": self.ended,
+            "parameters": self.spec.parameters,
+            "retries": self.retries,
+        }
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One attempt to run a job, ready for its supervisor (``launch.json``).
+
+    Attributes:
+        argv: the whole command line, ``[python, -m, swift, ...]``; a warm worker runs the words after ``swift``.
+        env: the complete environment of the child.
+        memory_bytes: hard limit of the process group where one can be set; None: no limit.
+    """
+
+    argv: list[str]
+    cwd: str
+    env: dict[str, str]
+    log: str
+    threads: int = 1
+    memory_bytes: int | None = None
+    time_limit_seconds: float | None = None
+    grace_seconds: float = 30.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
