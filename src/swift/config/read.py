@@ -13,7 +13,7 @@ import yaml
 
 from swift.core.errors import ConfigError
 
-__all__ = ["FILE_ENDINGS", "Written", "from_python", "read_file"]
+__all__ = ["FILE_ENDINGS", "Written", "from_python", "read_file", "read_text"]
 
 FILE_ENDINGS = (".yaml", ".yml", ".json")
 _TABS_OUTSIDE_STRINGS = re.compile(r'"(?:\\.|[^"\\])*"|\t')
@@ -28,12 +28,14 @@ class Written:
         text: the same, but unquoted words kept as letters: ``no`` is "no" and not False.
         place: ``run.yaml:12``, or "" for Python values.
         items: for a mapping, its entries.
+        entries: for a list in a file, its entries.
     """
 
     value: Any
     text: Any
     place: str
     items: dict[str, Written] | None = None
+    entries: tuple[Written, ...] | None = None
 
 
 def from_python(values: Mapping[str, Any]) -> Written:
@@ -60,6 +62,11 @@ def read_file(path: Path, shown: str) -> Written:
         raise ConfigError("is not UTF-8 text", where=shown, why=str(error)) from None
     if path.suffix.lower() == ".json":
         text = _checked_json(text, shown)
+    return read_text(text, shown)
+
+
+def read_text(text: str, shown: str) -> Written:
+    """Read YAML text like ``read_file``."""
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -104,13 +111,15 @@ def _convert(loader: yaml.SafeLoader, node: yaml.Node, shown: str) -> Written:
             entry = _convert(loader, value_node, shown)
             # The line of the key is what people look for, also when the value starts on a later line.
             items[_key(key_node, shown)] = Written(
-                entry.value, entry.text, f"{shown}:{_line(key_node)}", entry.items
+                entry.value, entry.text, f"{shown}:{_line(key_node)}", entry.items, entry.entries
             )
         plain = {key: entry.value for key, entry in items.items()}
         return Written(plain, {key: entry.text for key, entry in items.items()}, place, items)
     if isinstance(node, yaml.SequenceNode):
-        entries = [_convert(loader, child, shown) for child in node.value]
-        return Written([entry.value for entry in entries], [entry.text for entry in entries], place)
+        entries = tuple(_convert(loader, child, shown) for child in node.value)
+        return Written(
+            [entry.value for entry in entries], [entry.text for entry in entries], place, entries=entries
+        )
     value = loader.construct_object(node)
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         # JSON writes letters beyond 16 bits as two escapes; YAML reads these as two halves.

@@ -16,7 +16,7 @@ from swift.config.schema import Resolved, Source, options
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
 
-__all__ = ["DERIVATIONS", "Derivation", "apply"]
+__all__ = ["DERIVATIONS", "EXCLUSIVE", "ONLY_WITH", "Derivation", "OnlyWith", "apply"]
 
 SAMPLES_PER_STEP = 16
 """Samples an optimizer step should see when nobody says otherwise (as in ms-swift)."""
@@ -151,7 +151,7 @@ def _check_required(resolved: Resolved, command: Command, planning: bool) -> Non
 
 
 @dataclass(frozen=True)
-class _OnlyWith:
+class OnlyWith:
     """Options without effect unless ``option`` has one of ``values``: giving them anyway is a mistake."""
 
     names: tuple[str, ...]
@@ -177,14 +177,14 @@ _FULL_OPTIONS = (
     "trainable_parameters",
     "trainable_parameters_regex",
 )
-_ONLY_WITH = (
-    _OnlyWith(_LORA_OPTIONS, "tuner_type", ("lora",)),
-    _OnlyWith(_FULL_OPTIONS, "tuner_type", ("full",)),
-    _OnlyWith(("lr_decay_ratio",), "lr_scheduler_type", ("wsd",)),
-    _OnlyWith(("min_lr_ratio",), "lr_scheduler_type", ("cosine", "linear", "wsd")),
-    _OnlyWith(("chat_template", "enable_thinking"), "use_chat_template", (True,)),
-    _OnlyWith(("save_steps",), "save_strategy", ("steps",)),
-    _OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
+ONLY_WITH: tuple[OnlyWith, ...] = (
+    OnlyWith(_LORA_OPTIONS, "tuner_type", ("lora",)),
+    OnlyWith(_FULL_OPTIONS, "tuner_type", ("full",)),
+    OnlyWith(("lr_decay_ratio",), "lr_scheduler_type", ("wsd",)),
+    OnlyWith(("min_lr_ratio",), "lr_scheduler_type", ("cosine", "linear", "wsd")),
+    OnlyWith(("chat_template", "enable_thinking"), "use_chat_template", (True,)),
+    OnlyWith(("save_steps",), "save_strategy", ("steps",)),
+    OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
 )
 
 
@@ -193,7 +193,7 @@ def _word(value: Any) -> str:
 
 
 def _check_only_with(resolved: Resolved) -> None:
-    for rule in _ONLY_WITH:
+    for rule in ONLY_WITH:
         if resolved.value(rule.option) in rule.values:
             continue
         for name in rule.names:
@@ -205,7 +205,7 @@ def _check_only_with(resolved: Resolved) -> None:
                 )
 
 
-_EXCLUSIVE = (
+EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
     ("packing", "padding_free", "packed rows have no padding anyway"),
     ("target_regex", "target_modules", "both choose the modules that get an adapter"),
     ("warmup_steps", "warmup_ratio", "both set the length of the warm-up"),
@@ -215,7 +215,7 @@ _EXCLUSIVE = (
 
 
 def _check_exclusive(resolved: Resolved) -> None:
-    for first, second, why in _EXCLUSIVE:
+    for first, second, why in EXCLUSIVE:
         given = all(resolved.is_explicit(name) and resolved.value(name) for name in (first, second))
         if given:
             raise ConfigError(
@@ -236,6 +236,13 @@ def _check_evaluation(resolved: Resolved) -> None:
             f"{metric!r} is not a metric of the evaluation",
             where=_where(resolved, "metric_for_best_model"),
             fix=f"did you mean {near}?" if near else f"built in: {', '.join(_EVAL_METRICS)}",
+        )
+    if metric not in _EVAL_METRICS and not resolved.config.report.callbacks:
+        raise ConfigError(
+            f"there is no metric {metric!r}",
+            where=_where(resolved, "metric_for_best_model"),
+            why=f"built in: {', '.join(_EVAL_METRICS)}",
+            fix="name one of these, or the file that adds it: --callbacks FILE.py",
         )
     if not has_validation(resolved):
         wanted = [
@@ -339,7 +346,20 @@ def _check_generation(resolved: Resolved) -> None:
                 )
 
 
+def _check_patterns(resolved: Resolved) -> None:
+    for name in ("target_regex", "freeze_parameters_regex", "trainable_parameters_regex"):
+        try:
+            re.compile(resolved.value(name) or "")
+        except re.error as error:
+            raise ConfigError(
+                f"{resolved.value(name)!r} is not a regular expression",
+                where=_where(resolved, name),
+                why=str(error),
+            ) from None
+
+
 _CHECKS: tuple[Callable[[Resolved], None], ...] = (
+    _check_patterns,
     _check_only_with,
     _check_exclusive,
     _check_data,
@@ -352,6 +372,10 @@ _CHECKS: tuple[Callable[[Resolved], None], ...] = (
 
 def _check_devices(resolved: Resolved) -> None:
     model = resolved.config.model
+    if model.device not in ("auto", "cpu"):
+        from swift.core.devices import split_device
+
+        split_device(model.device, _where(resolved, "device"))
     if model.device == "cpu":
         if model.torch_dtype == "float16":
             resolved.warnings.append(

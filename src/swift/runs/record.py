@@ -7,6 +7,7 @@ Secrets stay out: environment variables come from a list of harmless names, and 
 from __future__ import annotations
 
 import datetime
+import functools
 import getpass
 import hashlib
 import importlib.metadata
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from swift.config.schema import Resolved
 
 __all__ = [
+    "code_version",
     "data_fingerprint",
     "installed_versions",
     "model_fingerprint",
@@ -172,6 +174,16 @@ def model_fingerprint(path: Path) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
         "weights": {file.name: file.stat().st_size for file in weights},
     }
+
+
+@functools.cache
+def code_version() -> str:
+    """Version of this package, in a checkout with its commit: ``0.1.0+437770b6b1d2`` (``.modified``: files differ)."""
+    state = _git_state(Path(__file__).parent)
+    version = installed_versions(["swift-forge"]).get("swift-forge", "unknown")
+    if not state:
+        return version
+    return f"{version}+{state['commit'][:12]}" + (".modified" if state["modified"] else "")
 
 
 def _user() -> str | None:

@@ -1,0 +1,270 @@
+"""What follows an experiment: stages in a graph, each a job of its own.
+
+A stage has a kind that knows its options (evaluate, merge, infer), or names any command. ``when`` says how the
+jobs it needs must have ended; without ``needs`` it follows the experiment itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from swift.config.commands import COMMANDS, LATER_COMMANDS
+from swift.config.read import Written
+from swift.core.errors import ConfigError
+from swift.core.registry import closest
+from swift.experiments.fields import Fields, fail
+from swift.experiments.types import Condition
+
+__all__ = [
+    "KINDS",
+    "Stage",
+    "check_command",
+    "check_name",
+    "check_stages",
+    "find_circle",
+    "merge_stages",
+    "read_stages",
+]
+
+KINDS: dict[str, str] = {"evaluate": "infer", "merge": "merge-lora", "infer": "infer"}
+"""Kind of stage -> the command it runs."""
+
+_LATER = ("export", "deploy", "quantize", "eval", "sample", "rollout", "rlhf")
+"""Stages that later versions bring."""
+
+_WITH_WORDS = ("data", "config", "doctor", "demo", "plan", "resume")
+"""Commands with words of their own that can be a job (not: those that talk to the service)."""
+
+_OWN_KEYS = ("name", "command", "words", "when", "needs", "resources", "ENV")
+_CONDITIONS: tuple[str, ...] = get_args(Condition)
+_NAME = re.compile(r"[^\W_][\w.+=,@-]*")
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of ``after``.
+
+    Attributes:
+        name: unique within the experiment.
+        kind: evaluate, merge, infer or command.
+        command: the word after ``swift``.
+        options: the rest of its mapping: options of the command.
+        words: for commands with words of their own.
+        when: how the jobs in ``needs`` must have ended.
+        needs: other stages, or nothing for the experiment itself.
+        resources, environment: its own, or None for the experiment's.
+        written: where it stands.
+        shared: it stands at the top of the file, for all experiments.
+        removed: an experiment takes a stage of the file away with ``NAME: false``.
+    """
+
+    name: str
+    kind: str
+    command: str
+    written: Written
+    options: Written | None = None
+    words: tuple[str, ...] = ()
+    when: Condition = "success"
+    needs: tuple[str, ...] = ()
+    resources: Written | None = None
+    environment: Written | None = None
+    shared: bool = False
+    removed: bool = False
+
+
+def check_name(name: str, written: Written, what: str) -> None:
+    """Raise ConfigError unless the name can be a folder and a word of a command line."""
+    if _NAME.fullmatch(name) is None or len(name) > _LONGEST_NAME or name.endswith("."):
+        raise fail(
+            f"{name!r} cannot be the name of {what}",
+            written,
+            why="it becomes the name of a folder",
+            fix="use letters, digits, - and _ (first a letter or digit)",
+        )
+
+
+def check_command(command: str, written: Written, key: str = "command") -> None:
+    """Raise ConfigError unless the command can be a job."""
+    known = [name for name, entry in COMMANDS.items() if not entry.own_arguments or name in _WITH_WORDS]
+    if command in known:
+        return
+    if command in COMMANDS:
+        raise fail(f"swift {command} cannot be a job", written, key, fix=f"one of {', '.join(known)}")
+    if command in LATER_COMMANDS or command in _LATER:
+        raise fail(
+            f"{command} comes with a later version",
+            written,
+            key,
+            fix=LATER_COMMANDS.get(command, "leave it out"),
+        )
+    near = closest(command, known)
+    raise fail(
+        f"unknown command {command!r}",
+        written,
+        key,
+        why=f"known: {', '.join(known)}",
+        fix=f"did you mean {near}?" if near else None,
+    )
+
+
+def read_stages(written: Written | None) -> dict[str, Stage]:
+    """The stages of an ``after:``, a list or a mapping, in order. Raises ConfigError with the line."""
+    if written is None or written.value is None:
+        return {}
+    stages: dict[str, Stage] = {}
+    for name, entry in _entries(written):
+        stage = _read_stage(name, entry)
+        if stage.name in stages:
+            first = stages[stage.name].written.place
+            raise fail(
+                f"two stages are called {stage.name} (the first: {first})", entry, "after", fix="add a name:"
+            )
+        stages[stage.name] = stage
+    return stages
+
+
+def _entries(written: Written) -> Iterable[tuple[str | None, Written]]:
+    """(name or None, what stands there) of a mapping, a list or one word."""
+    if written.items is not None:
+        yield from written.items.items()
+        return
+    for entry in written.entries if written.entries is not None else (written,):
+        if isinstance(entry.text, str):
+            yield entry.text, Written(None, None, entry.place)
+        elif entry.items is not None and len(entry.items) == 1 and not set(entry.items) & {"command", "name"}:
+            yield next(iter(entry.items.items()))
+        elif entry.items is not None:
+            yield None, entry
+        else:
+            raise fail(f"{entry.value!r} is not a stage", entry, "after", fix="after: [evaluate, merge]")
+
+
+def _read_stage(name: str | None, written: Written) -> Stage:
+    if name is not None and written.value is False:
+        return Stage(name, "command", "", written, removed=True)
+    fields = Fields(written, name or "after")
+    name = fields.text("name") or name or fields.text("command")
+    if name is None:
+        raise fail("the stage has neither a name nor a command", written, "after", fix="add command: infer")
+    check_name(name, written, "a stage")
+    command = fields.text("command")
+    if command is not None:
+        command = command.replace("_", "-") if command.replace("_", "-") in COMMANDS else command
+        check_command(command, fields.items["command"])
+        kind = "command"
+    elif name in KINDS:
+        kind, command = name, KINDS[name]
+    else:
+        raise _unknown_stage(name, written)
+    own = COMMANDS[command].own_arguments
+    rest = {key: value for key, value in fields.items.items() if key not in _OWN_KEYS}
+    if own and rest:
+        key = next(iter(rest))
+        raise fail(f"swift {command} takes words, not options", rest[key], key, fix=f"words: [--{key}, ...]")
+    if "words" in fields and not own:
+        raise fields.fail(f"swift {command} takes options, not words", "words", fix="write NAME: value")
+    return Stage(
+        name=name,
+        kind=kind,
+        command=command,
+        written=written,
+        options=_mapping(rest, written),
+        words=tuple(fields.words("words")),
+        when=fields.choice("when", _CONDITIONS, "success"),  # type: ignore[arg-type]
+        needs=tuple(fields.words("needs")),
+        resources=fields.get("resources"),
+        environment=fields.get("ENV"),
+    )
+
+
+def _unknown_stage(name: str, written: Written) -> ConfigError:
+    if name in _LATER or name in LATER_COMMANDS:
+        return fail(
+            f"the stage {name} comes with a later version",
+            written,
+            "after",
+            why="export and deploy come with a later version; this one has " + ", ".join(KINDS),
+            fix="leave it out",
+        )
+    near = closest(name, KINDS)
+    return fail(
+        f"unknown stage {name!r}",
+        written,
+        "after",
+        why=f"known: {', '.join(KINDS)}; any other needs a command:",
+        fix=f"did you mean {near}?" if near else f"{name}: {{command: infer, ...}}",
+    )
+
+
+def _mapping(items: dict[str, Written], written: Written) -> Written:
+    plain = {key: value.value for key, value in items.items()}
+    return Written(plain, {key: value.text for key, value in items.items()}, written.place, items)
+
+
+def merge_stages(common: Mapping[str, Stage], own: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The file's stages with those of one experiment on top; a removed one goes, and nothing waits for it."""
+    merged = {name: replace(stage, shared=True) for name, stage in common.items()}
+    for name, stage in own.items():
+        if stage.removed and name not in common:
+            near = closest(name, common)
+            raise fail(
+                f"there is no stage {name} to leave out",
+                stage.written,
+                name,
+                fix=f"did you mean {near}?" if near else "remove the line",
+            )
+        merged[name] = stage
+    gone = {name for name, stage in merged.items() if stage.removed}
+    return {
+        name: replace(stage, needs=tuple(need for need in stage.needs if need not in gone))
+        for name, stage in merged.items()
+        if name not in gone
+    }
+
+
+def check_stages(stages: Mapping[str, Stage], experiment: str) -> None:
+    """Raise ConfigError for a stage that needs one that is not there, and for a circle, which it names."""
+    for stage in stages.values():
+        for need in stage.needs:
+            if need not in stages:
+                near = closest(need, stages)
+                raise fail(
+                    f"the stage {stage.name} of {experiment} needs {need}, which is no stage",
+                    stage.written,
+                    "needs",
+                    fix=f"did you mean {near}?" if near else f"one of {', '.join(stages)}",
+                )
+    circle = find_circle({name: stage.needs for name, stage in stages.items()})
+    if circle:
+        raise fail(
+            f"the stages wait for each other in a circle: {' -> '.join(circle)}",
+            stages[circle[0]].written,
+            "needs",
+            fix=f"remove needs: {circle[1]} from {circle[0]}",
+        )
+
+
+def find_circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The names along one circle, first again at the end; empty when there is none."""
+    done: set[str] = set()
+    for start in graph:
+        path: list[str] = []
+        stack = [(start, iter(graph[start]))] if start not in done else []
+        path += [start] if stack else []
+        while stack:
+            name, needs = stack[-1]
+            need = next(needs, None)
+            if need is None:
+                done.add(name)
+                stack.pop()
+                path.pop()
+            elif need in path:
+                return [*path[path.index(need) :], need]
+            elif need in graph and need not in done:
+                stack.append((need, iter(graph[need])))
+                path.append(need)
+    return []
