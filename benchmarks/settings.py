@@ -73,6 +73,7 @@ def swift_command(
         "--num_train_epochs": 1,
         "--seed": seed,
         "--logging_steps": 10,
+        "--load_from_cache_file": "false",  # TRL starts without cached tokens as well
         "--save_strategy": "no",
         "--callbacks": Path(__file__).with_name("record_marks.py"),
     }
