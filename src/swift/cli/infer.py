@@ -30,11 +30,14 @@ def run(argv: list[str]) -> int:
 def infer(resolved: Resolved) -> dict[str, Any]:
     """Batch inference over ``val_dataset``; returns the summary, with the result file under ``result_path``.
 
+    The summary is also written beside the result file (``answers.jsonl`` -> ``answers.json``).
+
     Raises:
         SwiftError: model, adapter, data or result file cannot be used; data and result file are looked at before
             the model is loaded.
     """
     from swift.evaluate.answers import answer_questions, read_questions, summarize
+    from swift.evaluate.results import write_metrics
     from swift.inference.context import find_context
 
     data, options = resolved.config.data, resolved.config.generation
@@ -59,6 +62,7 @@ def infer(resolved: Resolved) -> dict[str, Any]:
         summary["num_bad_rows"] = len(questions.bad)
         print(f"{len(questions.bad)} bad rows left out; the first: {questions.bad[0]}")
     summary["result_path"] = str(path)
+    write_metrics(path, summary)
     _print_summary(summary)
     return summary
 

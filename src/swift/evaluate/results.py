@@ -11,14 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from swift.core.errors import ConfigError, SwiftError
+from swift.core.files import atomic_write_json
+from swift.runs.metrics import finite
 
-__all__ = ["ResultFile", "row_key"]
+__all__ = ["ResultFile", "row_key", "write_metrics"]
 
 
 def row_key(*parts: Any) -> str:
     """Short hash of everything an answer depends on."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_metrics(path: Path, summary: Mapping[str, Any]) -> Path:
+    """The summary of a result file beside it, for programs: ``evaluation.jsonl`` -> ``evaluation.json``.
+
+    NaN becomes null. Raises SwiftError when it cannot be written.
+    """
+    target = path.with_suffix(".summary.json" if path.suffix == ".json" else ".json")
+    try:
+        atomic_write_json(target, finite(summary))
+    except OSError as error:
+        raise SwiftError("the summary cannot be written", where=str(target), why=error.strerror) from error
+    return target
 
 
 class ResultFile:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from swift.config.commands import COMMANDS
 from swift.config.read import Written, from_python
-from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError, UsageError
 from swift.core.registry import closest
 from swift.experiments.binding import (
@@ -25,12 +24,13 @@ from swift.experiments.binding import (
     option_name,
     snapshot,
 )
+from swift.experiments.bound import Bound, bind_stages, check_run_name, stages_of, take_run_folder
 from swift.experiments.estimates import Estimator
 from swift.experiments.estimates import changed_data as _changed_data
 from swift.experiments.fields import fail
-from swift.experiments.file import Experiment, ExperimentFile, Resources, read_resources, stage_resources
+from swift.experiments.file import Experiment, ExperimentFile, Resources, read_resources
 from swift.experiments.search import Parameter, Sweep, candidates
-from swift.experiments.stages import Stage, check_command, check_name
+from swift.experiments.stages import check_command, check_name
 from swift.experiments.types import Dependency, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.record import code_version
@@ -39,27 +39,6 @@ __all__ = ["changed_data", "expand", "single", "trial_specs"]
 
 _METRICS = ("loss", "eval_loss", "eval_token_accuracy", "eval_perplexity")
 _ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity")
-_INHERITED = (
-    "device", "attn_impl", "trust_remote_code", "num_threads", "seed", "columns", "on_bad_rows", "val_dataset",
-)  # fmt: skip
-"""What a stage takes over from its experiment, where its command has it."""
-
-
-@dataclass
-class _Bound:
-    """An experiment or stage whose options are resolved."""
-
-    experiment: Experiment
-    name: str
-    command: str
-    resolved: Resolved | None
-    resources: Resources
-    after: list[Dependency]
-    words: list[str]
-    environment: dict[str, str]
-    run_dir: Path | None = None
-    values: dict[str, Any] | None = None
-    place: str = ""
 
 
 def expand(file: ExperimentFile, cwd: str | Path, *, planning: bool = False) -> list[JobSpec]:
@@ -120,7 +99,7 @@ def single(
     check_command(command, Written(command, command, ""), "")
     asked = read_resources(from_python(resources) if resources else None, Resources())
     rest = list(words[1:])
-    bound = _Bound(_EXPERIMENT, name or "", command, None, asked, [], rest, {})
+    bound = Bound(_EXPERIMENT, name or "", command, None, asked, [], rest, {})
     if COMMANDS[command].own_arguments:
         bound.name = name or _timed(command)
         if command == "resume" and rest and not rest[0].startswith("-"):
@@ -133,7 +112,7 @@ def single(
         given = options.run_name if command in TRAINING else None
         bound.name = given or name or _timed(command)
         if command in TRAINING and not options.resume_from_checkpoint:
-            _take_run_folder(bound, bound.name)
+            take_run_folder(bound, bound.name)
     check_name(bound.name, Written(bound.name, bound.name, ""), "a job")
     bound.experiment = replace(_EXPERIMENT, name=bound.name)
     _check_folders([bound], False)
@@ -176,10 +155,10 @@ def _as_text(value: Any) -> Any:
 
 def _bind_experiment(
     file: ExperimentFile, experiment: Experiment, cwd: Path, values: Mapping[str, Any] | None, planning: bool
-) -> _Bound:
+) -> Bound:
     command = experiment.command
     after = [Dependency(need) for need in experiment.needs]
-    bound = _Bound(
+    bound = Bound(
         experiment, experiment.name, command, None, experiment.resources, after, list(experiment.words),
         experiment.environment, place=experiment.options.place,
     )  # fmt: skip
@@ -196,36 +175,14 @@ def _bind_experiment(
                 name: resolved.value(name)
                 for name in (option_name(command, key, experiment.options) for key in values)
             }
-        _check_run_name(resolved, experiment.name)
+        check_run_name(resolved, experiment.name)
     except SwiftError as error:
         raise about(error, experiment.name) from None
     make_absolute(resolved, cwd)
     bound.resolved = resolved
     if command in TRAINING:
-        _take_run_folder(bound, experiment.name)
+        take_run_folder(bound, experiment.name)
     return bound
-
-
-def _check_run_name(resolved: Resolved, name: str) -> None:
-    given = resolved.config.checkpoint.run_name
-    if given is not None and given != name:
-        source = resolved.sources["run_name"]
-        raise ConfigError(
-            f"run_name {given} is not the experiment's name, which names its run folder",
-            where=f"{source}: run_name",
-            fix=f"leave run_name out, or call the experiment {given}",
-        )
-
-
-def _take_run_folder(bound: _Bound, name: str) -> None:
-    """Fix the run folder before the job starts: ``<output_dir>/<name>``."""
-    assert bound.resolved is not None
-    options = bound.resolved.config.checkpoint
-    options.run_name = name
-    bound.resolved.sources["run_name"] = replace(
-        bound.resolved.sources["run_name"], kind="python", detail="name"
-    )
-    bound.run_dir = Path(options.output_dir) / name
 
 
 def _check_sweep(file: ExperimentFile, sweep: Sweep, cwd: Path, planning: bool) -> None:
@@ -262,7 +219,7 @@ def _ends(parameter: Parameter) -> list[Any]:
     return [parameter.low, parameter.high]
 
 
-def _check_metric(sweep: Sweep, bound: _Bound) -> None:
+def _check_metric(sweep: Sweep, bound: Bound) -> None:
     place = (sweep.written.items or {}).get("metric", sweep.written)
     assert bound.resolved is not None
     data = bound.resolved.config.data
@@ -284,157 +241,19 @@ def _check_metric(sweep: Sweep, bound: _Bound) -> None:
     if metric in _ANSWER_METRICS:
         if sweep.early_stop is not None:
             raise fail(f"{metric} is known after training only, too late for early_stop", place, "metric")
-        if not any(stage.kind == "evaluate" for stage in _stages(bound).values()):
+        if not any(stage.kind == "evaluate" for stage in stages_of(bound).values()):
             raise fail(f"{metric} comes from the stage evaluate", place, "metric", fix="after: [evaluate]")
-
-
-# Stages
-
-
-def _stages(bound: _Bound) -> dict[str, Stage]:
-    """The stages of an experiment, the automatic evaluation included, without those that do not apply to it."""
-    stages = dict(bound.experiment.stages)
-    resolved = bound.resolved
-    if resolved is None or bound.command not in TRAINING:
-        return stages
-    has_evaluation = any(stage.kind == "evaluate" for stage in stages.values())
-    # Pre-training data has no questions; its run reports the loss on val_dataset itself.
-    wanted = bound.command == "sft" and bound.experiment.evaluate and bool(resolved.config.data.val_dataset)
-    if wanted and not has_evaluation and "evaluate" not in stages:
-        stages = {"evaluate": Stage("evaluate", "evaluate", "infer", _NOWHERE), **stages}
-    if resolved.config.tuner.tuner_type != "lora":
-        _leave_out_merges(stages, bound)
-    return stages
-
-
-def _leave_out_merges(stages: dict[str, Stage], bound: _Bound) -> None:
-    """Full training has nothing to merge. A merge that the file asks of every experiment is left out there, with the
-    stages that need it; one that the experiment itself asks for is an error."""
-    gone = {name for name, stage in stages.items() if stage.kind == "merge"}
-    own = [stages[name] for name in gone if not stages[name].shared]
-    if own:
-        raise about(
-            fail("there is no adapter to merge: this trains the whole model", own[0].written, own[0].name),
-            bound.name,
-        )
-    while gone:
-        for name in gone:
-            stages.pop(name, None)
-        gone = {name for name, stage in stages.items() if set(stage.needs) - set(stages)}
-
-
-def _bind_stages(bound: _Bound, cwd: Path, planning: bool) -> list[_Bound]:
-    stages = _stages(bound)
-    made = []
-    for stage in stages.values():
-        try:
-            made.append(_bind_stage(bound, stage, cwd, planning))
-        except SwiftError as error:
-            raise about(error, f"{bound.name}, stage {stage.name}") from None
-    return made
-
-
-def _bind_stage(bound: _Bound, stage: Stage, cwd: Path, planning: bool) -> _Bound:
-    needs = [f"{bound.name}/{need}" for need in stage.needs] or [bound.name]
-    words = {"{name}": bound.name, "{stage}": stage.name}
-    if bound.run_dir is not None:
-        words |= {"{run}": str(bound.run_dir), "{merged}": str(bound.run_dir / "merged")}
-    made = _Bound(
-        experiment=bound.experiment,
-        name=f"{bound.name}/{stage.name}",
-        command=stage.command,
-        resolved=None,
-        resources=stage_resources(stage, bound.experiment),
-        after=[Dependency(need, stage.when) for need in needs],
-        words=[_filled(word, words) for word in stage.words],
-        environment={**bound.environment, **_variables(stage)},
-        values=bound.values,
-        place=stage.written.place,
-    )
-    if COMMANDS[stage.command].own_arguments:
-        return made
-    options = _filled_mapping(stage.options or _NOWHERE, words)
-    made.resolved = bind(stage.command, [_stage_defaults(bound, stage, options), options], planning=planning)
-    _check_stage(bound, stage, made.resolved)
-    make_absolute(made.resolved, cwd)
-    if stage.command in TRAINING:
-        _check_run_name(made.resolved, f"{bound.name}-{stage.name}")
-        _take_run_folder(made, f"{bound.name}-{stage.name}")
-    return made
-
-
-def _variables(stage: Stage) -> dict[str, str]:
-    items = (stage.environment.items or {}) if stage.environment is not None else {}
-    return {key: "" if value.text is None else str(value.text) for key, value in items.items()}
-
-
-def _stage_defaults(bound: _Bound, stage: Stage, options: Written) -> dict[str, Any]:
-    """What a stage knows from its experiment: the run it works on, the validation data, where results go."""
-    taken = COMMANDS[stage.command].options()
-    trained, run = bound.resolved, bound.run_dir
-    if trained is None:
-        return {}
-    values: dict[str, Any] = {}
-    if stage.command in TRAINING:
-        return {"output_dir": trained.config.checkpoint.output_dir}
-    for name in _INHERITED:
-        if name in taken and trained.is_explicit(name):
-            values[name] = trained.value(name)
-    named = {key.replace("-", "_").rpartition(".")[2] for key in options.items or {}}
-    if run is None:
-        return values
-    if "adapters" in taken and not named & {"model", "adapters"}:
-        is_lora = trained.config.tuner.tuner_type == "lora"
-        values |= {"adapters": [str(run)]} if is_lora else {"model": str(run)}
-    if stage.command == "merge-lora":
-        values["output_dir"] = str(run / "merged")
-    elif "result_path" in taken:
-        values["result_path"] = str(run / f"{'evaluation' if stage.name == 'evaluate' else stage.name}.jsonl")
-    if stage.kind == "evaluate":
-        values["metric"] = ["exact_match", "rouge", "loss"]
-    return values
-
-
-def _check_stage(bound: _Bound, stage: Stage, resolved: Resolved) -> None:
-    if stage.kind in ("evaluate", "infer") and not resolved.config.data.val_dataset:
-        raise fail(
-            "has no data", stage.written, stage.name, fix="val_dataset: [FILE], here or in the experiment"
-        )
-
-
-def _filled(text: str, words: Mapping[str, str]) -> str:
-    for word, value in words.items():
-        text = text.replace(word, value)
-    return text
-
-
-def _filled_mapping(written: Written, words: Mapping[str, str]) -> Written:
-    """``{run}``, ``{merged}``, ``{name}`` and ``{stage}`` in every text of a mapping."""
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return _filled(value, words)
-        return [fill(entry) for entry in value] if isinstance(value, list) else value
-
-    items = {
-        key: _filled_mapping(entry, words)
-        if entry.items is not None
-        else Written(fill(entry.value), fill(entry.text), entry.place)
-        for key, entry in (written.items or {}).items()
-    }
-    plain = {key: entry.value for key, entry in items.items()}
-    return Written(plain, {key: entry.text for key, entry in items.items()}, written.place, items)
 
 
 # Jobs
 
 
-def _specs(file: ExperimentFile, bound: list[_Bound], cwd: Path, planning: bool) -> list[JobSpec]:
+def _specs(file: ExperimentFile, bound: list[Bound], cwd: Path, planning: bool) -> list[JobSpec]:
     """Experiments and stages as jobs, in the order of the file."""
     differences = _differences(bound)
-    everything: list[_Bound] = []
+    everything: list[Bound] = []
     for experiment in bound:
-        everything += [experiment, *_bind_stages(experiment, cwd, planning)]
+        everything += [experiment, *bind_stages(experiment, cwd, planning)]
     _check_folders(everything, planning)
     estimator = Estimator(job.run_dir for job in everything if job.run_dir is not None)
     specs: list[JobSpec] = []
@@ -448,7 +267,7 @@ def _specs(file: ExperimentFile, bound: list[_Bound], cwd: Path, planning: bool)
     return specs
 
 
-def _differences(bound: Sequence[_Bound]) -> dict[str, dict[str, Any]]:
+def _differences(bound: Sequence[Bound]) -> dict[str, dict[str, Any]]:
     """Experiment -> the options in which it differs from its siblings: those that somebody set, as resolved."""
     resolved = {job.name: job.resolved for job in bound if job.resolved is not None}
     set_somewhere = {
@@ -472,7 +291,7 @@ def _differences(bound: Sequence[_Bound]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_folders(jobs: Iterable[_Bound], planning: bool) -> None:
+def _check_folders(jobs: Iterable[Bound], planning: bool) -> None:
     """Refuse two jobs with one run folder, and a folder that holds a run already."""
     owners: dict[str, str] = {}
     for job in jobs:
@@ -495,7 +314,7 @@ def _check_folders(jobs: Iterable[_Bound], planning: bool) -> None:
 
 
 def _spec(
-    job: _Bound,
+    job: Bound,
     estimator: Estimator,
     cwd: Path,
     max_parallel: int | None,

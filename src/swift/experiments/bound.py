@@ -1,0 +1,202 @@
+"""An experiment with its options resolved, and the stages that follow it, whose options come from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swift.config.commands import COMMANDS
+from swift.config.read import Written
+from swift.config.schema import Resolved
+from swift.core.errors import ConfigError, SwiftError
+from swift.experiments.binding import TRAINING, about, bind, make_absolute
+from swift.experiments.fields import fail
+from swift.experiments.file import Experiment, Resources, stage_resources
+from swift.experiments.stages import Stage
+from swift.experiments.types import Dependency
+
+__all__ = ["Bound", "bind_stages", "check_run_name", "stages_of", "take_run_folder"]
+
+_INHERITED = (
+    "device", "attn_impl", "trust_remote_code", "num_threads", "seed", "columns", "on_bad_rows", "val_dataset",
+)  # fmt: skip
+"""What a stage takes over from its experiment, where its command has it."""
+
+
+_NOWHERE = Written({}, {}, "", {})
+
+
+@dataclass
+class Bound:
+    """An experiment or stage whose options are resolved."""
+
+    experiment: Experiment
+    name: str
+    command: str
+    resolved: Resolved | None
+    resources: Resources
+    after: list[Dependency]
+    words: list[str]
+    environment: dict[str, str]
+    run_dir: Path | None = None
+    values: dict[str, Any] | None = None
+    place: str = ""
+
+
+def check_run_name(resolved: Resolved, name: str) -> None:
+    given = resolved.config.checkpoint.run_name
+    if given is not None and given != name:
+        source = resolved.sources["run_name"]
+        raise ConfigError(
+            f"run_name {given} is not the experiment's name, which names its run folder",
+            where=f"{source}: run_name",
+            fix=f"leave run_name out, or call the experiment {given}",
+        )
+
+
+def take_run_folder(bound: Bound, name: str) -> None:
+    """Fix the run folder before the job starts: ``<output_dir>/<name>``."""
+    assert bound.resolved is not None
+    options = bound.resolved.config.checkpoint
+    options.run_name = name
+    bound.resolved.sources["run_name"] = replace(
+        bound.resolved.sources["run_name"], kind="python", detail="name"
+    )
+    bound.run_dir = Path(options.output_dir) / name
+
+
+def stages_of(bound: Bound) -> dict[str, Stage]:
+    """The stages of an experiment, the automatic evaluation included, without those that do not apply to it."""
+    stages = dict(bound.experiment.stages)
+    resolved = bound.resolved
+    if resolved is None or bound.command not in TRAINING:
+        return stages
+    has_evaluation = any(stage.kind == "evaluate" for stage in stages.values())
+    # Pre-training data has no questions; its run reports the loss on val_dataset itself.
+    wanted = bound.command == "sft" and bound.experiment.evaluate and bool(resolved.config.data.val_dataset)
+    if wanted and not has_evaluation and "evaluate" not in stages:
+        stages = {"evaluate": Stage("evaluate", "evaluate", "infer", _NOWHERE), **stages}
+    if resolved.config.tuner.tuner_type != "lora":
+        _leave_out_merges(stages, bound)
+    return stages
+
+
+def _leave_out_merges(stages: dict[str, Stage], bound: Bound) -> None:
+    """Full training has nothing to merge. A merge that the file asks of every experiment is left out there, with the
+    stages that need it; one that the experiment itself asks for is an error."""
+    gone = {name for name, stage in stages.items() if stage.kind == "merge"}
+    own = [stages[name] for name in gone if not stages[name].shared]
+    if own:
+        raise about(
+            fail("there is no adapter to merge: this trains the whole model", own[0].written, own[0].name),
+            bound.name,
+        )
+    while gone:
+        for name in gone:
+            stages.pop(name, None)
+        gone = {name for name, stage in stages.items() if set(stage.needs) - set(stages)}
+
+
+def bind_stages(bound: Bound, cwd: Path, planning: bool) -> list[Bound]:
+    stages = stages_of(bound)
+    made = []
+    for stage in stages.values():
+        try:
+            made.append(_bind_stage(bound, stage, cwd, planning))
+        except SwiftError as error:
+            raise about(error, f"{bound.name}, stage {stage.name}") from None
+    return made
+
+
+def _bind_stage(bound: Bound, stage: Stage, cwd: Path, planning: bool) -> Bound:
+    needs = [f"{bound.name}/{need}" for need in stage.needs] or [bound.name]
+    words = {"{name}": bound.name, "{stage}": stage.name}
+    if bound.run_dir is not None:
+        words |= {"{run}": str(bound.run_dir), "{merged}": str(bound.run_dir / "merged")}
+    made = Bound(
+        experiment=bound.experiment,
+        name=f"{bound.name}/{stage.name}",
+        command=stage.command,
+        resolved=None,
+        resources=stage_resources(stage, bound.experiment),
+        after=[Dependency(need, stage.when) for need in needs],
+        words=[_filled(word, words) for word in stage.words],
+        environment={**bound.environment, **_variables(stage)},
+        values=bound.values,
+        place=stage.written.place,
+    )
+    if COMMANDS[stage.command].own_arguments:
+        return made
+    options = _filled_mapping(stage.options or _NOWHERE, words)
+    made.resolved = bind(stage.command, [_stage_defaults(bound, stage, options), options], planning=planning)
+    _check_stage(bound, stage, made.resolved)
+    make_absolute(made.resolved, cwd)
+    if stage.command in TRAINING:
+        check_run_name(made.resolved, f"{bound.name}-{stage.name}")
+        take_run_folder(made, f"{bound.name}-{stage.name}")
+    return made
+
+
+def _variables(stage: Stage) -> dict[str, str]:
+    items = (stage.environment.items or {}) if stage.environment is not None else {}
+    return {key: "" if value.text is None else str(value.text) for key, value in items.items()}
+
+
+def _stage_defaults(bound: Bound, stage: Stage, options: Written) -> dict[str, Any]:
+    """What a stage knows from its experiment: the run it works on, the validation data, where results go."""
+    taken = COMMANDS[stage.command].options()
+    trained, run = bound.resolved, bound.run_dir
+    if trained is None:
+        return {}
+    values: dict[str, Any] = {}
+    if stage.command in TRAINING:
+        return {"output_dir": trained.config.checkpoint.output_dir}
+    for name in _INHERITED:
+        if name in taken and trained.is_explicit(name):
+            values[name] = trained.value(name)
+    named = {key.replace("-", "_").rpartition(".")[2] for key in options.items or {}}
+    if run is None:
+        return values
+    if "adapters" in taken and not named & {"model", "adapters"}:
+        is_lora = trained.config.tuner.tuner_type == "lora"
+        values |= {"adapters": [str(run)]} if is_lora else {"model": str(run)}
+    if stage.command == "merge-lora":
+        values["output_dir"] = str(run / "merged")
+    elif "result_path" in taken:
+        values["result_path"] = str(run / f"{'evaluation' if stage.name == 'evaluate' else stage.name}.jsonl")
+    if stage.kind == "evaluate":
+        values["metric"] = ["exact_match", "rouge", "loss"]
+    return values
+
+
+def _check_stage(bound: Bound, stage: Stage, resolved: Resolved) -> None:
+    if stage.kind in ("evaluate", "infer") and not resolved.config.data.val_dataset:
+        raise fail(
+            "has no data", stage.written, stage.name, fix="val_dataset: [FILE], here or in the experiment"
+        )
+
+
+def _filled(text: str, words: Mapping[str, str]) -> str:
+    for word, value in words.items():
+        text = text.replace(word, value)
+    return text
+
+
+def _filled_mapping(written: Written, words: Mapping[str, str]) -> Written:
+    """``{run}``, ``{merged}``, ``{name}`` and ``{stage}`` in every text of a mapping."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return _filled(value, words)
+        return [fill(entry) for entry in value] if isinstance(value, list) else value
+
+    items = {
+        key: _filled_mapping(entry, words)
+        if entry.items is not None
+        else Written(fill(entry.value), fill(entry.text), entry.place)
+        for key, entry in (written.items or {}).items()
+    }
+    plain = {key: entry.value for key, entry in items.items()}
+    return Written(plain, {key: entry.text for key, entry in items.items()}, written.place, items)
