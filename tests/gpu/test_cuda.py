@@ -5,9 +5,9 @@ Run by hand where a device is at hand: ``pytest tests/gpu -m gpu``.
 
 import pytest
 import torch
+from tests.train.conftest import chat_file, run_training
 
 from swift.runs.metrics import read_metrics
-from tests.train.conftest import chat_file, run_training
 
 __all__ = ["chat_file", "run_training"]
 
