@@ -1,0 +1,168 @@
+"""One SQLite file for many threads and processes: connections, transactions, migrations, errors in plain words."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from swift.core.errors import SwiftError
+from swift.experiments.migrations import MIGRATIONS, VERSION
+
+__all__ = ["Database"]
+
+_BUSY_SECONDS = 20.0
+_CAUSES = {
+    sqlite3.SQLITE_FULL: (
+        "the disk is full",
+        "free some space there; nothing that was recorded before is lost",
+    ),
+    sqlite3.SQLITE_READONLY: ("the disk or the file is read-only", "make it writable, or set SWIFT_HOME"),
+    sqlite3.SQLITE_CANTOPEN: (
+        "the file cannot be opened or created",
+        "check the folder's permissions, or set SWIFT_HOME",
+    ),
+    sqlite3.SQLITE_IOERR: ("the disk reported an error", "check the disk (space, quota, cable, network)"),
+    sqlite3.SQLITE_BUSY: (
+        f"another process has kept it locked for {_BUSY_SECONDS:.0f} s",
+        "swift service status",
+    ),
+    sqlite3.SQLITE_NOTADB: ("the file is not a store of swift", "move it away, or set SWIFT_HOME"),
+    sqlite3.SQLITE_CORRUPT: ("the file is damaged", "move it away; the run folders are not touched"),
+}
+
+
+class Database:
+    """A SQLite database in WAL mode, brought to the newest version on opening.
+
+    Each thread has its own connection; after a fork the child opens new ones. Writers wait for each other.
+
+    Raises SwiftError (never sqlite3's) for what the user can do something about: a read-only or full disk, a file of
+    a newer version, a file that is something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._local = threading.local()
+        self._pid = os.getpid()
+        self._inherited: list[threading.local] = []
+        with self._explained():
+            connection = self._connect()
+            self._set_mode(connection)
+            self._migrate(connection)
+
+    def read(self, query: str, values: tuple[object, ...] = ()) -> list[sqlite3.Row]:
+        """All rows of one query."""
+        with self._explained():
+            return self._connection().execute(query, values).fetchall()
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, alone among all writers from its first line; undone when the block raises."""
+        with self._explained():
+            connection = self._connection()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk may have rolled back already
+                    connection.execute("ROLLBACK")
+                raise
+
+    def run(self, statement: str) -> None:
+        """One statement outside of a transaction, such as VACUUM."""
+        with self._explained():
+            self._connection().execute(statement)
+
+    def close(self) -> None:
+        """Close this thread's connection; the next use opens a new one."""
+        connection = getattr(self._local, "connection", None)
+        if connection is not None and self._pid == os.getpid():
+            self._local = threading.local()
+            connection.close()
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._pid != os.getpid():
+            # SQLite connections must not cross a fork, nor be closed in the child: keep the parent's, unused.
+            self._inherited.append(self._local)
+            self._local, self._pid = threading.local(), os.getpid()
+        connection = getattr(self._local, "connection", None)
+        return connection if connection is not None else self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA foreign_keys = ON")
+        # FULL: what was answered with "submitted" survives a power cut, too.
+        connection.execute("PRAGMA synchronous = FULL")
+        self._local.connection = connection
+        return connection
+
+    def _set_mode(self, connection: sqlite3.Connection) -> None:
+        """Switch to WAL. Two processes that create the store at once may refuse each other without waiting: retry."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                break
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        if mode != "wal":
+            raise SwiftError(
+                "the store cannot be shared between processes here",
+                where=str(self.path),
+                why=f"SQLite's write-ahead log is not supported on this file system (mode {mode})",
+                fix="SWIFT_HOME=/a/folder/on/a/local/disk",
+            )
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        if self._version(connection) == VERSION:
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for step in range(self._version(connection), VERSION):
+                for statement in MIGRATIONS[step]:
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _version(self, connection: sqlite3.Connection) -> int:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            raise SwiftError(
+                "the store was written by a newer version of swift",
+                where=str(self.path),
+                why=f"it has version {version}, this program knows up to {VERSION}",
+                fix="upgrade swift, or keep a store apart: SWIFT_HOME=~/.swift-old",
+            )
+        return int(version)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn SQLite's errors about disk, locks and file into SwiftErrors; a mistake of ours stays what it is."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            cause = _CAUSES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+            if cause is None:
+                raise
+            why, fix = cause
+            raise SwiftError(
+                "the store of experiments cannot be used",
+                where=str(self.path),
+                why=f"{why} ({error})",
+                fix=fix,
+            ) from error
