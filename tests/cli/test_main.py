@@ -94,6 +94,7 @@ def test_debug_shows_the_traceback(error: Exception, command) -> None:
             ["--lora_rank", "3"],
             "error: --lora_rank: unknown option\n  fix: swift COMMAND --option: the command comes first\n",
         ),
+        (["--versoin"], "error: --versoin: unknown option\n  fix: did you mean --version?\n"),
         (
             ["sft", "--help", "checkpont"],
             "error: --help checkpont: no option is about this\n  fix: did you mean --help checkpoint?\n",

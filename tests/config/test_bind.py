@@ -304,7 +304,10 @@ def test_a_stray_word() -> None:
         ("\n\nlora_rank: abc\n", "run.yaml:3: lora_rank: 'abc' is not an integer"),
         ("lora_rank: true\n", "run.yaml:1: lora_rank: True is not an integer"),
         ("lora_rank: [1, 2]\n", "run.yaml:1: lora_rank: takes one value, not 2"),
-        ("lora_rank:\n", "run.yaml:1: lora_rank: None is not an integer"),
+        (
+            "lora_rank:\n",
+            "run.yaml:1: lora_rank: has no value\n  fix: give one, or leave it out for the default",
+        ),
         ("dataset: {a: 1}\n", "run.yaml:1: dataset: needs a list"),
         ("columns: 3\n", "run.yaml:1: columns: '3' is not a JSON object"),
         ("seed: 1\nseed: 2\n", "run.yaml:2: seed is set twice (first in line 1)"),

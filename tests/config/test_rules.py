@@ -226,6 +226,22 @@ def test_derivations_only_name_options() -> None:
             ["--sequence_parallel"],
             "--sequence_parallel: has no effect without tensor parallelism\n  fix: leave it out",
         ),
+        (
+            ["--target_regex", "(q"],
+            "--target_regex: '(q' is not a regular expression\n"
+            "  cause: missing ), unterminated subpattern at position 0",
+        ),
+        (
+            ["--val_dataset", "v", "--metric_for_best_model", "eval_rouge"],
+            "--metric_for_best_model: there is no metric 'eval_rouge'\n"
+            "  cause: built in: eval_loss, eval_token_accuracy, eval_perplexity\n"
+            "  fix: name one of these, or the file that adds it: --callbacks FILE.py",
+        ),
+        (
+            ["--device", "cuda:x"],
+            "--device: unknown device 'cuda:x'\n  fix: auto, cpu, cuda, npu, xpu, mps, or cuda:1",
+        ),
+        (["--val_dataset="], "--val_dataset: an empty word\n  fix: leave it out, or name something"),
         (["--json"], "--json: prints a plan, so it needs --dry_run\n  fix: add --dry_run"),
         (
             ["--tp_size", "2"],
@@ -277,3 +293,8 @@ def test_warnings() -> None:
 
 def test_split_is_allowed_in_pretraining() -> None:
     assert resolve("pt", [*NEEDED, "--truncation_strategy", "split"]).warnings == []
+
+
+def test_a_callback_may_add_the_deciding_metric() -> None:
+    words = ["--val_dataset", "v", "--metric_for_best_model", "eval_rouge", "--callbacks", "rouge.py"]
+    assert resolve("sft", [*NEEDED, *words]).config.evaluation.greater_is_better is True

@@ -199,3 +199,9 @@ def test_an_unknown_role_lists_the_known_ones() -> None:
 def test_a_row_that_could_not_be_read_keeps_its_reason() -> None:
     with pytest.raises(RowError, match=r"^d\.jsonl:9: broken JSON$"):
         to_sample(Row({}, "d.jsonl:", 9, "broken JSON"))
+
+
+def test_images_are_refused_and_not_dropped() -> None:
+    row = {"query": "What is this?", "response": "a cat", "images": ["cat.png"]}
+    assert reason(row) == '"images": images, audio and video cannot be read in this version'
+    assert read({**row, "images": []}).messages[1]["content"] == "a cat"

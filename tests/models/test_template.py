@@ -262,3 +262,13 @@ def test_turns_that_cannot_be_told_apart_are_refused(tokenizer: Any, tmp_path: P
     mixed.write_text("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", encoding="utf-8")
     with pytest.raises(DataError, match="cannot tell which part"):
         template(tokenizer, chat_template=str(mixed)).encode([*CHAT, {"role": "user", "content": "x"}])
+
+
+def test_a_template_that_leaves_out_tool_calls_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.jinja"
+    plain.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+    messages = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(DataError, match="leaves out the tool call 'weather' of message 2"):
+        template(tokenizer, chat_template=str(plain)).encode(messages)
+    assert "weather" in learned_text(tokenizer, template(tokenizer, chat_template="chatml").encode(messages))

@@ -188,3 +188,22 @@ def test_unknown_command_to_plan() -> None:
         plan_command.run(["stf"])
     with pytest.raises(UsageError, match="which command"):
         plan_command.run([])
+
+
+def test_missing_files_and_too_long_rows_are_named(work: Path) -> None:
+    plan = plan_of(work, "--adapters", "gone", "--callbacks", "gone.py:C", "--max_length", "99999")
+    limit = plan["model"]["context_length"]
+    assert plan["warnings"][-3:] == [
+        f"max_length 99999 is beyond the model's context of {limit} tokens",
+        "--adapters: no such folder 'gone'",
+        "--callbacks: no such file 'gone.py:C'",
+    ]
+    infer = resolve("infer", ["--model", str(work / "model"), "--val_dataset", "gone.jsonl"], planning=True)
+    assert make_plan(infer).warnings == ["gone.jsonl: no such file or folder"]
+
+
+def test_weights_of_data_sets_that_are_not_here_are_left_out(work: Path) -> None:
+    words = ("gone.jsonl", str(work / "large.jsonl"), "--dataset_weights", "1", "2", "1")
+    plan = plan_of(work, *("--dataset", *words))
+    assert [entry["taken"] for entry in plan["data"]["datasets"]] == [40, 40]
+    assert plan["warnings"] == ["gone.jsonl: no such file or folder"]

@@ -107,3 +107,9 @@ def test_square_brackets_are_not_markup_on_a_terminal() -> None:
     print_plan_card({**PLAN, "warnings": ["see [bold]this[/bold] path"]}, out)
     assert "[bold]this[/bold]" in out.getvalue()
     assert "╭" in out.getvalue()
+
+
+def test_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    (tmp_path / "my run" / "checkpoint-120").mkdir(parents=True)
+    lines = end_card_lines(tmp_path / "my run", {**SUMMARY, "best_checkpoint": None})
+    assert lines[-1] == ("next", f"swift infer --model '{tmp_path}/my run/last'")

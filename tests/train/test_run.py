@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from swift.core.errors import ConfigError, DataError, SwiftError
+from swift.core.errors import ConfigError, DataError, ModelError, SwiftError
 from swift.runs.metrics import read_metrics
 from swift.runs.status import read_status
 from swift.train.callbacks.base import Callback
@@ -235,6 +235,11 @@ def test_errors_come_before_the_run_folder(run_training, tmp_path):
         run_training(dataset=str(tmp_path / "no-data.jsonl"))
     with pytest.raises(ConfigError, match="one device"):
         run_training(tensor_parallel_size=2)
+    with pytest.raises(ModelError, match="no such folder"):
+        run_training(adapters=[str(tmp_path / "no-adapter")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot create a run folder"):
+        run_training(output_dir=str(tmp_path / "file" / "runs"))
     assert not (tmp_path / "output").exists()
 
 
@@ -268,3 +273,17 @@ def test_pretraining_on_plain_text(run_training, tmp_path):
     text.write_text("\n\n".join(f"line {i} of a small book about numbers and letters" for i in range(30)))
     result = run_training(command="pt", dataset=str(text), truncation_strategy="split", num_train_epochs=4)
     assert result.summary["last_loss"] < result.summary["first_loss"]
+
+
+def test_missing_callbacks_and_taken_names_are_refused_before_torch(tiny_model_dir, chat_file, tmp_path):
+    from swift.config.bind import resolve
+    from swift.train.preflight import preflight
+
+    words = ["--model", str(tiny_model_dir), "--dataset", str(chat_file), "--output_dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match="no such file"):
+        preflight(resolve("sft", [*words, "--callbacks", str(tmp_path / "absent.py")]))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.yaml").write_text("command: sft\n")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        preflight(resolve("sft", [*words, "--run_name", "taken"]))
+    assert preflight(resolve("sft", [*words, "--run_name", "free"])) == tiny_model_dir

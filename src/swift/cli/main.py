@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from swift.cli.table import COMMANDS, Command, find_command, load_command
 from swift.core.errors import SwiftError, UsageError
+from swift.core.registry import closest
 
 __all__ = ["main"]
 
@@ -55,7 +56,9 @@ def _dispatch(words: list[str]) -> int:
     if first.lower().endswith((".yaml", ".yml", ".json")):
         command, rest = _command_of_file(first), words
     elif first.startswith("-"):
-        raise UsageError("unknown option", where=first, fix="swift COMMAND --option: the command comes first")
+        near = closest(first, ("--help", "--version"))
+        fix = f"did you mean {near}?" if near else "swift COMMAND --option: the command comes first"
+        raise UsageError("unknown option", where=first, fix=fix)
     else:
         command, rest = find_command(first), words[1:]
     if not command.own_arguments or command.name == "plan":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from swift.config.bind import resolve
@@ -52,7 +53,9 @@ def merge(resolved: Resolved) -> Path:
             why=error.strerror,
             fix="--output_dir elsewhere",
         ) from error
-    print(f"check    {difference}\nmerged   {folder}\nnext     swift infer --model {folder}")
+    print(
+        f"check    {difference}\nmerged   {folder}\nnext     swift infer --model {shlex.quote(str(folder))}"
+    )
     return folder
 
 

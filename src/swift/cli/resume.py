@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from swift.cli.training import run_or_plan
-from swift.config.bind import load_run_config, resolve
 from swift.core.errors import UsageError
-from swift.runs.folder import locate
 
 USAGE = """usage: swift resume RUN [--option value ...]
 
@@ -20,6 +17,10 @@ def run(argv: list[str]) -> int:
     name, flags = argv[0], argv[1:]
     if name.startswith("-"):
         raise UsageError("which run?", fix="swift resume RUN [--option value ...]")
+    from swift.cli.training import run_or_plan
+    from swift.config.bind import load_run_config, resolve
+    from swift.runs.folder import locate
+
     folder, checkpoint = locate(name)
     config = folder.path / "config.yaml"
     command = load_run_config(config).command

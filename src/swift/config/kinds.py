@@ -95,7 +95,11 @@ def coerce(kind: Kind, info: FieldInfo, value: Any, where: str) -> Any:
 
     Raises ConfigError at ``where`` saying what is wrong and which values are allowed.
     """
+    if value is None:
+        raise ConfigError("has no value", where=where, fix="give one, or leave it out for the default")
     if kind.base == "list":
+        if "" in _as_list(value, where):  # such as --dataset "$UNSET", which would mean the working folder
+            raise ConfigError("an empty word", where=where, fix="leave it out, or name something")
         return [_one(kind.item or kind, info, item, where) for item in _as_list(value, where)]
     if kind.base == "dict":
         return {

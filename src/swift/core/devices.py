@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ __all__ = [
     "peak_memory",
     "pick_device",
     "pick_dtype",
+    "split_device",
 ]
 
 ACCELERATORS = ("cuda", "npu", "xpu", "mps")
@@ -60,6 +62,16 @@ def _accelerator_count(kind: str) -> int:
     return module.device_count() if module.is_available() else 0
 
 
+def split_device(name: str, where: str = "--device") -> tuple[str, int]:
+    """Kind and number of an accelerator: ``cuda:1`` is ("cuda", 1). Raises ConfigError for other words."""
+    found = re.fullmatch(rf"({'|'.join(ACCELERATORS)})(?::(\d+))?", name)
+    if found is None:
+        raise ConfigError(
+            f"unknown device {name!r}", where=where, fix=f"auto, cpu, {', '.join(ACCELERATORS)}, or cuda:1"
+        )
+    return found[1], int(found[2] or 0)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device called ``name``; ``auto`` is the first of cuda, npu, xpu, mps that exists, else the CPU.
 
@@ -72,17 +84,10 @@ def pick_device(name: str = "auto") -> torch.device:
             if _accelerator_count(kind):
                 return torch.device(kind) if kind == "mps" else torch.device(kind, 0)
         return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind == "cpu" and not index:
+    if name == "cpu":
         return torch.device("cpu")
-    if kind not in ACCELERATORS or not (index.isdigit() or (not index and ":" not in name)):
-        raise ConfigError(
-            f"unknown device {name!r}",
-            where="--device",
-            fix=f"auto, cpu, {', '.join(ACCELERATORS)}, or cuda:1",
-        )
+    kind, number = split_device(name)
     count = _accelerator_count(kind)
-    number = int(index or 0)
     if number >= count:
         raise ConfigError(
             f"there is no device {name!r} here",

@@ -41,6 +41,7 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
+    "chatgpt": "assistant",
     "model": "assistant",
     "tool": "tool",
     "tool_response": "tool",
@@ -49,6 +50,7 @@ _ROLES = {
     "tool_call": "tool_call",
     "function_call": "tool_call",
 }
+_MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value")
 
@@ -96,6 +98,9 @@ def to_sample(row: Row) -> Sample:
         raise RowError(row.location, row.error)
     columns = {name: value for name, value in row.values.items() if value is not None}
     try:
+        for name in _MEDIA_COLUMNS:
+            if columns.get(name):
+                raise _FaultError(f'"{name}": images, audio and video cannot be read in this version')
         messages = _read_messages(columns)
         system = _take_text(columns, SYSTEM_COLUMNS)
         if system and messages[0]["role"] != "system":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def bad_rows_error(
     shown = [f"{location}: {reason}" for location, reason in bad[:5]]
     if len(bad) > 5:
         shown.append(f"and {len(bad) - 5} more")
-    files = " ".join(str(parse_dataset_spec(text).path) for text in texts)
+    files = shlex.join(str(parse_dataset_spec(text).path) for text in texts)
     return DataError(
         f"{'at least ' if at_least else ''}{len(bad)} of {total} rows cannot be used",
         where=", ".join(texts),

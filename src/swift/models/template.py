@@ -95,7 +95,7 @@ class Template:
         self, samples: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None]]
     ) -> list[Encoded]:
         """``encode`` of many (messages, tools), faster."""
-        prepared = [self._spans(self._read(messages), tools) for messages, tools in samples]
+        prepared = [self._prepare(self._read(messages), tools) for messages, tools in samples]
         if not prepared:
             return []
         special = [self.chat is None and not self._begins_with_bos(text) for text, _, _ in prepared]
@@ -153,6 +153,22 @@ class Template:
 
     def _read(self, messages: Sequence[Mapping[str, Any]]) -> Conversation:
         return read_conversation(messages, system=self.system, use_part_weights=self.section.use_loss_scale)
+
+    def _prepare(
+        self, conversation: Conversation, tools: Sequence[Any] | None
+    ) -> tuple[str, list[Span], bool]:
+        """``_spans``; raises DataError when the text lacks a tool call: an empty answer would be learned."""
+        prepared = self._spans(conversation, tools)
+        for index, message in enumerate(conversation.messages):
+            for call in message.get("tool_calls") or []:
+                name = call.get("function", call).get("name") if isinstance(call, Mapping) else None
+                if name and name not in prepared[0]:
+                    raise DataError(
+                        f"the chat template leaves out the tool call {name!r} of message {index + 1}",
+                        why="this model's template knows no tools",
+                        fix="--chat_template chatml, or a Jinja file that writes tool calls",
+                    )
+        return prepared
 
     def _spans(self, conversation: Conversation, tools: Sequence[Any] | None) -> tuple[str, list[Span], bool]:
         """Text, learned ranges, and whether the last turn still needs a token that ends it."""

@@ -69,7 +69,8 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
     warnings = list(resolved.warnings)
     device = find_device(resolved.config.model.device)
     facts, folder = _read_model(resolved, warnings)
-    _derive(resolved, facts, device)
+    _derive(resolved, facts, device, warnings)
+    _look_for_files(resolved, warnings)
     setup: Setup | None = None
     training = resolved.command in ("pt", "sft")
     data: dict[str, Any] = {}
@@ -104,7 +105,7 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
 
 def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | None, Path | None]:
     name = resolved.config.model.model
-    if name is None:
+    if not name:
         return None, None
     try:
         folder = resolve_model_path(name)
@@ -119,14 +120,30 @@ def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | N
     return facts, folder
 
 
-def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts) -> None:
+def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts, warnings: list[str]) -> None:
     """Fill in what the trainer derives from model and device."""
     taken = resolved.sources
     if facts is not None and "max_length" in taken:
         limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
+        asked = resolved.config.data.max_length
+        if asked is not None and facts.max_position_embeddings and asked > limit:
+            warnings.append(f"max_length {asked} is beyond the model's context of {limit} tokens")
         resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
     if "gradient_checkpointing" in taken:
         resolved.derive("gradient_checkpointing", device.kind != "cpu", "device")
+
+
+def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
+    """A warning for every adapter, callback file and (infer) row file that is not on this machine."""
+    config = resolved.config
+    for adapter in config.model.adapters:
+        if not Path(adapter).expanduser().is_dir():
+            warnings.append(f"--adapters: no such folder {adapter!r}")
+    for callback in config.report.callbacks:
+        if not Path(callback.partition(":")[0]).is_file():
+            warnings.append(f"--callbacks: no such file {callback!r}")
+    if resolved.command == "infer":
+        warnings += plan_rows(resolved, config.data.val_dataset, [], None).warnings
 
 
 def _plan_rows(resolved: Resolved, folder: Path | None, warnings: list[str]) -> RowPlan:

@@ -81,14 +81,15 @@ def plan_rows(
     """
     plan = RowPlan()
     sizes: list[int] = []
-    for text in texts:
+    found: list[float] = []
+    for place, text in enumerate(texts):
         try:
             spec = parse_dataset_spec(text)
             files = find_files(spec.path)
         except DataError as error:
             plan.warnings.append(" ".join(str(error).split("\n")[0].split()))
-            sizes.append(0)
             continue
+        found += weights[place : place + 1]
         counts = [_count(file) for file in files]
         total = sum(count for count, _, _ in counts)
         plan.rows_exact &= all(exact for _, exact, _ in counts)
@@ -98,12 +99,12 @@ def plan_rows(
             numbers = [known for _, _, known in counts]
             _sample(plan, resolved, files, numbers, SAMPLE_ROWS // len(texts) or 1, template)
     plan.rows = sum(sizes)
-    if weights and len(weights) == len(sizes):
+    if sum(found) > 0:
         from swift.data.mixing import mixing_counts
 
-        taken = mixing_counts(sizes, weights)
+        taken = mixing_counts(sizes, found)
         plan.rows = sum(taken)
-        for entry, count in zip(plan.datasets, taken, strict=False):
+        for entry, count in zip(plan.datasets, taken, strict=True):
             entry["taken"] = count
     return plan
 

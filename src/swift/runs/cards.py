@@ -6,6 +6,7 @@ the same lines come without either.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -168,11 +169,11 @@ def _next_commands(folder: Path, summary: Mapping[str, Any]) -> Lines:
     name = summary.get(f"{kind}_checkpoint")
     if not name:
         return []
-    checkpoint = folder / kind
+    checkpoint = shlex.quote(str(folder / kind))
     if (folder / name / "adapter_config.json").is_file():
         commands = [f"swift infer --adapters {checkpoint}", f"swift merge-lora --adapters {checkpoint}"]
     else:
         commands = [f"swift infer --model {checkpoint}"]
     if summary.get("stop_reason"):
-        commands.append(f"swift resume {folder}")
+        commands.append(f"swift resume {shlex.quote(str(folder))}")
     return [("next" if place == 0 else "", command) for place, command in enumerate(commands)]

@@ -11,6 +11,7 @@ import datetime
 import errno
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -73,7 +74,7 @@ class RunFolder:
             raise ConfigError(
                 f"{folder.path} already holds a run",
                 where="--run_name",
-                fix=f"go on with it: swift resume {folder.path}; or choose another --run_name",
+                fix=f"go on with it: swift resume {shlex.quote(str(folder.path))}; or choose another --run_name",
             )
         return folder
 

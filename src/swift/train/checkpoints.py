@@ -8,6 +8,7 @@ Generator states are not needed: see `swift.train.seeds`.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def save_checkpoint(
             "the checkpoint could not be written",
             where=str(path),
             why=f"{error} ({format_bytes(free_bytes(path.parent))} free)",
-            fix=f"free some space, then: swift resume {path.parent}",
+            fix=f"free some space, then: swift resume {shlex.quote(str(path.parent))}",
         ) from error
 
 

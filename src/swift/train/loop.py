@@ -7,6 +7,7 @@ checkpoints, stopping) happens between steps, so a run can end and go on at any 
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -330,7 +331,7 @@ class Trainer:
         self._write_status()
         raise Interrupted(
             f"stopped by {signals.name} after step {self.state.step} of {self.total_steps}; checkpoint saved",
-            fix=f"swift resume {self.folder.path}",
+            fix=f"swift resume {shlex.quote(str(self.folder.path))}",
             signal_number=signals.received or 0,
         )
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 from swift.config.schema import Resolved
-from swift.core.errors import ConfigError, SwiftError
+from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.data.sources import find_files, parse_dataset_spec
 from swift.models.facts import check_model_folder, resolve_model_path
-from swift.runs.folder import find_latest_run, locate
+from swift.runs.folder import RunFolder, find_latest_run, locate
 
 __all__ = ["find_checkpoint", "preflight"]
 
 
 def preflight(resolved: Resolved) -> Path:
-    """Check that model and data are there and that this version can do what is asked; returns the model's folder.
+    """Check that model, data and output folder can be used; returns the model's folder.
 
     Raises:
-        ConfigError: no model, no data, or a parallel layout (one device only in this version).
-        ModelError: the model folder is incomplete.
+        ConfigError: no model, no data, a callback file that is missing, or an output folder that cannot be used.
+        ModelError: the model folder is incomplete, or an adapter is missing.
         DataError: a data file is missing.
     """
     config = resolved.config
@@ -26,12 +28,40 @@ def preflight(resolved: Resolved) -> Path:
         raise ConfigError("which model?", where="--model", fix="--model FOLDER")
     if not config.data.dataset:
         raise ConfigError("which data?", where="--dataset", fix="--dataset FILE.jsonl")
-    _refuse_parallel(resolved)
     folder = resolve_model_path(config.model.model)
     check_model_folder(folder)
     for name in [*config.data.dataset, *config.data.val_dataset]:
         find_files(parse_dataset_spec(name).path)
+    for adapter in config.model.adapters:
+        if not Path(adapter).expanduser().is_dir():
+            raise ModelError(
+                "no such folder", where=f"--adapters {adapter}", fix="name an adapter, a run or a checkpoint"
+            )
+    for callback in config.report.callbacks:
+        if not Path(callback.partition(":")[0]).is_file():
+            raise ConfigError("no such file", where=f"--callbacks {callback}")
+    if config.checkpoint.resume_from_checkpoint is None:
+        _check_output(Path(config.checkpoint.output_dir), config.checkpoint.run_name)
     return folder
+
+
+def _check_output(output_dir: Path, run_name: str | None) -> None:
+    """Refuse a folder that cannot be written, and a name that is taken, without creating anything."""
+    parent = output_dir.expanduser().absolute()
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"cannot create a run folder in {parent}",
+            where="--output_dir",
+            why=f"{existing} is {'not writable' if existing.is_dir() else 'a file'}",
+            fix="name a folder you may write to: --output_dir PATH",
+        )
+    if run_name is not None and RunFolder(parent / run_name).holds_run():
+        raise ConfigError(
+            f"{parent / run_name} already holds a run",
+            where="--run_name",
+            fix=f"go on with it: swift resume {shlex.quote(str(parent / run_name))}; or choose another --run_name",
+        )
 
 
 def find_checkpoint(resolved: Resolved) -> Path | None:
@@ -59,17 +89,3 @@ def find_checkpoint(resolved: Resolved) -> Path | None:
             fix="start it again without --resume_from_checkpoint",
         )
     return checkpoint
-
-
-def _refuse_parallel(resolved: Resolved) -> None:
-    section = resolved.config.parallel
-    larger = {
-        name: size for name, size in section.model_dump().items() if name.endswith("_size") and size > 1
-    }
-    if larger or section.sequence_parallel:
-        named = " ".join(f"--{name} {size}" for name, size in larger.items()) or "--sequence_parallel"
-        raise ConfigError(
-            f"{named}: this version trains on one device",
-            why="the parallel engines come with a later release; `swift plan` accepts these sizes",
-            fix="leave the parallel sizes at 1",
-        )
