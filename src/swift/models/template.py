@@ -27,8 +27,8 @@ from swift.models.spans import Turn, end_of_turn_token, find_turns, fit_end
 __all__ = ["Encoded", "Template"]
 
 _BUILT_IN = Path(__file__).parent / "chat_templates"
-_VERSION = 1
-"""Raised when the same input gives other tokens or labels than before, so that caches notice."""
+_VERSION = 2
+"""Raised when the same row gives other tokens or labels than before, or is refused, so that caches notice."""
 
 
 class Span(NamedTuple):
