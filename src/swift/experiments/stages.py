@@ -146,6 +146,8 @@ def _entries(written: Written) -> Iterable[tuple[str | None, Written]]:
 def _read_stage(name: str | None, written: Written) -> Stage:
     if name is not None and written.value is False:
         return Stage(name, "command", "", written, removed=True)
+    if name is not None and name not in KINDS and written.items is None:
+        raise _unknown_stage(name, written)
     fields = Fields(written, name or "after")
     name = fields.text("name") or name or fields.text("command")
     if name is None:
