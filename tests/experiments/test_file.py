@@ -257,3 +257,32 @@ def test_expanding_imports_no_torch(work: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "1 False False", done.stderr
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_expand(recipe: Path, tmp_path: Path) -> None:
+    file = read_experiments(recipe)
+    jobs = expand(file, tmp_path, planning=True)
+    trainings = [job for job in jobs if job.command == "sft"]
+    assert file.name == recipe.stem
+    assert len(trainings) == len(file.experiments)
+    assert all(job.run_dir == str(tmp_path / "output" / file.name / job.name) for job in trainings)
+
+
+def test_the_file_in_the_guide_expands(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "en" / "experiments.md").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in guide.split("```yaml\n")[1:]]
+    defaults, after, sweep = blocks
+    for extra in ("", sweep):
+        jobs = expand(parse_experiments(defaults + extra), tmp_path, planning=True)
+        assert [job.name for job in jobs][:3] == ["small", "small/evaluate", "small/merge"]
+        assert [job.name for job in jobs][-2:] == ["full", "full/evaluate"]
+    jobs = expand(
+        parse_experiments(defaults.replace("after: [evaluate, merge]\n", after)), tmp_path, planning=True
+    )
+    assert [job.name for job in jobs if job.experiment == "small"] == [
+        "small", "small/evaluate", "small/merge", "small/try-it", "small/look",
+    ]  # fmt: skip

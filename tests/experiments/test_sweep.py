@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from swift.core.errors import ConfigError, SwiftError
+from swift.evaluate.results import write_metrics
 from swift.experiments.expand import expand
 from swift.experiments.file import ExperimentFile, parse_experiments
 from swift.experiments.search import candidates
@@ -219,3 +221,18 @@ def test_folder_of_another_sweep_and_missing_optuna(work: Path, monkeypatch: pyt
     with pytest.raises(SwiftError, match="needs Optuna") as caught:
         SweepController(file_of(method="tpe", trials=3), work / "new", work)
     assert "swift-forge[sweep]" in (caught.value.fix or "")
+
+
+def test_missing_optuna_is_said_at_submit(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs Optuna"):
+        expand(file_of(method="tpe", trials=3), work)
+    assert len(expand(file_of({"lora_rank": [2, 4]}), work)) == 2
+
+
+def test_batch_inference_writes_its_summary_for_programs(tmp_path: Path) -> None:
+    path = write_metrics(tmp_path / "evaluation.jsonl", {"rougeL": 0.5, "loss": float("nan"), "num_rows": 2})
+    assert path == tmp_path / "evaluation.json"
+    assert metric_of(tmp_path, "rougeL") == 0.5 and metric_of(tmp_path, "perplexity") is None
+    assert json.loads(path.read_text())["loss"] is None
+    assert write_metrics(tmp_path / "out.json", {}) == tmp_path / "out.summary.json"

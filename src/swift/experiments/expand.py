@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -191,6 +192,14 @@ def _check_sweep(file: ExperimentFile, sweep: Sweep, cwd: Path, planning: bool) 
     if command not in TRAINING:
         raise fail(
             f"a sweep trains: it cannot run swift {command}", sweep.written, "sweep", fix="command: sft"
+        )
+    if sweep.is_controlled and not planning and importlib.util.find_spec("optuna") is None:
+        raise fail(
+            "this sweep needs Optuna",
+            sweep.written,
+            "sweep",
+            why="grid and random without early_stop need nothing more",
+            fix='pip install "swift-forge[sweep]"',
         )
     seen: dict[str, str] = {}
     for parameter in sweep.parameters:
