@@ -111,7 +111,12 @@ def launch(
         if refusal is None:
             return
         note = f"cold ({refusal})"
-    _launch_cold(home, folder, note, deadline_seconds)
+    try:
+        _launch_cold(home, folder, note, deadline_seconds)
+    except AlreadyRunning:
+        # A warm worker may have taken the job after we had lost patience with it.
+        if not warm or not _is_warm(folder):
+            raise
 
 
 def _launch_cold(home: Home, folder: Path, note: str, deadline_seconds: float) -> None:
@@ -143,6 +148,11 @@ def _launch_cold(home: Home, folder: Path, note: str, deadline_seconds: float) -
         raise AlreadyRunning("the job is running already", where=str(folder), why=log_tail(log))
     if code != 0:
         raise SwiftError(f"the supervisor failed with exit code {code}", where=str(folder), why=log_tail(log))
+
+
+def _is_warm(folder: Path) -> bool:
+    record = read_json(folder / "supervisor.json")
+    return record is not None and record["note"] == "warm"
 
 
 def _began(folder: Path) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +24,15 @@ from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import atomic_write_text, free_bytes
 from swift.core.format import format_bytes
 from swift.core.logging import attach_run_logs, detach_run_logs, get_logger
-from swift.data.batching import BatchSchedule, Mode
+from swift.data.batching import BatchSchedule
 from swift.data.collate import collate
 from swift.data.load import LoadedData, load_data
 from swift.data.loader import BatchLoader
+from swift.data.mode import batch_mode, derive_layout
 from swift.data.sources import find_files, parse_dataset_spec
 from swift.models.facts import ModelFacts
 from swift.models.liger import apply_liger_kernels
-from swift.models.load import check_vocabulary, load_model, load_template
+from swift.models.load import check_vocabulary, isolates_documents, load_model, load_template
 from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
@@ -42,6 +46,7 @@ from swift.train.callbacks.base import Callback
 from swift.train.callbacks.trackers import check_trackers, tracker_callbacks
 from swift.train.callbacks.user import load_callbacks
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, read_state, save_checkpoint
+from swift.train.config_record import recorded
 from swift.train.evaluation import LossEvaluator
 from swift.train.inspection import inspection_report
 from swift.train.loop import Interrupted, StepPlan, Trainer
@@ -112,12 +117,18 @@ def train(
         SwiftError: with cause and fix; bad options, model or data are found before anything slow.
         Interrupted: stopped by a signal, after saving.
     """
+    _refuse_import_by_worker()
+    own_callbacks = load_callbacks(resolved.config.report.callbacks)
     prepared = _prepare(resolved)
     if announce is not None:
         announce(prepared.sample_lengths())
-    folder = _open_folder(resolved, prepared.checkpoint)
     resumed_step = read_state(prepared.checkpoint).step if prepared.checkpoint else 0
+    folder = _open_folder(resolved, prepared.checkpoint)
     status = StatusFile(folder.path, total_steps=prepared.plan.total_steps)
+    closing = contextlib.ExitStack()  # closed in reverse: the log and the lock last
+    closing.callback(folder.release)
+    closing.callback(detach_run_logs)
+    closing.callback(gc.unfreeze)
     try:
         attach_run_logs(folder.path)
         status.start_heartbeat()
@@ -126,15 +137,15 @@ def train(
             logger.warning(note)
             say(note)
         status.update(stage="load model")
-        trainer, close = _build(prepared, folder, status, callbacks, say)
+        everyone = [*callbacks, *tracker_callbacks(resolved.config.report.report_to), *own_callbacks]
+        for callback in everyone:
+            closing.callback(callback.close)
+        trainer = _build(prepared, folder, status, everyone, say, closing)
         if resumed_step:
             say(f"going on from {prepared.checkpoint} (step {resumed_step} of {prepared.plan.total_steps})")
         gc.freeze()  # what is loaded by now stays to the end and need not be searched for garbage
         gc.enable()
-        try:
-            summary = {"folder": str(folder.path), "command": resolved.command, **trainer.train()}
-        finally:
-            close()
+        summary = {"folder": str(folder.path), "command": resolved.command, **trainer.train()}
         write_summary(folder.path, summary)
         _draw_curves(folder.path)
         for callback in trainer.callbacks:
@@ -149,8 +160,18 @@ def train(
         status.finish("failed", str(error))
         raise
     finally:
-        detach_run_logs()
-        folder.release()
+        closing.close()
+
+
+def _refuse_import_by_worker() -> None:
+    """A worker process imports the main script once more; a script without a guard would train in every worker."""
+    if getattr(
+        multiprocessing.current_process(), "_inheriting", False
+    ):  # as multiprocessing itself finds out
+        raise SwiftError(
+            "training was started while a worker process imports your script",
+            fix="put the call under `if __name__ == '__main__':`",
+        )
 
 
 def _draw_curves(folder: Path) -> None:
@@ -171,11 +192,13 @@ def _prepare(resolved: Resolved) -> _Prepared:
     limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
     resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
     device = pick_device(config.model.device)
+    _limit_device_memory(device)
     if config.training.use_liger_kernel and device.type != "cuda":
         raise ConfigError(
             "liger kernels need a CUDA device", where="--use_liger_kernel", fix="leave the option out"
         )
     dtype = pick_dtype(config.model.torch_dtype, device)
+    _check_precision(resolved, dtype)
     resolved.derive("gradient_checkpointing", device.type != "cpu", "device")
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
     resolved.derive("num_threads", threads, "OMP_NUM_THREADS or the cores")
@@ -191,10 +214,16 @@ def _prepare(resolved: Resolved) -> _Prepared:
         template.tokenizer.chat_template = template.chat.source
     assert config.data.max_length is not None
     data = load_data(resolved, template, config.data.max_length)
+    derive_layout(
+        resolved,
+        isolates_documents(
+            model_path, config.model.attn_impl, trust_remote_code=config.model.trust_remote_code
+        ),
+    )
     schedule = BatchSchedule(
         data.train.lengths,
         batch_size=config.training.per_device_train_batch_size,
-        mode=_mode(resolved),
+        mode=batch_mode(config.data),
         max_length=config.data.max_length,
         group_by_length=config.data.group_by_length,
         shuffle=config.data.dataset_shuffle,
@@ -214,14 +243,36 @@ def _prepare(resolved: Resolved) -> _Prepared:
     )
 
 
+def _check_precision(resolved: Resolved, dtype: torch.dtype) -> None:
+    """Refuse storage precisions that cannot be computed with as asked."""
+    config = resolved.config
+    name = str(dtype).removeprefix("torch.")
+    if config.tuner.tuner_type == "full":
+        if config.model.param_dtype == "bfloat16" and dtype != torch.bfloat16:
+            raise ConfigError(
+                f"weights stored in bfloat16 cannot be trained in {name}",
+                where="--param_dtype bfloat16",
+                fix="--torch_dtype bfloat16, or leave --param_dtype out",
+            )
+    elif config.tuner.lora_dtype == "float16" and dtype == torch.float16:
+        raise ConfigError(
+            "float16 computation scales the loss, and that needs gradients of higher precision",
+            where="--lora_dtype float16",
+            fix="--lora_dtype float32",
+        )
+
+
+def _limit_device_memory(device: torch.device) -> None:
+    """Keep to the share of a CUDA device that the experiment service gave this job."""
+    share = os.environ.get("SWIFT_DEVICE_MEMORY_BYTES")
+    if share and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, int(share) / total), device)
+
+
 def _export_dtype(facts: ModelFacts, dtype: torch.dtype) -> torch.dtype:
     """Precision of saved full models: that of the original, or of the computation when config.json has none."""
     return getattr(torch, facts.dtype) if facts.dtype else dtype
-
-
-def _mode(resolved: Resolved) -> Mode:
-    data = resolved.config.data
-    return "packed" if data.packing else "padding_free" if data.padding_free else "padded"
 
 
 def _step_plan(resolved: Resolved, schedule: BatchSchedule) -> StepPlan:
@@ -245,9 +296,10 @@ def _open_folder(resolved: Resolved, checkpoint: Path | None) -> RunFolder:
 
 
 def _record(folder: RunFolder, prepared: _Prepared, arguments: Sequence[str] | None) -> None:
+    config_file = folder.path / "config.yaml"
+    # A resumed run may have other options (a larger max_steps): the next resume must know them.
+    atomic_write_text(config_file, dump_text(recorded(prepared.resolved), shlex.quote(str(config_file))))
     if prepared.checkpoint is None:
-        config_file = folder.path / "config.yaml"
-        atomic_write_text(config_file, dump_text(prepared.resolved, str(config_file)))
         rows = prepared.data.validation_rows
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         atomic_write_text(folder.path / "val_dataset.jsonl", text)
@@ -274,8 +326,9 @@ def _build(
     status: StatusFile,
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
-) -> tuple[Trainer, Callable[[], None]]:
-    """Model, engine and trainer, ready for the next step; and what must be closed in the end."""
+    closing: contextlib.ExitStack,
+) -> Trainer:
+    """Model, engine and trainer, ready for the next step; ``closing`` gets what must be closed in the end."""
     resolved, config, device = prepared.resolved, prepared.resolved.config, prepared.device
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
     tuned = _tune(_load_weights(prepared), resolved, prepared.dtype)
@@ -308,16 +361,15 @@ def _build(
         num_workers=config.data.dataloader_num_workers,
         pad_token_id=pad_token_id,
     )
+    closing.callback(loader.close)
     if config.report.debug_mode:
         batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(device)
         say(inspection_report(tuned.model, batch, tokenizer))
+    if checkpoint is not None:
+        _set_aside(folder, state, say)
     metrics = MetricsLog(folder.path / "metrics.jsonl")
+    closing.callback(metrics.close)
     metrics.truncate_after(state.step)
-    all_callbacks = [
-        *callbacks,
-        *tracker_callbacks(config.report.report_to),
-        *load_callbacks(config.report.callbacks),
-    ]
 
     def save(path: Path, at: TrainState) -> None:
         save_checkpoint(
@@ -332,13 +384,7 @@ def _build(
             only_model=only_model,
         )
 
-    def close() -> None:
-        loader.close()
-        metrics.close()
-        for callback in all_callbacks:
-            callback.close()
-
-    trainer = Trainer(
+    return Trainer(
         resolved=resolved,
         folder=folder,
         engine=engine,
@@ -351,9 +397,19 @@ def _build(
         status=status,
         device=device,
         evaluator=_evaluator(prepared, pad_token_id),
-        callbacks=all_callbacks,
+        callbacks=callbacks,
     )
-    return trainer, close
+
+
+def _set_aside(folder: RunFolder, state: TrainState, say: Callable[[str], None]) -> None:
+    """Put checkpoints after ``state.step`` out of the way; ``best`` and ``last`` are those of that step again."""
+    stale = folder.set_aside_after(state.step)
+    for path in stale:
+        say(f"{path.name} is set aside: the run goes on from step {state.step} without it")
+    if stale:
+        folder.mark("last", state.step)
+        if state.best_step is not None and folder.checkpoint_path(state.best_step) in folder.checkpoints():
+            folder.mark("best", state.best_step)
 
 
 def _load_weights(prepared: _Prepared) -> Any:
