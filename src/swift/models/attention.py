@@ -22,23 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swift.models.facts import keeps_documents_apart
+
 __all__ = ["VARLEN", "register_varlen_attention", "supports_varlen", "varlen_attention"]
 
 VARLEN = "swift_varlen"
-
-_EXACT_LAYERS = {"full_attention", "sliding_attention"}
-# Parts of configuration keys of models whose layers carry a state from token to token: documents of one row would
-# see each other through it.
-_RECURRENT = (
-    "mamba",
-    "ssm",
-    "linear_attn",
-    "linear_attention",
-    "recurrent",
-    "rwkv",
-    "conv_kernel",
-    "conv_l_cache",
-)
 
 
 def register_varlen_attention() -> None:
@@ -52,8 +40,8 @@ def register_varlen_attention() -> None:
 def supports_varlen(config: Any) -> bool:
     """Whether ``swift_varlen`` computes exactly what the model's own attention does.
 
-    No for soft-capped scores, chunked or bidirectional attention, recurrent layers, and architectures that do
-    not take their attention from transformers' interface.
+    No where `keeps_documents_apart` says no, and for architectures that do not take their attention from
+    transformers' interface.
     """
     import transformers
 
@@ -64,14 +52,7 @@ def supports_varlen(config: Any) -> bool:
         return False
     if not getattr(model, "_supports_attention_backend", False):
         return False
-    if set(getattr(text, "layer_types", None) or _EXACT_LAYERS) - _EXACT_LAYERS:
-        return False
-    if getattr(text, "attn_logit_softcapping", None) or getattr(text, "use_bidirectional_attention", None):
-        return False
-    if getattr(text, "is_encoder_decoder", False) or getattr(text, "attention_chunk_size", None):
-        return False
-    keys = [key.lower() for key in vars(text)]
-    return not any(part in key for part in _RECURRENT for key in keys)
+    return keeps_documents_apart(vars(text))
 
 
 def varlen_attention(

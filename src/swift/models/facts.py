@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ class ModelFacts:
     def is_mixture_of_experts(self) -> bool:
         return self.num_experts > 0
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether nothing in config.json speaks against several documents in one row; see the function."""
+        return keeps_documents_apart(self.config)
+
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
         """Facts of a model folder.
@@ -129,6 +135,39 @@ class ModelFacts:
             config=raw,
             **sizes,
         )
+
+
+_EXACT_LAYERS = {"full_attention", "sliding_attention"}
+# Parts of configuration keys of models whose layers carry a state from token to token: documents of one row would
+# see each other through it.
+_RECURRENT = (
+    "mamba",
+    "ssm",
+    "linear_attn",
+    "linear_attention",
+    "recurrent",
+    "rwkv",
+    "conv_kernel",
+    "conv_l_cache",
+)
+
+
+def keeps_documents_apart(config: Mapping[str, Any]) -> bool:
+    """Whether a decoder's layers can be computed document by document, going by its configuration.
+
+    No for soft-capped scores, chunked or bidirectional attention, and recurrent layers.
+    """
+    if set(config.get("layer_types") or _EXACT_LAYERS) - _EXACT_LAYERS:
+        return False
+    refused = (
+        "attn_logit_softcapping",
+        "use_bidirectional_attention",
+        "is_encoder_decoder",
+        "attention_chunk_size",
+    )
+    if any(config.get(key) for key in refused):
+        return False
+    return not any(part in key.lower() for part in _RECURRENT for key in config)
 
 
 def resolve_model_path(name: str) -> Path:

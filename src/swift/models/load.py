@@ -17,7 +17,14 @@ from swift.models.template import Template
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ModelBundle", "load_bundle", "load_model", "load_template", "load_tokenizer"]
+__all__ = [
+    "ModelBundle",
+    "isolates_documents",
+    "load_bundle",
+    "load_model",
+    "load_template",
+    "load_tokenizer",
+]
 
 logger = get_logger(__name__)
 
@@ -165,6 +172,15 @@ def load_model(
     model.to(device)
     model.config.use_cache = False
     return model.eval()
+
+
+def isolates_documents(path: Path | str, attention: str = "auto", *, trust_remote_code: bool = False) -> bool:
+    """Whether a model loaded with this attention option will use ``swift_varlen``. Reads no weights."""
+    from swift.models.attention import VARLEN
+
+    folder = Path(path)
+    _, config = _find_class(folder, trust_remote_code)
+    return _choose_attention(attention, config, folder) == VARLEN
 
 
 def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -14,6 +14,7 @@ from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
+from swift.data.mode import batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder, resolve_model_path
 from swift.plan.analytic import DTYPE_BYTES, Setup, adapter_parameters, checkpoint_bytes, memory_parts
 from swift.plan.device import DeviceFacts, find_device
@@ -129,6 +130,11 @@ def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts, w
         if asked is not None and facts.max_position_embeddings and asked > limit:
             warnings.append(f"max_length {asked} is beyond the model's context of {limit} tokens")
         resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
+    if facts is not None and "padding_free" in taken:
+        derive_layout(
+            resolved,
+            facts.keeps_documents_apart and resolved.config.model.attn_impl in ("auto", "varlen"),
+        )
     if "gradient_checkpointing" in taken:
         resolved.derive("gradient_checkpointing", device.kind != "cpu", "device")
 
@@ -223,7 +229,7 @@ def _steps(
     from swift.plan.steps import plan_epoch, step_counts
 
     section, training = resolved.config.data, resolved.config.training
-    mode = "packed" if section.packing else "padding_free" if section.padding_free else "padded"
+    mode = batch_mode(section)
     max_length = section.max_length or DEFAULT_MAX_LENGTH
     train_share = 1.0
     if not section.val_dataset and section.split_dataset_ratio > 0 and rows.rows > 1:
@@ -233,7 +239,7 @@ def _steps(
         lengths,
         max(1, num_samples),
         batch_size=training.per_device_train_batch_size,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         max_length=max_length,
         group_by_length=section.group_by_length,
         ranks=resolved.config.parallel.data_parallel_size,

@@ -49,6 +49,12 @@ class DataSection(Section):
     packing: bool = option(
         False, "Fill rows of max_length with several samples that cannot see each other.", essential=True
     )
-    padding_free: bool = option(False, "Join the samples of a micro-batch in one row, without padding.")
-    group_by_length: bool = option(True, "Put samples of similar length into one micro-batch.")
+    padding_free: bool | None = option(
+        None,
+        "Join the samples of a micro-batch in one row, without padding; default: where the model's attention can keep"
+        " documents apart (else rows are padded).",
+    )
+    group_by_length: bool = option(
+        True, "Padded rows: put samples of similar length into one micro-batch, so that little is padding."
+    )
     dataloader_num_workers: int = option(0, "Processes that prepare batches ahead; 0: a thread.", ge=0)
