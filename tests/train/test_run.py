@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_losses_equal_an_independent_loop(run_training, tiny_model_dir):
             run.engine.forward_backward = recorded  # an instance attribute of our own object
 
     start = run_training(run_name="start", max_steps=1, learning_rate=1e-12, weight_decay=0.0)
-    options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 5e-3}
+    options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 5e-3, "padding_free": False}
     result = run_training(
         callbacks=[Rows()], run_name="ours", adapters=[str(start.folder / "last")], **options
     )
@@ -125,6 +126,15 @@ def test_loss_falls(run_training):
     assert result.summary["last_loss"] < result.summary["first_loss"] - 0.5
 
 
+def test_joined_rows_are_the_default_and_equal_padded_ones(run_training):
+    """The same random samples in the same steps; only padding differs."""
+    joined = run_training(run_name="joined")
+    padded = run_training(run_name="padded", padding_free=False, group_by_length=False)
+    assert "padding_free: true" in (joined.folder / "config.yaml").read_text()
+    ours, theirs = ([line["loss"] for line in training_lines(run.folder)] for run in (joined, padded))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_signal_saves_and_names_the_resume_command(run_training):
     options = {"save_steps": 100, "split_dataset_ratio": 0.2, "eval_steps": 5}
 
@@ -144,6 +154,41 @@ def test_signal_saves_and_names_the_resume_command(run_training):
         ours, theirs = (
             [(row["step"], row[key]) for row in read_metrics(run.folder / "metrics.jsonl") if key in row]
             for run in (resumed, whole)
+        )
+        assert ours == theirs
+
+
+def test_signal_during_an_evaluation_leaves_it_to_the_resumed_run(run_training):
+    options = {
+        "save_steps": 100,
+        "split_dataset_ratio": 0.2,
+        "eval_steps": 5,
+        "per_device_eval_batch_size": 2,
+    }
+    asked = []
+
+    class Terminate(Callback):
+        def on_train_begin(self, run):
+            run.evaluator.run = partial(evaluate, run.evaluator.run)
+
+    def evaluate(original, engine, objective, given_up):
+        def counting():
+            asked.append(given_up())
+            if len(asked) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return given_up()
+
+        return original(engine, objective, counting)
+
+    with pytest.raises(Interrupted):
+        run_training(callbacks=[Terminate()], run_name="stopped", max_steps=7, **options)
+    assert len(asked) == 2  # the first batch was evaluated, then no other
+    folder = run_training(resume_from_checkpoint="last", max_steps=7, **options).folder
+    whole = run_training(run_name="whole", max_steps=7, **options).folder
+    for key in ("loss", "eval_loss"):
+        ours, theirs = (
+            [(row["step"], row[key]) for row in read_metrics(path / "metrics.jsonl") if key in row]
+            for path in (folder, whole)
         )
         assert ours == theirs
 
@@ -201,6 +246,19 @@ def test_early_stop(run_training):
     assert result.summary["steps"] < 600
 
 
+def test_steps_after_the_last_line_are_logged_when_a_run_ends_early(run_training):
+    class Enough(Callback):
+        def on_evaluate(self, run, metrics):
+            if run.state.step == 4:
+                run.stop("enough")
+
+    result = run_training(
+        callbacks=[Enough()], split_dataset_ratio=0.2, eval_steps=2, save_steps=100, logging_steps=3
+    )
+    rows = read_metrics(result.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 3, 4]
+
+
 def test_callbacks_see_the_run(run_training, tmp_path):
     recorder = Record()
     run_training(callbacks=[recorder], max_steps=2, split_dataset_ratio=0.2, save_steps=2)
@@ -235,12 +293,37 @@ def test_errors_come_before_the_run_folder(run_training, tmp_path):
         run_training(dataset=str(tmp_path / "no-data.jsonl"))
     with pytest.raises(ConfigError, match="one device"):
         run_training(tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="float16 computation"):
+        run_training(torch_dtype="float16", lora_dtype="float16")
     with pytest.raises(ModelError, match="no such folder"):
         run_training(adapters=[str(tmp_path / "no-adapter")])
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot create a run folder"):
         run_training(output_dir=str(tmp_path / "file" / "runs"))
     assert not (tmp_path / "output").exists()
+
+
+def test_storage_precision_must_fit_the_computation(run_training, tmp_path):
+    with pytest.raises(ConfigError, match="stored in bfloat16 cannot be trained in float32"):
+        run_training(tuner_type="full", torch_dtype="float32", param_dtype="bfloat16")
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        {"freeze_parameters_regex": r"embed|layers\.0"},
+        {"freeze_parameters_regex": ".*", "trainable_parameters_regex": "norm"},
+        {"freeze_parameters_ratio": 0.5},
+    ],
+)
+def test_half_precision_with_frozen_parts_is_close_to_float32(run_training, dtype, frozen):
+    options = {"tuner_type": "full", "max_steps": 3, "learning_rate": 1e-3, **frozen}
+    half, full = (run_training(torch_dtype=name, **options) for name in (dtype, "float32"))
+    for key, tolerance in (("loss", 2e-3), ("grad_norm", 3e-2)):
+        ours, theirs = ([row[key] for row in training_lines(run.folder)] for run in (half, full))
+        assert ours == pytest.approx(theirs, rel=tolerance)
 
 
 def test_debug_mode_shows_alignment(tiny_model_dir, chat_file, tmp_path):

@@ -51,16 +51,17 @@ class NativeEngine:
         self.device = device
         self.dtype = dtype
         self.chunk_size = chunk_size
-        self._split = split_head(model)
+        self._autocast = dtype in (torch.bfloat16, torch.float16) and any(
+            parameter.dtype == torch.float32 for parameter in _plain_parameters(model)
+        )
+        with self._precision():
+            self._split = split_head(model)
         self._forward: Callable[..., Any] = self._split[0] if self._split else model
         # Other attention functions tell documents apart by position ids alone.
         self._takes_lengths = model.config._attn_implementation == VARLEN  # type: ignore[union-attr]
         if compile_model:
             self._forward = torch.compile(self._forward)
         trainable = [p for group in parameter_sets for p in group.parameters.values()]
-        self._autocast = dtype in (torch.bfloat16, torch.float16) and any(
-            parameter.dtype == torch.float32 for parameter in _plain_parameters(model)
-        )
         self._scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 and trainable else None
         self.training_batch: Batch | None = None
 
@@ -210,7 +211,9 @@ def _output_matrix(head: nn.Module) -> Tensor | None:
 def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights used as they are stored. Adapters and saved modules cast themselves and call for no autocast."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and not {"lora_A", "lora_B", "copies"} & set(name.split(".")):
+        if (parameter.ndim >= 2 or parameter.requires_grad) and not {"lora_A", "lora_B", "copies"} & set(
+            name.split(".")
+        ):
             yield parameter
 
 

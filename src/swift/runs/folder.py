@@ -150,6 +150,22 @@ class RunFolder:
         target = self.path / link.readlink().name
         return target if (target / COMPLETE_MARKER).is_file() else None
 
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints of later steps to ``superseded-checkpoint-N``; returns them by their old names.
+
+        A run that goes on from an earlier checkpoint writes these steps anew; the old ones must not be taken for
+        its own. ``best`` and ``last`` no longer point at them.
+        """
+        later = [path for path in self.checkpoints() if step_of(path) > step]
+        for link in ("best", "last"):
+            if (self.path / link).is_symlink() and self.path / (self.path / link).readlink().name in later:
+                (self.path / link).unlink()
+        for path in later:
+            aside = path.with_name(f"superseded-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        return later
+
     def prune(self, limit: int | None, keep: Iterable[int] = ()) -> list[int]:
         """Delete the oldest checkpoints until ``limit`` remain besides best, last and the steps in ``keep``.
 

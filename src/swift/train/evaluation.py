@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from swift.data.batching import BatchSchedule
 from swift.data.collate import Batch
@@ -42,11 +42,18 @@ class LossEvaluator:
         self.num_batches = schedule.num_micro_batches
         self._loader = BatchLoader(dataset, schedule, pad_token_id=pad_token_id)
 
-    def run(self, engine: Engine, objective: Objective) -> dict[str, float]:
-        """Keys: eval_loss (mean per target weight), eval_token_accuracy, eval_perplexity, eval_seconds."""
+    def run(
+        self, engine: Engine, objective: Objective, given_up: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Keys: eval_loss (mean per target weight), eval_token_accuracy, eval_perplexity, eval_seconds.
+
+        ``given_up`` is asked before each batch; when it says so, there is no result.
+        """
         started = time.perf_counter()
         loss = weight = correct = targets = 0.0
         for (batch,) in self._batches():
+            if given_up():
+                return None
             output = engine.evaluate(batch, objective)
             loss += float(output.metrics["loss_sum"])
             correct += float(output.metrics["num_correct"])

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -118,6 +118,7 @@ class Trainer:
         self._rates: dict[str, float] = {}
         self._clock = _Clock()
         self._status_written = 0.0
+        self._signals = StopSignals()
 
     def stop(self, reason: str) -> None:
         """Ask the run to end after the current step."""
@@ -133,17 +134,18 @@ class Trainer:
         self._notify("on_train_begin")
         self._status.update("running", step=self.state.step, total_steps=self.total_steps, stage="train")
         self._clock.restart()
-        with StopSignals() as signals:
+        with StopSignals() as self._signals:
             if self.state.evaluation_owed:
                 self._evaluate_and_save()
             for batches in self._remaining_steps():
                 self._train_step(batches)
                 self._notify("on_step_end")
-                if signals.received:
-                    self._interrupt(signals)
-                self._between_steps()
+                self._report_step()
+                self._evaluate_and_save()
                 if self._stop_reason:
                     break
+            if self._pending or self.state.window.num_targets:
+                self._log()  # steps after the last line, when something between the steps ended the run
             if self._saved_step != self.state.step:
                 self._save()
         return self._summary()
@@ -181,10 +183,6 @@ class Trainer:
             )
         )
 
-    def _between_steps(self) -> None:
-        self._report_step()
-        self._evaluate_and_save()
-
     def _report_step(self) -> None:
         step = self.state.step
         set_log_step(step)
@@ -195,10 +193,15 @@ class Trainer:
             self._write_status()
 
     def _evaluate_and_save(self) -> None:
+        """What is due after the step just done. A stop signal ends it, and the resumed run begins with it."""
+        if self._signals.received:
+            self._interrupt(owed=True)
         self.state.evaluation_owed = False
         improved = self._evaluate() if self._due(self.config.evaluation.eval_strategy, "eval") else False
         if self._due(self.config.checkpoint.save_strategy, "save") or improved:
             self._save(is_best=improved)
+        if self._signals.received and self.state.step < self.total_steps:
+            self._interrupt(owed=False)
 
     def _due(self, strategy: str | None, what: str) -> bool:
         """Whether an evaluation or a save belongs to the step just done."""
@@ -278,7 +281,9 @@ class Trainer:
         assert self.evaluator is not None
         self._clock.pause()
         self._status.update(stage="evaluate")
-        metrics = self.evaluator.run(self.engine, self.objective)
+        metrics = self.evaluator.run(self.engine, self.objective, lambda: self._signals.received is not None)
+        if metrics is None:
+            self._interrupt(owed=True)
         self._last_eval = metrics
         self._metrics.append({"step": self.state.step, "epoch": round(self._epoch(), 4), **metrics})
         self._notify("on_evaluate", metrics)
@@ -322,11 +327,11 @@ class Trainer:
         self._notify("on_save", path)
         self._clock.restart(keep_counts=True)
 
-    def _interrupt(self, signals: StopSignals) -> None:
-        """Save and leave at once. An evaluation due after this step is owed: the resumed run starts with it."""
-        self._report_step()
+    def _interrupt(self, *, owed: bool) -> NoReturn:
+        """Save and leave at once; ``owed``: evaluation and save of this step are left to the resumed run."""
+        signals = self._signals
         if self._saved_step != self.state.step:
-            self.state.evaluation_owed = True
+            self.state.evaluation_owed = owed
             self._save()
         self._write_status()
         raise Interrupted(
