@@ -155,6 +155,12 @@ class Accelerators:
             )
         return None
 
+    def idle_wanted(self, request: Request) -> int:
+        """Idle devices without which the request will hardly start: those it wants whole, or more than half of."""
+        if request.whole or 2 * (request.memory_bytes or 0) > max(map(self._whole_bytes, self._slots)):
+            return request.devices
+        return 0
+
     def _whole_bytes(self, slot: _Slot) -> int:
         return round(self._usable * slot.device.memory_bytes)
 
@@ -162,8 +168,9 @@ class Accelerators:
         """Where it goes, and why there; None when nowhere.
 
         Args:
-            wanted: idle devices that waiting jobs want for themselves. A job that can share takes an idle device
-                only when these are left over, else it goes beside others, where the least memory stays unused.
+            wanted: idle devices that waiting jobs need (`idle_wanted`). A job that can share takes an idle device only
+                when these are left over, else it goes beside others, where the least memory stays unused. While
+                nobody needs idle devices, jobs are spread, for they compete for more than memory.
         """
         if request.whole:
             chosen, reason = self._place_whole(request)
@@ -198,7 +205,7 @@ class Accelerators:
         busy = [slot for slot in fitting if slot.uses]
         num_idle = sum(not slot.uses for slot in self._slots)
         pool = idle if idle and (num_idle > wanted or not busy) else busy
-        slot = min(pool, key=lambda s: (s.free, s.device.kind, s.device.index))
+        slot = min(pool, key=lambda s: (0 if wanted else len(s.uses), s.free, s.device.kind, s.device.index))
         need = format_bytes(request.memory_bytes or 0)
         if not slot.uses:
             return [slot], f"{slot.name} is idle: {need} needed, {format_bytes(slot.free)} free"

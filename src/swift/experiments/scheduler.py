@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from swift.experiments.capacity import Accelerators, Host, Request, Use
 from swift.experiments.types import Inventory, Needs, Placement
 
-__all__ = ["Decision", "Placed", "Policy", "QueuedJob", "check_possible", "decide", "is_whole", "schedule_order"]
+__all__ = [
+    "Decision",
+    "Placed",
+    "Policy",
+    "QueuedJob",
+    "check_possible",
+    "decide",
+    "is_whole",
+    "schedule_order",
+]
 
 
 @dataclass(frozen=True)
@@ -191,11 +200,11 @@ class _Machine:
         return request.devices == 0 or not len(self._accelerators)
 
     def expect(self, requests: Iterable[Request]) -> None:
-        """Count the devices that waiting jobs want for themselves."""
+        """Count the idle devices that waiting jobs need."""
         self._wanted = sum(
-            request.devices
+            self._accelerators.idle_wanted(request)
             for request in requests
-            if request.whole and not self._on_host(request) and self.impossible(request) is None
+            if not self._on_host(request) and self.impossible(request) is None
         )
 
     def impossible(self, request: Request) -> tuple[str, str] | None:
@@ -213,8 +222,8 @@ class _Machine:
         else:
             found = self._accelerators.place(request, self._cores, self._wanted)
         if found is not None:
-            if request.whole and not on_host:
-                self._wanted -= request.devices
+            if not on_host:
+                self._wanted -= self._accelerators.idle_wanted(request)
             self._refused.clear()
             return found
         side = self._host if on_host else self._accelerators
