@@ -199,7 +199,7 @@ def observe(job_dir: Path, attempt: int) -> Observation:
         found = _look(folder)  # it may have ended while we took the lock
         if found is not None:
             return found
-        survivors = clear_leftovers(folder)
+        survivors = clear_leftovers(job_dir)
         if survivors:
             pids = ", ".join(str(identity.pid) for identity in survivors)
             raise SwiftError(

@@ -31,6 +31,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,16 +87,20 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def clear_leftovers(attempt: Path) -> list[ProcessIdentity]:
-    """Kill what lives of an attempt whose supervisor is dead; returns what could not be killed.
+def clear_leftovers(job_dir: Path) -> list[ProcessIdentity]:
+    """Kill what lives of attempts whose supervisor died without a last word; returns what could not be killed.
 
-    Call it with the job's lock held: then no supervisor of this job can be alive.
+    Call it with the job's lock held: then no supervisor of this job is alive, but for the caller.
     """
-    record = read_json(attempt / "supervisor.json")
-    if record is None:
-        return []
-    child = read_json(attempt / "child.json")
-    return kill_until_gone(lambda: find_leftovers(record["identity"], child, record["token"]))
+    survivors: list[ProcessIdentity] = []
+    for attempt in job_dir.glob("attempt-*"):
+        record = read_json(attempt / "supervisor.json")
+        if record is not None and not (attempt / "exit.json").exists():
+            find = partial(
+                find_leftovers, record["identity"], read_json(attempt / "child.json"), record["token"]
+            )
+            survivors += kill_until_gone(find)
+    return survivors
 
 
 def write_exit(attempt: Path, reason: str, **fields: Any) -> None:
@@ -170,11 +175,9 @@ class Supervisor:
             return _refuse("another supervisor has the lock of this job")
         if any((self.attempt / name).exists() for name in ("supervisor.json", "exit.json")):
             return _refuse("this attempt was begun before")
-        for earlier in self.job_dir.glob("attempt-*"):
-            if earlier != self.attempt and not (earlier / "exit.json").exists():
-                remaining = clear_leftovers(earlier)
-                if remaining:
-                    return _refuse(f"processes of {earlier.name} cannot be killed: {remaining}")
+        remaining = clear_leftovers(self.job_dir)
+        if remaining:
+            return _refuse(f"processes of an earlier attempt cannot be killed: {remaining}")
         become_subreaper()
         self._install_signals()
         record = {"identity": ProcessIdentity.of().to_dict(), "token": self.token, "note": self.note}
