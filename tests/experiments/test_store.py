@@ -189,6 +189,9 @@ def test_reasons_are_recorded_once(store: Store) -> None:
     assert store.explain({"j1": "waits for memory", "j2": "submitted"}) == 1
     assert store.explain({"j1": "waits for memory"}) == 0
     assert store.last_event() == before + 1
+    assert store.explain({"j1": "8.0 GiB needed, 3.0 GiB free on cuda:0"}) == 1
+    assert store.explain({"j1": "8.0 GiB needed, 900 B free on cuda:0"}) == 0
+    assert store.explain({"j1": "8.0 GiB needed, 3.0 GiB free on cuda:1"}) == 1
     store.transition("j1", "queued", "starting", "free now")
     assert store.explain({"j1": "waits for memory"}) == 0
     assert store.job("j1").reason == "free now"

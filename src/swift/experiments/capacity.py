@@ -45,6 +45,7 @@ class _Slot:
     capacity: int
     uses: list[Use] = field(default_factory=list)
     used: int = 0
+    taken: bool = False
     kept_for: str | None = None
     slack: int = 0
     slack_jobs: int = 0
@@ -57,13 +58,10 @@ class _Slot:
     def free(self) -> int:
         return self.capacity - self.used
 
-    @property
-    def taken(self) -> bool:
-        return any(use.whole for use in self.uses)
-
     def add(self, use: Use) -> None:
         self.uses.append(use)
         self.used += use.placement.memory_bytes
+        self.taken |= use.whole
         self.slack -= use.placement.memory_bytes
         self.slack_jobs -= 1
 
@@ -215,12 +213,13 @@ class Accelerators:
 
     def explain(self, request: Request) -> str:
         """Why it does not fit now."""
-        fitting = [
-            sum(slot.fits(request, self._limit) for slot in group)
-            for group in self._groups.values()
-            if len(group) >= request.devices
-        ]
-        missing = request.devices - max(fitting, default=0)
+        blocked, most = [], 0
+        for group in self._groups.values():
+            refusing = [slot for slot in group if not slot.fits(request, self._limit)]
+            blocked += refusing
+            if len(group) >= request.devices:
+                most = max(most, len(group) - len(refusing))
+        missing = request.devices - most
         if request.whole:
             what = f"waits for {missing} more free {'device' if missing == 1 else 'devices'}"
         else:
@@ -230,7 +229,6 @@ class Accelerators:
             if request.memory_bytes
             else f"{_devices(request.devices)} needed"
         )
-        blocked = [slot for slot in self._slots if not slot.fits(request, self._limit)]
         blocked.sort(key=lambda slot: (bool(slot.kept_for), slot.taken, -slot.free))
         named = [slot.describe(request, self._limit) for slot in blocked[:_SHOWN]]
         if len(blocked) > _SHOWN:

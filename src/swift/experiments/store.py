@@ -39,6 +39,7 @@ _JSON_FIELDS = ("placement", "retries", "overrides")
 _KEPT_SAMPLES = 500_000
 _KEPT_OBSERVATIONS = 20
 _ID = re.compile(r"j([1-9]\d{0,17})")
+_SIZE = re.compile(r"[\d.]+ (?:[KMGT]i)?B\b")
 _SELECT = "SELECT jobs.*, groups.name AS group_name FROM jobs JOIN groups ON groups.seq = jobs.group_seq "
 
 
@@ -284,7 +285,10 @@ class Store:
             return self._read_job(connection, seq)
 
     def explain(self, reasons: Mapping[str, str]) -> int:
-        """Record why jobs wait; returns for how many it changed. Jobs that are no longer queued are left alone."""
+        """Record why jobs wait; returns for how many it changed. Jobs that are no longer queued are left alone.
+
+        A reason that differs only in sizes ("3.1 GiB free") is the same one: free memory moves all the time.
+        """
         by_seq = {self._seq(job_id): reason for job_id, reason in reasons.items()}
         if not by_seq:
             return 0
@@ -305,7 +309,11 @@ class Store:
         read: Callable[[str, tuple[object, ...]], list[sqlite3.Row]], reasons: dict[int, str]
     ) -> list[int]:
         rows = read("SELECT seq, reason FROM jobs WHERE state IN (?, ?)", ("queued", "waiting"))
-        return [row["seq"] for row in rows if reasons.get(row["seq"], row["reason"]) != row["reason"]]
+        return [
+            row["seq"]
+            for row in rows
+            if row["seq"] in reasons and _SIZE.sub("", reasons[row["seq"]]) != _SIZE.sub("", row["reason"])
+        ]
 
     def _update(self, connection: sqlite3.Connection, seq: int, changes: dict[str, Any]) -> None:
         unknown = set(changes) - {*_FIELDS, "state", "reason"}
