@@ -1,12 +1,16 @@
 """A run that was cut and resumed equals the uninterrupted one to the last bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from swift.config.bind import load_run_config, resolve
 from swift.core.errors import SwiftError
 from swift.runs.metrics import read_metrics
 from swift.train.callbacks.base import Callback
 from swift.train.checkpoints import read_state
+from swift.train.run import train
 
 TIMING = ("tokens_per_second", "step_time", "cpu_seconds", "eval_seconds")
 
@@ -110,3 +114,45 @@ def test_going_on_longer_continues_the_same_run(run_training):
     whole = run_training(max_steps=8, lr_scheduler_type="constant", run_name="whole")
     assert second.folder == first.folder
     assert metric_lines(second.folder) == metric_lines(whole.folder)
+
+
+def test_a_run_can_be_resumed_from_anywhere_with_other_options_and_remembers_them(
+    run_training, tiny_model_dir, chat_file, tmp_path, monkeypatch
+):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("data.jsonl").write_text(chat_file.read_text())
+    Path("sys.txt").write_text("Be brief.")
+    Path("model").symlink_to(tiny_model_dir)
+    first = run_training(
+        model="model", dataset="data.jsonl#40", system="sys.txt", output_dir="out", max_steps=2, save_steps=2
+    )
+    monkeypatch.chdir(tmp_path)
+    config = str(first.folder / "config.yaml")
+    longer = resolve("sft", [config, "--resume_from_checkpoint", str(first.folder), "--max_steps", "4"])
+    assert train(longer, say=lambda text: None).summary["steps"] == 4
+    recorded = load_run_config(first.folder)
+    assert recorded.config.training.max_steps == 4
+    assert recorded.config.checkpoint.resume_from_checkpoint is None
+    assert recorded.config.data.dataset == [str(tmp_path / "work" / "data.jsonl") + "#40"]
+    assert recorded.config.template.system == str(tmp_path / "work" / "sys.txt")
+    again = resolve("sft", [config, "--output_dir", str(tmp_path / "again")])
+    whole = train(again, say=lambda text: None)
+    assert [row["loss"] for row in metric_lines(whole.folder)][:2] == [
+        row["loss"] for row in metric_lines(first.folder)
+    ][:2]
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(run_training):
+    options = {"save_steps": 2, "split_dataset_ratio": 0.2, "eval_steps": 2, "max_steps": 8}
+    first = run_training(**options)
+    assert (first.folder / "best").resolve().name == "checkpoint-8"
+    start = str(first.folder / "checkpoint-4")
+    with pytest.raises(Kill.Killed):
+        run_training(callbacks=[Kill(5)], resume_from_checkpoint=start, learning_rate=1e-3, **options)
+    kept = sorted(path.name for path in first.folder.glob("*checkpoint-*"))
+    assert kept == [
+        "checkpoint-2", "checkpoint-4", "superseded-checkpoint-6", "superseded-checkpoint-8"
+    ]  # fmt: skip
+    for link in ("best", "last"):
+        assert (first.folder / link).resolve().name == "checkpoint-4"

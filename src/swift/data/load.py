@@ -98,7 +98,7 @@ def _load_one(
     try:
         key = content_key(
             files,
-            (spec.num_rows, spec.text, seed) if selection.num_rows == spec.num_rows else None,
+            (spec.num_rows, spec.path.name, seed) if selection.num_rows == spec.num_rows else None,
             sorted(section.columns.items()),
             encoder.template.fingerprint,
             encoder.max_length,
@@ -127,7 +127,7 @@ def _load_one(
         raise bad_rows_error(store.report.bad_rows, selection.num_rows, [spec.text])
     if not repeated or spec.num_rows is None:
         return store, None
-    return store, repeat_rows(row_ids([store]), selection.num_rows, spec.num_rows, seed, spec.text)
+    return store, repeat_rows(row_ids([store]), selection.num_rows, spec.num_rows, seed, spec.path.name)
 
 
 def _refusal(

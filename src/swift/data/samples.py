@@ -35,7 +35,7 @@ def select(spec: DatasetSpec, files: list[Path], seed: int) -> Selection:
     total = sum(len(part) for part in numbers)
     if spec.num_rows is None or spec.num_rows >= total:
         return Selection([(file, None) for file in files], total)
-    chosen = sample_rows(total, spec.num_rows, seed, spec.text)
+    chosen = sample_rows(total, spec.num_rows, seed, spec.path.name)
     taken: list[tuple[Path, set[int] | None]] = []
     start = 0
     for file, part in zip(files, numbers, strict=True):

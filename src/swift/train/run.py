@@ -52,6 +52,7 @@ from swift.train.inspection import inspection_report
 from swift.train.loop import Interrupted, StepPlan, Trainer
 from swift.train.neftune import add_embedding_noise
 from swift.train.optimizers import build_optimizer
+from swift.train.precision import check_precision, export_dtype, param_dtype
 from swift.train.preflight import find_checkpoint, preflight
 from swift.train.schedules import learning_rate_schedule
 from swift.train.state import TrainState
@@ -198,7 +199,7 @@ def _prepare(resolved: Resolved) -> _Prepared:
             "liger kernels need a CUDA device", where="--use_liger_kernel", fix="leave the option out"
         )
     dtype = pick_dtype(config.model.torch_dtype, device)
-    _check_precision(resolved, dtype)
+    check_precision(resolved, dtype)
     resolved.derive("gradient_checkpointing", device.type != "cpu", "device")
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
     resolved.derive("num_threads", threads, "OMP_NUM_THREADS or the cores")
@@ -235,31 +236,12 @@ def _prepare(resolved: Resolved) -> _Prepared:
         checkpoint,
         device,
         dtype,
-        _export_dtype(facts, dtype),
+        export_dtype(facts, dtype),
         template,
         data,
         schedule,
         _step_plan(resolved, schedule),
     )
-
-
-def _check_precision(resolved: Resolved, dtype: torch.dtype) -> None:
-    """Refuse storage precisions that cannot be computed with as asked."""
-    config = resolved.config
-    name = str(dtype).removeprefix("torch.")
-    if config.tuner.tuner_type == "full":
-        if config.model.param_dtype == "bfloat16" and dtype != torch.bfloat16:
-            raise ConfigError(
-                f"weights stored in bfloat16 cannot be trained in {name}",
-                where="--param_dtype bfloat16",
-                fix="--torch_dtype bfloat16, or leave --param_dtype out",
-            )
-    elif config.tuner.lora_dtype == "float16" and dtype == torch.float16:
-        raise ConfigError(
-            "float16 computation scales the loss, and that needs gradients of higher precision",
-            where="--lora_dtype float16",
-            fix="--lora_dtype float32",
-        )
 
 
 def _limit_device_memory(device: torch.device) -> None:
@@ -268,11 +250,6 @@ def _limit_device_memory(device: torch.device) -> None:
     if share and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, int(share) / total), device)
-
-
-def _export_dtype(facts: ModelFacts, dtype: torch.dtype) -> torch.dtype:
-    """Precision of saved full models: that of the original, or of the computation when config.json has none."""
-    return getattr(torch, facts.dtype) if facts.dtype else dtype
 
 
 def _step_plan(resolved: Resolved, schedule: BatchSchedule) -> StepPlan:
@@ -418,7 +395,7 @@ def _load_weights(prepared: _Prepared) -> Any:
     resumes_full = prepared.checkpoint is not None and config.tuner.tuner_type == "full"
     folder = prepared.checkpoint if resumes_full and prepared.checkpoint else prepared.model_path
     # Full training starts from the exact weights: through the computing precision they would be rounded once.
-    dtype = _param_dtype(prepared.resolved) if config.tuner.tuner_type == "full" else prepared.dtype
+    dtype = param_dtype(prepared.resolved) if config.tuner.tuner_type == "full" else prepared.dtype
     model = load_model(
         folder,
         dtype=dtype,
@@ -432,11 +409,6 @@ def _load_weights(prepared: _Prepared) -> Any:
     return model
 
 
-def _param_dtype(resolved: Resolved) -> torch.dtype:
-    """Storage precision of trained weights."""
-    return torch.bfloat16 if resolved.config.model.param_dtype == "bfloat16" else torch.float32
-
-
 def _tune(model: Any, resolved: Resolved, dtype: torch.dtype) -> TunedModel:
     """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing."""
     config = resolved.config
@@ -447,9 +419,7 @@ def _tune(model: Any, resolved: Resolved, dtype: torch.dtype) -> TunedModel:
             )
         tuned = load_adapter(model, adapter_folder(config.model.adapters[0]), trainable=True)
     else:
-        tuned = apply_tuner(
-            model, config.tuner, seed=config.training.seed, param_dtype=_param_dtype(resolved)
-        )
+        tuned = apply_tuner(model, config.tuner, seed=config.training.seed, param_dtype=param_dtype(resolved))
         for parameter in model.parameters():
             if not parameter.requires_grad and tuned.kind == "full":
                 parameter.data = parameter.data.to(dtype)
