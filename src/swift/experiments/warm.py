@@ -107,6 +107,8 @@ def submit(home: Home, attempt: Path, launch: Launch, deadline_seconds: float) -
             connection.settimeout(max(0.1, deadline - time.monotonic()))
             connection.sendall(json.dumps(request).encode() + b"\n")
             answer = connection.makefile("rb").readline()
+    except ConnectionError:
+        answer = b""
     except OSError as error:
         return f"no warm worker: {error}"
     if not answer:
