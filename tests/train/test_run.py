@@ -293,6 +293,8 @@ def test_errors_come_before_the_run_folder(run_training, tmp_path):
         run_training(dataset=str(tmp_path / "no-data.jsonl"))
     with pytest.raises(ConfigError, match="one device"):
         run_training(tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="leaves the noise out"):
+        run_training(torch_compile=True, neftune_noise_alpha=5)
     with pytest.raises(ConfigError, match="float16 computation"):
         run_training(torch_dtype="float16", lora_dtype="float16")
     with pytest.raises(ModelError, match="no such folder"):

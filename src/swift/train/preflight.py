@@ -40,6 +40,12 @@ def preflight(resolved: Resolved) -> Path:
     for callback in config.report.callbacks:
         if not Path(callback.partition(":")[0]).is_file():
             raise ConfigError("no such file", where=f"--callbacks {callback}")
+    if config.training.torch_compile and config.training.neftune_noise_alpha:
+        raise ConfigError(
+            "does not go together with torch_compile: a compiled model leaves the noise out",
+            where="--neftune_noise_alpha",
+            fix="leave out --torch_compile or --neftune_noise_alpha",
+        )
     if config.checkpoint.resume_from_checkpoint is None:
         _check_output(Path(config.checkpoint.output_dir), config.checkpoint.run_name)
     return folder
