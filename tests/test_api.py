@@ -52,3 +52,18 @@ def test_errors_are_immediate():
         SwiftTrainer({"model": "m", "dataset": "d", "lora_rnk": 4})
     with pytest.raises(UsageError, match="sft or pt"):
         SwiftTrainer({"command": "infer"})
+
+
+def test_a_configuration_file_as_on_the_command_line(tmp_path):
+    from swift import SwiftTrainer
+
+    file = tmp_path / "exp.yaml"
+    file.write_text("command: pt\nmodel: m\ndataset: d.jsonl\nlora_rank: 4\n")
+    for config in (file, str(file)):
+        trainer = SwiftTrainer(config, max_steps=3)
+        assert trainer.resolved.command == "pt"
+        assert trainer.resolved.config.tuner.lora_rank == 4
+        assert str(trainer.resolved.sources["lora_rank"]) == f"{file}:4"
+        assert trainer.resolved.config.training.max_steps == 3
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SwiftTrainer("nofile.yaml")

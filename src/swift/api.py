@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift.config.bind import resolve
+from swift.config.read import read_file
 from swift.config.schema import Resolved
 from swift.core.errors import UsageError
 
@@ -25,7 +26,7 @@ class SwiftTrainer:
 
     Args:
         config: options, flat (``{"lora_rank": 8}``) or nested by section, in any spelling the command line takes;
-            ``command`` may name another training command (``pt``).
+            ``command`` may name another training command (``pt``). Or a configuration file, as on the command line.
         callbacks: observers of the run.
         options: further options, on top of ``config``.
 
@@ -34,13 +35,25 @@ class SwiftTrainer:
     """
 
     def __init__(
-        self, config: Mapping[str, Any] | None = None, *, callbacks: Sequence[Callback] = (), **options: Any
+        self,
+        config: Mapping[str, Any] | str | Path | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+        **options: Any,
     ) -> None:
-        values = {**(config or {}), **options}
+        files: list[str] = []
+        values = dict(options)
+        if isinstance(config, str | Path):
+            files.append(str(config))
+            named = (read_file(Path(config), str(config)).items or {}).get("command")
+            if named is not None:
+                values.setdefault("command", named.value)
+        else:
+            values = {**(config or {}), **values}
         command = str(values.pop("command", "sft"))
         if command not in ("sft", "pt"):
             raise UsageError(f"SwiftTrainer trains with sft or pt, not {command!r}", where="command")
-        self.resolved: Resolved = resolve(command, values=values)
+        self.resolved: Resolved = resolve(command, files, values=values)
         self.callbacks = callbacks
 
     def train(self) -> RunResult:
@@ -51,7 +64,10 @@ class SwiftTrainer:
 
 
 def train(
-    config: Mapping[str, Any] | None = None, *, callbacks: Sequence[Callback] = (), **options: Any
+    config: Mapping[str, Any] | str | Path | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
 ) -> RunResult:
     """``SwiftTrainer(config, **options).train()``."""
     return SwiftTrainer(config, callbacks=callbacks, **options).train()

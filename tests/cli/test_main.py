@@ -99,6 +99,18 @@ def test_debug_shows_the_traceback(error: Exception, command) -> None:
             ["sft", "--help", "checkpont"],
             "error: --help checkpont: no option is about this\n  fix: did you mean --help checkpoint?\n",
         ),
+        (
+            ["sft", "--help", "nonsense"],
+            "error: --help nonsense: no option is about this\n  fix: --help all lists every option\n",
+        ),
+        (
+            ["config"],
+            "error: swift config: what of it?\n  fix: swift config show|alias|schema|reference|completion\n",
+        ),
+        (
+            ["data", "check", "f", "--modle", "x", "--clumns", "y"],
+            "error: 2 unknown options\n  --modle: did you mean --model?\n  --clumns: did you mean --columns?\n",
+        ),
     ],
 )
 def test_wrong_usage(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

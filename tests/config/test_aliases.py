@@ -210,3 +210,26 @@ def test_the_python_configuration_of_article_two_says_what_is_missing() -> None:
         "train_type: not in this version: dpo: preference and reinforcement learning come with a later version\n"
         "  fix: use swift sft with --tuner_type lora or full"
     )
+
+
+def test_every_refusal_names_the_thing() -> None:
+    vague = ("this comes", "this training method", "there is nothing like it")
+    assert [known.name for known in TABLE.unsupported.values() if known.say.startswith(vague)] == []
+
+
+@pytest.mark.parametrize("word", TABLE.mistakes)
+def test_words_of_other_tools_say_what_to_do(word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve("pt", [f"--{word}", "x"], partial=True)
+    assert caught.value.message == TABLE.mistakes[word].say
+    assert caught.value.fix == TABLE.mistakes[word].fix.replace("COMMAND", "pt")
+
+
+def test_a_word_that_needs_another_option() -> None:
+    alone = resolve("sft", ["--lr_scheduler_type", "cosine_with_min_lr"], partial=True)
+    assert alone.value("lr_scheduler_type") == "cosine"
+    assert alone.warnings == [
+        "--lr_scheduler_type: cosine_with_min_lr is cosine with a --min_lr_ratio, which is not given"
+    ]
+    words = ["--lr_scheduler_type", "cosine_with_min_lr", "--min_lr_ratio", "0.1"]
+    assert resolve("sft", words, partial=True).warnings == []

@@ -335,8 +335,20 @@ def test_messages_of_files(text: str, expected: str, write) -> None:
     assert message("sft", write("run.yaml", text), *NEEDED) == expected
 
 
+def unreadable(command: str, name: str) -> str:
+    with pytest.raises(SwiftError) as caught:
+        resolve(command, [name])
+    assert caught.value.exit_code == 2
+    return caught.value.render()
+
+
 def test_messages_of_unreadable_files(write, tmp_path: Path) -> None:
-    assert message("sft", "no.yaml") == "no.yaml: cannot be read\n  cause: No such file or directory"
+    assert unreadable("sft", "no.yaml") == (
+        "no.yaml: cannot be read\n  cause: No such file or directory\n"
+        "  fix: give the path of a YAML or JSON file of options"
+    )
+    write("now.yaml", "")
+    assert unreadable("sft", "no.yaml").endswith("fix: did you mean now.yaml?")
     assert message("sft", write("bad.json", '{"a": 1,\n}')).startswith("bad.json:2: is not valid JSON:")
     (tmp_path / "latin.yaml").write_bytes(b"system: caf\xe9\n")
     assert message("sft", "latin.yaml").startswith("latin.yaml: is not UTF-8 text")
@@ -380,3 +392,43 @@ def test_switches_are_no_options(write) -> None:
 def test_commands_without_options_are_refused() -> None:
     with pytest.raises(SwiftError, match="not a command with options"):
         resolve("doctor")
+
+
+def test_all_unknown_options_are_told_at_once(write) -> None:
+    name = write("run.yaml", "traning:\n  max_steps: 3\nlora_rank: abc\n")
+    with pytest.raises(SwiftError) as caught:
+        resolve("sft", [name, *NEEDED, "--qqq", "--lora_rnk", "3", "4", "--config", "x.yaml"])
+    assert caught.value.exit_code == 2
+    assert caught.value.render().splitlines() == [
+        "4 unknown options",
+        "  --qqq: swift sft --help all lists the options",
+        "  --lora_rnk: did you mean --lora_rank?",
+        "  --config: a configuration file is given without a flag; swift sft FILE.yaml",
+        "  run.yaml:1: traning: did you mean training?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("traning: {max_steps: 3}\n", "run.yaml:1: traning: unknown option\n  fix: did you mean training?"),
+        ("modell: {device: cpu}\n", "run.yaml:1: modell: unknown option\n  fix: did you mean model?"),
+        (
+            "wxyz: {device: cpu}\n",
+            "run.yaml:1: wxyz: neither a section nor an option\n  fix: swift sft --help all lists the options",
+        ),
+        (
+            "stage: sft\n",
+            "run.yaml:1: stage: the command says what is done\n"
+            "  fix: leave it out: stage sft is swift sft, stage pt is swift pt",
+        ),
+    ],
+)
+def test_sections_and_words_of_other_tools(text: str, expected: str, write) -> None:
+    assert message("sft", write("run.yaml", text), *NEEDED) == expected
+
+
+def test_a_file_behind_a_flag() -> None:
+    assert message("pt", "--config", "run.yaml") == (
+        "--config: a configuration file is given without a flag\n  fix: swift pt FILE.yaml"
+    )

@@ -298,3 +298,21 @@ def test_split_is_allowed_in_pretraining() -> None:
 def test_a_callback_may_add_the_deciding_metric() -> None:
     words = ["--val_dataset", "v", "--metric_for_best_model", "eval_rouge", "--callbacks", "rouge.py"]
     assert resolve("sft", [*NEEDED, *words]).config.evaluation.greater_is_better is True
+
+
+@pytest.mark.parametrize("name", ["NPROC_PER_NODE", "WORLD_SIZE", "NNODES"])
+def test_a_launchers_variables_are_not_ignored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = ["--model", "m", "--dataset", "d"]
+    monkeypatch.setenv(name, "1")
+    assert resolve("sft", needed).warnings == []
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ConfigError) as caught:
+        resolve("sft", needed)
+    assert caught.value.render() == (
+        f"{name}=4: the environment asks for 4 processes; this version trains with one, on one device\n"
+        f"  fix: unset {name}"
+    )
+    assert (
+        resolve("sft", needed, planning=True).warnings[0].startswith(f"{name}=4: the environment asks for 4")
+    )
+    assert resolve("infer", ["--model", "m"]).warnings == []

@@ -129,3 +129,21 @@ def test_columns(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     columns = '{"ask": "query", "say": "response"}'
     assert main(["data", "show", "c.jsonl", "--columns", columns]) == 0
     assert "user: Q\nassistant: A" in capsys.readouterr().out
+
+
+def test_check_tells_rows_that_teach_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preference = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    answered = chat("q", "a", rejected_response="b")
+    question = {"messages": [{"role": "user", "content": "only a question"}]}
+    write_jsonl(files / "c.jsonl", [preference, answered, question, chat("q", "a")])
+    assert main(["data", "check", "c.jsonl"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "4 rows, all of them readable",
+        "warning: 2 rows have no assistant message: sft learns nothing from them (c.jsonl:1, c.jsonl:3)",
+        "warning: 2 rows have chosen or rejected answers, so this is preference data: for swift rlhf, which comes "
+        "with a later version (c.jsonl:1, c.jsonl:2)",
+    ]
+    assert main(["data", "check", "c.jsonl", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["warnings"]) == 2
+    assert main(["data", "check", "c.jsonl", "--pt"]) == 0
+    assert "no assistant message" not in capsys.readouterr().out

@@ -231,3 +231,15 @@ def test_folder_gives_its_data_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="the folder holds no data file"):
         find_files(tmp_path / "empty")
+
+
+def test_names_on_a_hub_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        find_files(parse_dataset_spec("org/name#500").path)
+    assert (
+        caught.value.fix == "hf download org/name --repo-type dataset --local-dir name; then --dataset name"
+    )
+    with pytest.raises(DataError) as caught:
+        find_files(Path("dta/train.jsonl"))
+    assert caught.value.why == "there is no folder dta"

@@ -132,3 +132,14 @@ def test_messages_of_several_lines(typed: list[str], text: str) -> None:
     lines = iter(typed)
     assert read_input(lambda prompt: next(lines)) == text
     assert next(lines, None) is None
+
+
+def test_the_bare_words_of_ms_swift() -> None:
+    echo = Echo()
+    talk, _ = chat(echo)
+    talk.handle("one")
+    assert talk.handle("clear") and talk.messages == []
+    assert not talk.handle("exit") and not talk.handle(" quit ")
+    assert talk.handle("exit the room") and len(echo.asked) == 2
+    typed = iter(["multi-line", "a", "b#"])
+    assert read_input(lambda prompt: next(typed)) == "a\nb"

@@ -113,3 +113,24 @@ def test_loading_puts_the_adapter_on(make_run: MakeRun, tiny_model_dir: Path) ->
     trained = [name for name, p in bundle.model.named_parameters() if "lora_" in name and not p.requires_grad]
     assert len(trained) == 2 * 7 * bundle.facts.num_layers
     assert not bundle.model.training
+
+
+def test_a_run_whose_best_is_not_its_last_says_so(make_run: MakeRun) -> None:
+    run = make_run(system="Be brief.")
+    context = find_context(resolve("infer", ["--adapters", str(run)]))
+    assert context.note() is None
+    assert context.describe().endswith(f"adapter {run / 'checkpoint-7'}, system prompt: Be brief.")
+    (run / "best").symlink_to("checkpoint-3")
+    expected = f"using last (checkpoint-7); best is checkpoint-3: --adapters {run / 'best'}"
+    for words in (["--adapters", str(run)], ["--model", str(run)]):
+        assert find_context(resolve("infer", words)).note() == expected
+    for name in ("last", "best", "checkpoint-7"):
+        assert find_context(resolve("infer", ["--adapters", str(run / name)])).note() is None
+
+
+def test_a_whole_model_given_as_adapter(make_run: MakeRun) -> None:
+    run = make_run(full=True, tuner_type="full")
+    for name, model in ((run, run / "checkpoint-7"), (run / "checkpoint-3", run / "checkpoint-3")):
+        with pytest.raises(ModelError) as caught:
+            find_context(resolve("infer", ["--adapters", str(name)]))
+        assert caught.value.fix == f"--model {model}"

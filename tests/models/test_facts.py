@@ -216,5 +216,7 @@ def test_resolve_names_the_nearest(folder: Path) -> None:
     assert error.value.fix == f"--model {folder}"
     with pytest.raises(ModelError, match="not a file"):
         resolve_model_path(str(folder / "config.json"))
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="no model folder") as error:
         resolve_model_path("Qwen/Qwen3-0.6B")
+    assert "hub come with a later version" in (error.value.why or "")
+    assert error.value.fix == "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B; then --model Qwen3-0.6B"

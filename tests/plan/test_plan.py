@@ -207,3 +207,11 @@ def test_weights_of_data_sets_that_are_not_here_are_left_out(work: Path) -> None
     plan = plan_of(work, *("--dataset", *words))
     assert [entry["taken"] for entry in plan["data"]["datasets"]] == [40, 40]
     assert plan["warnings"] == ["gone.jsonl: no such file or folder"]
+
+
+def test_rows_that_teach_nothing_are_told(work: Path) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"query": "q", "response": "a"}]
+    (work / "dpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = [text for text in plan_of(work, data="dpo.jsonl")["warnings"] if "2 rows looked at" in text]
+    assert len(told) == 2
+    assert "1 row has no assistant message" in told[0] and "preference data" in told[1]

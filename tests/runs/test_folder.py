@@ -237,3 +237,16 @@ def test_latest_run_is_the_one_written_last(tmp_path: Path) -> None:
 def test_lock_file_names_its_holder(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path) as run:
         assert json.loads((run.path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_run_that_is_not_there_names_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SwiftError) as caught:
+        locate("nope")
+    assert caught.value.fix == "name a run folder, such as output/NAME"
+    run = tmp_path / "output" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("command: sft\n")
+    with pytest.raises(SwiftError) as caught:
+        locate("nope")
+    assert caught.value.fix == f"the newest run there is {run}"

@@ -59,6 +59,11 @@ def test_targets_by_name_and_expression(options: dict[str, object], expected: li
     "options,message,fix",
     [
         ({"target_modules": ["q_porj"]}, "no linear layer is called 'q_porj'", "--target_modules q_proj"),
+        (
+            {"target_modules": ["q_proj", "v_prj", "xyz"]},
+            "no linear layer is called 'v_prj'",
+            "--target_modules q_proj v_proj",
+        ),
         ({"target_modules": ["embed_tokens"]}, "is not a linear layer", "--modules_to_save embed_tokens"),
         ({"target_regex": "q_proj"}, "matches no linear layer", "q_proj"),
         ({"target_regex": "("}, "not a regular expression", None),

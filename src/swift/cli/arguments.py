@@ -27,15 +27,24 @@ class ArgumentParser(argparse.ArgumentParser):
         words = [_with_underscores(word) for word in argv]
         namespace, extra = self.parse_known_args(words)
         if extra:
-            self._refuse(extra[0])
+            self._refuse(extra)
         return namespace
 
-    def _refuse(self, word: str) -> NoReturn:
-        if not word.startswith("--"):
-            raise UsageError("one word too many", where=repr(word))
-        name = word.partition("=")[0]
-        near = closest(name, self._known_flags())
-        raise UsageError("unknown option", where=name, fix=f"did you mean {near}?" if near else None)
+    def _refuse(self, words: Sequence[str]) -> NoReturn:
+        names = list(dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")))
+        if not names:
+            raise UsageError("one word too many", where=repr(words[0]))
+        known = self._known_flags()
+        fixes = [f"did you mean {near}?" if (near := closest(name, known)) else None for name in names]
+        if len(names) == 1:
+            raise UsageError(
+                "unknown option", where=names[0], fix=fixes[0] or f"{self.prog} --help lists them"
+            )
+        lines = [
+            f"\n  {name}: {fix or 'nothing is called like it'}"
+            for name, fix in zip(names, fixes, strict=True)
+        ]
+        raise UsageError(f"{len(names)} unknown options{''.join(lines)}")
 
     def _known_flags(self) -> list[str]:
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]

@@ -16,13 +16,16 @@ from swift.core.files import atomic_write_text
 from swift.core.registry import closest
 
 REFERENCE = Path("docs/en/reference.md")
+ACTIONS = "show|alias|schema|reference|completion"
 
 
 def run(argv: list[str]) -> int:
     """Run ``swift config ACTION ...``."""
     if argv and argv[0] == "show" and not {"--help", "-h"} & set(argv):
         return _show(argv[1:])
-    if argv and argv[0] == "alias":
+    if not argv:
+        raise UsageError("what of it?", where="swift config", fix=f"swift config {ACTIONS}")
+    if argv[0] == "alias":
         # People paste flags; here they are names.
         argv = ["alias", *(word if word in ("--help", "-h") else word.lstrip("-") for word in argv[1:])]
     arguments = _parser().parse(argv)
@@ -139,6 +142,8 @@ def _meaning(word: str) -> str:
         return f"{word}: not needed: {table.unneeded[word].say}"
     if word in SECTIONS or word in table.sections:
         return f"{word}: the section {table.sections.get(word, word)}"
+    if word in table.mistakes:
+        return f"{word}: no option: {table.mistakes[word].say}\n  fix: {table.mistakes[word].fix}"
     near = closest(word, [*options(), *table.aliases, *table.unsupported, *table.unneeded])
     raise UsageError("unknown option", where=word, fix=f"did you mean {near}?" if near else None)
 

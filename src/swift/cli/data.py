@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from swift.data.formats import Sample
     from swift.data.rows import Row
     from swift.data.store import EncodedLike
+    from swift.data.teaching import TeachingReport
 
 _CHUNK_ROWS = 256
 
@@ -52,9 +53,12 @@ def _parser() -> ArgumentParser:
 
 
 def _check(arguments: Namespace) -> int:
+    from swift.data.teaching import TeachingReport
+
     bad: list[tuple[str, str]] = []
     num_rows = 0
-    for part in _faults(arguments):
+    teaching = TeachingReport(all_learned=arguments.pt or arguments.loss_scale == "all")
+    for part in _faults(arguments, teaching):
         count, faults = part
         num_rows += count
         bad.extend(faults)
@@ -63,23 +67,31 @@ def _check(arguments: Namespace) -> int:
                 print(f"{location}: {reason}")
     if arguments.json:
         faults_json = [{"location": location, "reason": reason} for location, reason in bad]
-        print(json.dumps({"num_rows": num_rows, "num_bad": len(bad), "bad": faults_json}, ensure_ascii=False))
+        report = {"num_rows": num_rows, "num_bad": len(bad), "bad": faults_json}
+        print(json.dumps({**report, "warnings": teaching.sentences()}, ensure_ascii=False))
+        return 1 if bad else 0
+    if bad:
+        print(f"{len(bad)} of {num_rows} rows cannot be used")
     else:
-        print(
-            f"{len(bad)} of {num_rows} rows cannot be used" if bad else f"{num_rows} rows, all of them good"
-        )
+        print(f"{num_rows} rows, all of them {'readable' if teaching.sentences() else 'good'}")
+    for sentence in teaching.sentences():
+        print(f"warning: {sentence}")
     return 1 if bad else 0
 
 
-def _faults(arguments: Namespace) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """(rows looked at, faults) chunk by chunk: by reading alone or, with a model, by tokenising."""
+def _faults(arguments: Namespace, teaching: TeachingReport) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """(rows looked at, faults) chunk by chunk: by reading alone or, with a model, by tokenising.
+
+    ``teaching`` gets the rows that are no faults but need a word; with a model, rows without targets are faults.
+    """
     from swift.data.formats import RowError, to_sample
 
     rows = _rows(arguments)
     if arguments.model is None:
         for row in rows:
+            teaching.look_at_columns(row.values, row.location)
             try:
-                to_sample(row)
+                teaching.look_at_sample(to_sample(row))
                 yield 1, []
             except RowError as error:
                 yield 1, [(error.location, error.reason)]
@@ -89,6 +101,8 @@ def _faults(arguments: Namespace) -> Iterator[tuple[int, list[tuple[str, str]]]]
 
     encoder = Encoder(_template(arguments), arguments.max_length, "delete")
     while chunk := list(islice(rows, _CHUNK_ROWS)):
+        for row in chunk:
+            teaching.look_at_columns(row.values, row.location)
         report = encode_rows(chunk, encoder).report
         faults = dict(report.bad_rows)
         for places, reason in (

@@ -42,6 +42,7 @@ def infer(resolved: Resolved) -> dict[str, Any]:
 
     data, options = resolved.config.data, resolved.config.generation
     context = find_context(resolved)
+    _say_note(context)
     questions = read_questions(data.val_dataset, data.columns, data.on_bad_rows)
     path = _result_path(resolved, context)
     generator = _generator(resolved, context)
@@ -67,6 +68,12 @@ def infer(resolved: Resolved) -> dict[str, Any]:
     return summary
 
 
+def _say_note(context: InferenceContext) -> None:
+    note = context.note()
+    if note:
+        print(note, file=sys.stderr)
+
+
 def _result_path(resolved: Resolved, context: InferenceContext) -> Path:
     given = resolved.config.generation.result_path
     if given is not None:
@@ -89,7 +96,9 @@ def _generator(resolved: Resolved, context: InferenceContext) -> Generator:
 def _chat(resolved: Resolved) -> None:
     from swift.inference.context import find_context
 
-    generator = _generator(resolved, find_context(resolved))
+    context = find_context(resolved)
+    _say_note(context)
+    generator = _generator(resolved, context)
 
     from swift.inference.chat import Chat, answer_lines, read_input
 
@@ -99,7 +108,7 @@ def _chat(resolved: Resolved) -> None:
         return
     with contextlib.suppress(ImportError):  # Windows has none
         importlib.import_module("readline")  # gives input() line editing and history
-    print("Chat. /help lists the commands.")
+    print(f"{context.describe()}. /help lists the commands.")
     interrupted = False  # a Ctrl-C that comes just after the end of an answer should not end the chat
     while True:
         try:

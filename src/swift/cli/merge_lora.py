@@ -37,6 +37,9 @@ def merge(resolved: Resolved) -> Path:
     from swift.inference.context import load_context
     from swift.tuners.merge import merge_to_folder
 
+    note = context.note()
+    if note:
+        print(note)
     print(f"base     {context.model}\nadapter  {context.adapter}", flush=True)
     _set_threads(resolved)
     _keep_stored_precision(resolved, context.model)

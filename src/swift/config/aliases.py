@@ -83,7 +83,7 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class UnsupportedValue:
-    """A known value of an option that this version cannot do."""
+    """What is said of a known value that this version cannot do, or of a word that is no option at all."""
 
     say: str
     fix: str
@@ -100,6 +100,8 @@ class AliasTable:
         unsupported: name -> known option that cannot be had.
         unneeded: name -> known option that has nothing to switch here.
         unsupported_values: (option, word) -> why not.
+        value_needs: (option, other word) -> the option that belongs to the word.
+        mistakes: words of other tools that are no options -> what to do instead.
     """
 
     aliases: dict[str, Alias]
@@ -108,6 +110,8 @@ class AliasTable:
     unsupported: dict[str, Unsupported]
     unneeded: dict[str, Unsupported]
     unsupported_values: dict[tuple[str, str], UnsupportedValue]
+    value_needs: dict[tuple[str, str], str]
+    mistakes: dict[str, UnsupportedValue]
 
     def spellings_of(self, option: str) -> list[str]:
         """Plain other names of an option (rename and fallback)."""
@@ -133,7 +137,19 @@ def alias_table() -> AliasTable:
         for option in group["options"]
         for word in group["values"]
     }
-    table = AliasTable(aliases, sections, raw["values"], unsupported, unneeded, refused)
+    needs = {
+        (option, word): needed
+        for option, words in raw["value_needs"].items()
+        for word, needed in words.items()
+    }
+    mistakes = {
+        name: UnsupportedValue(group["say"], group["fix"])
+        for group in raw["mistakes"]
+        for name in group["names"]
+    }
+    table = AliasTable(
+        aliases, sections, raw["values"], unsupported, unneeded, refused, value_needs=needs, mistakes=mistakes
+    )
     _check(table)
     return table
 
@@ -169,13 +185,18 @@ def _check(table: AliasTable) -> None:
             if target not in known:
                 raise ValueError(f"aliases.yaml: {alias.name} points to {target}, which is no option")
     seen: set[str] = set(known)
-    for name in [*table.aliases, *table.unsupported, *table.unneeded]:
+    for name in [*table.aliases, *table.unsupported, *table.unneeded, *table.mistakes]:
         if name in seen:
             raise ValueError(f"aliases.yaml: {name} stands twice, or is an option itself")
         seen.add(name)
     for name in [*table.values, *(option for option, _ in table.unsupported_values)]:
         if name not in known:
             raise ValueError(f"aliases.yaml: {name} in values is no option")
+    for (option, word), needed in table.value_needs.items():
+        if word not in table.values.get(option, {}) or needed not in known:
+            raise ValueError(
+                f"aliases.yaml: {option} {word} in value_needs is no other word, or needs no option"
+            )
     for section in table.sections.values():
         if section not in SECTIONS:
             raise ValueError(f"aliases.yaml: {section} is no section")

@@ -49,15 +49,19 @@ def resolve(
     Raises ConfigError or UsageError (exit code 2) that say where, what, and what to do.
     """
     binder = Binder(_command(command))
-    files, flags = read_flags(argv, binder.names.arity)
-    for name in files:
-        layer = binder.new_layer("file")
-        binder.take_mapping(layer, read_file(Path(name), name))
-    if values is not None:
-        binder.take_mapping(binder.new_layer("python"), from_python(values))
-    layer = binder.new_layer("flag")
-    for flag in flags:
-        binder.take_flag(layer, flag)
+    files, flags = read_flags(argv, binder.arity)
+    try:
+        for name in files:
+            layer = binder.new_layer("file")
+            binder.take_mapping(layer, read_file(Path(name), name))
+        if values is not None:
+            binder.take_mapping(binder.new_layer("python"), from_python(values))
+        layer = binder.new_layer("flag")
+        for flag in flags:
+            binder.take_flag(layer, flag)
+    except ConfigError:
+        binder.refuse_unknown()  # a wrong name is often why a value looks wrong
+        raise
     return binder.finish(files, planning, partial)
 
 

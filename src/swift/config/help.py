@@ -92,7 +92,7 @@ def options_about(topic: str, taken: Iterable[Option]) -> list[Option]:
     found = [option for option in taken if matches(option)]
     if not found:
         near = closest(word, [*SECTIONS, *(option.name for option in taken), *table.aliases])
-        fix = f"did you mean --help {near}?" if near else None
+        fix = f"did you mean --help {near}?" if near else "--help all lists every option"
         raise UsageError("no option is about this", where=f"--help {topic}", fix=fix)
     return found
 

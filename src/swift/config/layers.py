@@ -11,7 +11,7 @@ from swift.config.aliases import Unsupported, alias_table
 from swift.config.commands import COMMANDS, Command
 from swift.config.flags import Flag
 from swift.config.kinds import coerce, is_none_word, parse_bool
-from swift.config.names import Name, Names
+from swift.config.names import Name, Names, UnknownOptionError, unknown_options
 from swift.config.read import Written
 from swift.config.schema import SECTIONS, Config, Resolved, Source, options
 from swift.core.errors import ConfigError
@@ -56,6 +56,8 @@ class Binder:
         self.fallbacks: dict[str, _Entry] = {}
         self.planned: dict[str, _Entry] = {}
         self.refused: list[_Refused] = []
+        self.unknown: list[UnknownOptionError] = []
+        self.needs: list[tuple[str, str, str, str]] = []
         self.warnings: list[str] = []
         self.switches: dict[str, bool] = {}
         self.environment: dict[str, str] = {}
@@ -65,6 +67,18 @@ class Binder:
         layer = Layer(kind)
         self.layers.append(layer)
         return layer
+
+    def arity(self, spelling: str, key: str) -> str:
+        """What may follow a flag, for `read_flags`. An unknown flag takes all words; `finish` tells of it."""
+        try:
+            return self.names.arity(spelling, key)
+        except UnknownOptionError as error:
+            self._remember(error)
+            return "any"
+
+    def _remember(self, error: UnknownOptionError) -> None:
+        if all(error.where != other.where for other in self.unknown):
+            self.unknown.append(error)
 
     # Values
 
@@ -95,13 +109,21 @@ class Binder:
     def _take_written(self, layer: Layer, section: str | None, key: str, written: Written) -> None:
         where = self._where(written, f"{section}.{key}" if section else key)
         source = Source("file", written.place) if layer.kind == "file" else Source("python", "python")
-        name = self.names.find(section, key, where)
+        try:
+            name = self.names.find(section, key, where, is_mapping=written.items is not None)
+        except UnknownOptionError as error:
+            self._remember(error)
+            return
         self._take(layer, name, key, written.value, written.text, where, source)
 
     def take_flag(self, layer: Layer, flag: Flag) -> None:
         """One flag with its words."""
         source = Source("flag", flag.spelling)
-        name = self.names.find(None, flag.key, flag.spelling, "--")
+        try:
+            name = self.names.find(None, flag.key, flag.spelling, "--")
+        except UnknownOptionError as error:
+            self._remember(error)
+            return
         value: Any = flag.words
         if value is None:
             value = True
@@ -174,6 +196,9 @@ class Binder:
         if refused:
             self.refused.append(_Refused(where, f"{raw}: {refused.say}", refused.fix))
             return _REFUSED
+        needed = alias_table().value_needs.get((name, raw))
+        if needed:
+            self.needs.append((name, where, raw, needed))
         return words.get(raw, words.get(raw.lower(), raw))
 
     def _assign(
@@ -222,8 +247,14 @@ class Binder:
 
     # The end
 
+    def refuse_unknown(self) -> None:
+        """Raise ConfigError when there were unknown keys; it names them all."""
+        if self.unknown:
+            raise unknown_options(self.unknown)
+
     def finish(self, files: list[str], planning: bool, partial: bool) -> Resolved:
         """Lay the layers over one another, derive what nobody set, check what belongs together."""
+        self.refuse_unknown()
         switches = frozenset(name for name, on in self.switches.items() if on)
         planning = planning or "dry_run" in switches
         for refused in self.refused:
@@ -240,6 +271,11 @@ class Binder:
                 self.warnings.append(f"{entry.where}: not needed: {name} says which model")
             else:
                 merged[name] = entry
+        for name, where, raw, needed in self.needs:
+            if needed not in merged and merged[name].where == where:
+                self.warnings.append(
+                    f"{where}: {raw} is {merged[name].value} with a --{needed}, which is not given"
+                )
         # An explicit none is "as if not given": the default or the derived value applies.
         merged = {name: entry for name, entry in merged.items() if entry.value is not None}
         nested: dict[str, dict[str, Any]] = {}

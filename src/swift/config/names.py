@@ -4,6 +4,7 @@ mistake.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from swift.config.aliases import Alias, Unsupported, alias_table
@@ -12,7 +13,22 @@ from swift.config.schema import SECTIONS, Option, options
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
 
-__all__ = ["Name", "Names"]
+__all__ = ["Name", "Names", "UnknownOptionError", "unknown_options"]
+
+
+class UnknownOptionError(ConfigError):
+    """A key that is no option. One command line may have several: `unknown_options` tells them together."""
+
+
+def unknown_options(errors: Sequence[UnknownOptionError]) -> ConfigError:
+    """One error for all of ``errors``; of several each gets one line with its remedy."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = []
+    for error in errors:
+        parts = [error.message] if error.message != "unknown option" else []
+        lines.append(f"\n  {error.where}: {'; '.join([*parts, error.fix or 'nothing is called like it'])}")
+    return ConfigError(f"{len(errors)} unknown options{''.join(lines)}")
 
 
 @dataclass(frozen=True)
@@ -50,15 +66,20 @@ class Names:
         assert target is not None
         return {"bool": "flag", "list": "many"}.get(target.kind.base, "one")
 
-    def find(self, section: str | None, key: str, where: str, dashes: str = "") -> Name:
-        """What a key means. ``section`` is the mapping it stands in. Raises ConfigError for unknown keys."""
+    def find(
+        self, section: str | None, key: str, where: str, dashes: str = "", *, is_mapping: bool = False
+    ) -> Name:
+        """What a key means. ``section`` is the mapping it stands in, ``is_mapping`` says that its value is one.
+
+        Raises UnknownOptionError for unknown keys, ConfigError for keys that stand in a wrong place.
+        """
         word = key.replace("-", "_")
         if "." in word:
             head, _, word = word.partition(".")
             section = alias_table().sections.get(head, head)
             if section not in SECTIONS:
                 near = closest(head, SECTIONS)
-                raise ConfigError(
+                raise UnknownOptionError(
                     f"no section {head!r}",
                     where=where,
                     fix=f"did you mean {dashes}{near}.{word}?" if near else None,
@@ -69,7 +90,7 @@ class Names:
             if positive and self._is_bool(positive):
                 name = replace(positive, negated=True)
         if name is None:
-            raise self._unknown(word, where, dashes)
+            raise self._unknown(word, where, dashes, is_mapping and section is None)
         if section is not None:
             self._check_section(name, section, where, dashes)
         return name
@@ -94,15 +115,27 @@ class Names:
             return name.alias.choices is not None or (target is not None and target.kind.base == "bool")
         return True
 
-    def _unknown(self, word: str, where: str, dashes: str) -> ConfigError:
-        if word in SECTIONS or word in alias_table().sections:
-            return ConfigError("is a section, not an option", where=where, fix=f"write {dashes}{word}.NAME")
+    def _unknown(self, word: str, where: str, dashes: str, is_mapping: bool) -> UnknownOptionError:
         table = alias_table()
-        near = closest(word, [*self.options, *self.command.switches]) or closest(
-            word, [*options(), *table.aliases, *table.unsupported, *table.unneeded]
+        if word in SECTIONS or word in table.sections:
+            return UnknownOptionError(
+                "is a section, not an option", where=where, fix=f"write {dashes}{word}.NAME"
+            )
+        if word in table.mistakes:
+            mistake = table.mistakes[word]
+            return UnknownOptionError(
+                mistake.say, where=where, fix=mistake.fix.replace("COMMAND", self.command.name)
+            )
+        sections = [*SECTIONS, *table.sections]
+        own = [*self.options, *self.command.switches]
+        others = [*options(), *table.aliases, *table.unsupported, *table.unneeded]
+        # A mapping is most likely a section; a flag cannot be one.
+        tiers = (
+            [sections, own, others] if is_mapping else [own, others] if dashes else [own, sections, others]
         )
-        return ConfigError(
-            "unknown option",
+        near = next(filter(None, (closest(word, tier) for tier in tiers)), None)
+        return UnknownOptionError(
+            "unknown option" if near or not is_mapping else "neither a section nor an option",
             where=where,
             fix=f"did you mean {dashes}{near}?"
             if near

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from swift.core.errors import ConfigError
+from swift.core.registry import closest
 
 __all__ = ["FILE_ENDINGS", "Written", "from_python", "read_file", "read_text"]
 
@@ -57,12 +58,22 @@ def read_file(path: Path, shown: str) -> Written:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError("cannot be read", where=shown, why=error.strerror) from None
+        raise ConfigError("cannot be read", where=shown, why=error.strerror, fix=_near_file(path)) from None
     except UnicodeDecodeError as error:
         raise ConfigError("is not UTF-8 text", where=shown, why=str(error)) from None
     if path.suffix.lower() == ".json":
         text = _checked_json(text, shown)
     return read_text(text, shown)
+
+
+def _near_file(path: Path) -> str:
+    """What to do about a file that is not there: the nearest configuration file beside it, if there is one."""
+    folder = path.parent
+    names = (
+        [entry.name for entry in folder.iterdir() if entry.suffix in FILE_ENDINGS] if folder.is_dir() else []
+    )
+    near = closest(path.name, names)
+    return f"did you mean {folder / near}?" if near else "give the path of a YAML or JSON file of options"
 
 
 def read_text(text: str, shown: str) -> Written:

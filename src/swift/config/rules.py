@@ -6,6 +6,7 @@ add a warning where the run can go on. Both read options by their flat names.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
         check(resolved)
     _check_devices(resolved)
     _check_parallel(resolved, planning)
+    if not partial and "tensor_parallel_size" in taken:
+        _check_launcher(resolved, planning)
 
 
 def _may_derive(rule: Derivation, resolved: Resolved) -> bool:
@@ -419,3 +422,16 @@ def _check_parallel(resolved: Resolved, planning: bool) -> None:
             where=_where(resolved, name),
             fix=f"leave out {' and '.join('--' + size for size in sizes)}; swift plan shows the layout",
         )
+
+
+def _check_launcher(resolved: Resolved, planning: bool) -> None:
+    """A launcher's variables ask for several processes as the parallel sizes do: not silently one."""
+    for name in ("NPROC_PER_NODE", "NNODES", "WORLD_SIZE"):
+        wanted = os.environ.get(name, "")
+        if not wanted.isdecimal() or int(wanted) <= 1:
+            continue
+        problem = f"the environment asks for {wanted} processes; this version trains with one, on one device"
+        if not planning:
+            raise ConfigError(problem, where=f"{name}={wanted}", fix=f"unset {name}")
+        resolved.warnings.append(f"{name}={wanted}: {problem}; a run refuses it")
+        return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from swift.core.errors import UsageError
@@ -16,6 +18,13 @@ def closest(name: str, candidates: Iterable[str]) -> str | None:
     by_key = {candidate.replace("-", "_").lower(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(name.replace("-", "_").lower(), by_key, n=1, cutoff=0.6)
     return by_key[matches[0]] if matches else None
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """True for ``Qwen/Qwen3-0.6B``: an owner and a name, where no folder is called like the owner."""
+    owner, _, rest = name.partition("/")
+    is_name = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, rest))
+    return is_name and not Path(owner).is_dir()
 
 
 class Registry(Generic[T]):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swift.core.errors import DataError
-from swift.core.registry import closest
+from swift.core.registry import closest, looks_like_hub_name
 from swift.data.readers import READERS
 from swift.data.rows import Row, location_of
 
@@ -87,8 +87,21 @@ def _known_types() -> str:
 
 def _missing(path: Path) -> DataError:
     parent = path.parent
+    if looks_like_hub_name(str(path)) and path.suffix.lower() not in READERS:
+        local = path.name
+        return DataError(
+            "no such file or folder",
+            where=str(path),
+            why="data sets are files on disk; names on a hub come with a later version",
+            fix=f"hf download {path} --repo-type dataset --local-dir {local}; then --dataset {local}",
+        )
     if not parent.is_dir():
-        return DataError("no such file or folder", where=str(path), why=f"there is no folder {parent}")
+        return DataError(
+            "no such file or folder",
+            where=str(path),
+            why=f"there is no folder {parent}",
+            fix="give the path of a file or folder on this machine",
+        )
     # By the name without its ending: all names alike in ".jsonl" are not alike.
     entries = [
         entry for entry in sorted(parent.iterdir()) if entry.suffix.lower() in READERS or entry.is_dir()

@@ -12,11 +12,15 @@ from swift.inference.generate import Generator
 
 __all__ = ["Chat", "answer_lines", "read_input"]
 
-HELP = """/clear        forget the conversation
+HELP = """/clear        forget the conversation (also: clear)
 /system TEXT  set the system prompt (and forget the conversation)
-/exit         leave (also Ctrl-D)
-\"\"\"           begin and end a message of several lines
+/exit         leave (also: exit, quit, Ctrl-D)
+\"\"\"           begin and end a message of several lines (also: multi-line, then a line that ends in #)
 Ctrl-C        stop the answer; twice at the prompt: leave"""
+
+
+_BARE = {"exit": "/exit", "quit": "/exit", "clear": "/clear"}
+"""Words that ms-swift's chat knows without a slash; only when nothing else stands in the line."""
 
 
 class Chat:
@@ -46,6 +50,7 @@ class Chat:
     def handle(self, text: str) -> bool:
         """Answer one input or obey a command; False means leave."""
         word, _, rest = text.strip().partition(" ")
+        word = _BARE.get(text.strip(), word)
         if not word:
             return True
         if word in ("/exit", "/quit"):
@@ -102,8 +107,17 @@ class Chat:
 
 
 def read_input(ask: Callable[[str], str]) -> str:
-    """One message from the keyboard; three quotation marks begin and end one of several lines. Raises EOFError."""
+    """One message from the keyboard, of several lines between three quotation marks. Raises EOFError.
+
+    ``multi-line`` begins one too, as in ms-swift, which a line that ends in ``#`` ends.
+    """
     line = ask(">>> ")
+    if line.strip() == "multi-line":
+        typed = [ask("... ")]
+        while not typed[-1].rstrip().endswith("#"):
+            typed.append(ask("... "))
+        typed[-1] = typed[-1].rstrip()[:-1]
+        return "\n".join(typed).strip("\n")
     if not line.lstrip().startswith('"""'):
         return line
     lines = [line.lstrip()[3:]]

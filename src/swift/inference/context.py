@@ -7,6 +7,8 @@ prompt come from the run's ``config.yaml``. Options set on the command line win.
 from __future__ import annotations
 
 import json
+import shlex
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ class InferenceContext:
         template: template options: the run's, with those of the command line on top.
         pretraining: True when the run was ``pt``: plain text unless ``use_chat_template`` says otherwise.
         run: the run folder that all this comes from, or None.
+        chosen_last: True when a run folder was named, and its last checkpoint taken.
     """
 
     model: Path
@@ -39,6 +42,27 @@ class InferenceContext:
     template: TemplateSection
     pretraining: bool
     run: Path | None
+    chosen_last: bool = False
+
+    def describe(self) -> str:
+        """Model, adapter and system prompt in one line."""
+        parts = [f"model {self.model}"]
+        if self.adapter is not None:
+            parts.append(f"adapter {self.adapter}")
+        system = " ".join(self.template.system.split()) if self.template.system else ""
+        parts.append(f"system prompt: {textwrap.shorten(system, 60) or 'the default'}")
+        return ", ".join(parts)
+
+    def note(self) -> str | None:
+        """A line when the last checkpoint of a run was taken though another one is better."""
+        if not self.chosen_last or self.run is None:
+            return None
+        run = RunFolder(self.run)
+        best, used = run.marked("best"), (self.adapter or self.model).resolve()
+        if best is None or best.resolve() == used:
+            return None
+        flag = "--adapters" if self.adapter else "--model"
+        return f"using last ({used.name}); best is {best.name}: {flag} {shlex.quote(str(self.run / 'best'))}"
 
     @property
     def home(self) -> Path:
@@ -85,6 +109,7 @@ def find_context(resolved: Resolved) -> InferenceContext:
         template=_template(resolved, recorded),
         pretraining=recorded is not None and recorded.command == "pt",
         run=run,
+        chosen_last=run is not None and any(_is_run(name) for name in (*section.adapters, section.model)),
     )
 
 
@@ -107,6 +132,10 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
         load_adapter(bundle.model, context.adapter)
         bundle.model.eval()
     return bundle
+
+
+def _is_run(name: str | None) -> bool:
+    return name is not None and (Path(name).expanduser() / "last").is_symlink()
 
 
 def _model_folder(name: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 from swift.core.errors import ModelError
 from swift.core.format import format_bytes
-from swift.core.registry import closest
+from swift.core.registry import closest, looks_like_hub_name
 from swift.models.counting import count_by_config, count_tensors, decoder_sizes, routed_parameters
 
 __all__ = ["ModelFacts", "check_model_folder", "read_safetensors_header", "resolve_model_path"]
@@ -182,11 +182,15 @@ def resolve_model_path(name: str) -> Path:
         parent = parent.parent
     siblings = [entry.name for entry in parent.iterdir() if (entry / "config.json").is_file()]
     near = closest(path.name, siblings)
+    fix = f"--model {parent / near}" if near else "give the path of a folder with config.json and weights"
+    if looks_like_hub_name(name):
+        local = path.name
+        fix = f"hf download {name} --local-dir {local}; then --model {local}"
     raise ModelError(
         f"no model folder {name!r}",
         where="--model",
-        why="this version uses models on disk only; it does not download",
-        fix=f"--model {parent / near}" if near else "give the path of a folder with config.json and weights",
+        why="models are folders on disk; names on a hub come with a later version",
+        fix=fix,
     )
 
 

@@ -12,6 +12,7 @@ from swift.config.schema import Resolved
 from swift.core.errors import DataError, SwiftError
 from swift.data.formats import RowError, Sample, to_sample
 from swift.data.sources import find_files, parse_dataset_spec, read_rows, row_numbers
+from swift.data.teaching import TeachingReport
 
 if TYPE_CHECKING:
     from swift.data.tokenise import TemplateLike
@@ -80,6 +81,7 @@ def plan_rows(
     What cannot be found or read becomes a warning: a plan may be made on another machine than the run.
     """
     plan = RowPlan()
+    teaching = TeachingReport(all_learned=resolved.config.template.loss_scale == "all")
     sizes: list[int] = []
     found: list[float] = []
     for place, text in enumerate(texts):
@@ -97,7 +99,9 @@ def plan_rows(
         plan.datasets.append({"name": text, "rows": total, "taken": sizes[-1], "files": len(files)})
         if template is not None:
             numbers = [known for _, _, known in counts]
-            _sample(plan, resolved, files, numbers, SAMPLE_ROWS // len(texts) or 1, template)
+            _sample(plan, resolved, files, numbers, SAMPLE_ROWS // len(texts) or 1, template, teaching)
+    if resolved.command == "sft":
+        plan.warnings += [f"of {plan.sampled} rows looked at, {said}" for said in teaching.sentences()]
     plan.rows = sum(sizes)
     if sum(found) > 0:
         from swift.data.mixing import mixing_counts
@@ -134,6 +138,7 @@ def _sample(
     numbers: Sequence[list[int] | None],
     wanted: int,
     template: TemplateLike,
+    teaching: TeachingReport,
 ) -> None:
     """Tokenise rows spread evenly over the files (of uncounted files: from their start)."""
     total = sum(len(known) if known is not None else _HEAD_ROWS for known in numbers)
@@ -149,8 +154,10 @@ def _sample(
         samples: list[Sample] = []
         for row in rows:
             plan.sampled += 1
+            teaching.look_at_columns(row.values, row.location)
             try:
                 samples.append(to_sample(row))
+                teaching.look_at_sample(samples[-1])
             except RowError as error:
                 plan.warnings.append(f"{error.location}: {error.reason} (swift data check {file})")
         try:

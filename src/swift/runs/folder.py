@@ -237,9 +237,11 @@ def _version(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _runs_near(folder: Path) -> str | None:
+def _runs_near(folder: Path) -> str:
     latest = find_latest_run(folder)
-    return f"the newest run there is {latest.path}" if latest else None
+    if latest is None and folder.is_dir() and (folder / "output").is_dir():
+        latest = find_latest_run(folder / "output")
+    return f"the newest run there is {latest.path}" if latest else "name a run folder, such as output/NAME"
 
 
 def _allocate(parent: Path) -> Path:

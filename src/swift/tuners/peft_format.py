@@ -104,6 +104,8 @@ def adapter_folder(path: str | Path) -> Path:
         )
     run = RunFolder(folder)
     checkpoint = run.marked("last") or run.latest_checkpoint()
+    if (folder / "config.json").is_file():
+        raise ModelError("this is a whole model, not an adapter", where=str(path), fix=f"--model {path}")
     if checkpoint is None:
         raise ModelError(f"no adapter here: neither {CONFIG_FILE} nor a checkpoint", where=str(path))
     if not is_adapter_folder(checkpoint):

@@ -83,7 +83,7 @@ def find_targets(
             continue
         matching = [name for name in linear if _ends_with(name, target)]
         if not matching:
-            raise _no_target(model, target, linear)
+            raise _no_target(model, target, target_modules, linear)
         chosen.update(matching)
     if not chosen:
         raise ConfigError("no linear layer is left for an adapter", where="--target_modules")
@@ -118,7 +118,9 @@ def _match_regex(pattern: str, linear: Sequence[str]) -> list[str]:
     return found
 
 
-def _no_target(model: nn.Module, target: str, linear: Sequence[str]) -> ConfigError:
+def _no_target(
+    model: nn.Module, target: str, target_modules: Sequence[str], linear: Sequence[str]
+) -> ConfigError:
     leaves = _leaves(linear)
     other = [name for name in module_names(model) if _ends_with(name, target)]
     if other:
@@ -129,12 +131,16 @@ def _no_target(model: nn.Module, target: str, linear: Sequence[str]) -> ConfigEr
             why=f"{other[0]} is a {kind}; linear layers here: {', '.join(leaves)}",
             fix=f"--modules_to_save {target} trains it in full",
         )
-    near = closest(target, leaves)
+    right = [
+        name if any(_ends_with(layer, name) for layer in linear) else closest(name, leaves)
+        for name in target_modules
+    ]
+    repaired = " ".join(dict.fromkeys(name for name in right if name))
     return ConfigError(
         f"no linear layer is called {target!r}",
         where="--target_modules",
         why=f"linear layers here: {', '.join(leaves)}",
-        fix=f"--target_modules {near or ALL_LINEAR}",
+        fix=f"--target_modules {repaired or ALL_LINEAR}",
     )
 
 

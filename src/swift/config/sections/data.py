@@ -11,7 +11,7 @@ class DataSection(Section):
     """Data sets, mixing, tokenisation, batching."""
 
     dataset: list[str] = option(
-        [], "Training data: files or folders; PATH#500 takes 500 rows.", essential=True
+        [], "Training data on disk: files or folders; PATH#500 takes 500 rows.", essential=True
     )
     val_dataset: list[str] = option([], "Validation data (for infer: the rows to answer).", essential=True)
     split_dataset_ratio: float = option(

@@ -10,7 +10,11 @@ from swift.config.option import Section, option
 class ModelSection(Section):
     """The model to train or to use."""
 
-    model: str | None = option(None, "Folder of a Hugging Face model, or of a run.", essential=True)
+    model: str | None = option(
+        None,
+        "Model folder on disk (config.json, weights, tokenizer), or a run folder; hub names are not downloaded.",
+        essential=True,
+    )
     adapters: list[str] = option([], "Adapter folders (or run folders) to load on top of the model.")
     torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
         "auto", "Compute precision; auto is bfloat16 on devices that have it, float32 on CPU.", essential=True

@@ -1,0 +1,60 @@
+"""Rows that can be read but teach supervised fine-tuning nothing, or are made for another kind of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from swift.data.formats import Sample
+
+__all__ = ["TeachingReport"]
+
+PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_SHOWN = 3
+
+
+@dataclass
+class TeachingReport:
+    """Collects such rows while somebody reads data.
+
+    Attributes:
+        all_learned: every token is a target (pre-training, ``loss_scale all``): rows need no answer.
+    """
+
+    all_learned: bool = False
+    unanswered: list[str] = field(default_factory=list)
+    preferences: list[str] = field(default_factory=list)
+
+    def look_at_sample(self, sample: Sample) -> None:
+        """A row that could be read."""
+        if not self.all_learned and all(message["role"] != "assistant" for message in sample.messages):
+            self.unanswered.append(sample.location)
+
+    def look_at_columns(self, columns: Mapping[str, Any], location: str) -> None:
+        """Any row; its columns as they stand in the file."""
+        if any(columns.get(name) is not None for name in PREFERENCE_COLUMNS):
+            self.preferences.append(location)
+
+    def sentences(self) -> list[str]:
+        """What there is to say, one sentence each; none for data that sft can use."""
+        said = []
+        if self.unanswered:
+            said.append(
+                f"{_rows(self.unanswered)} no assistant message: sft learns nothing from them"
+                f" ({_places(self.unanswered)})"
+            )
+        if self.preferences:
+            said.append(
+                f"{_rows(self.preferences)} chosen or rejected answers, so this is preference data: for swift rlhf,"
+                f" which comes with a later version ({_places(self.preferences)})"
+            )
+        return said
+
+
+def _rows(locations: list[str]) -> str:
+    return "1 row has" if len(locations) == 1 else f"{len(locations)} rows have"
+
+
+def _places(locations: list[str]) -> str:
+    return ", ".join(locations[:_SHOWN]) + (", ..." if len(locations) > _SHOWN else "")

@@ -1,0 +1,243 @@
+"""Model, engine and trainer from what `prepare` found out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift.config.schema import Resolved
+from swift.core.errors import ConfigError, SwiftError
+from swift.core.files import free_bytes
+from swift.core.format import format_bytes
+from swift.data.collate import collate
+from swift.data.loader import BatchLoader
+from swift.models.liger import apply_liger_kernels
+from swift.models.load import check_vocabulary, load_model
+from swift.objectives.sft import SftObjective
+from swift.parallel.engine import ParameterSet
+from swift.parallel.isolation import check_isolation
+from swift.parallel.native import NativeEngine
+from swift.runs.folder import RunFolder
+from swift.runs.metrics import MetricsLog
+from swift.runs.status import StatusFile
+from swift.train.callbacks.base import Callback
+from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
+from swift.train.evaluation import LossEvaluator
+from swift.train.inspection import inspection_report
+from swift.train.loop import Trainer
+from swift.train.neftune import add_embedding_noise
+from swift.train.optimizers import build_optimizer
+from swift.train.precision import param_dtype
+from swift.train.prepare import Prepared
+from swift.train.schedules import learning_rate_schedule
+from swift.train.state import TrainState
+from swift.tuners.apply import TunedModel, apply_tuner
+from swift.tuners.peft_format import adapter_folder, load_adapter
+
+__all__ = ["build"]
+
+
+def build(
+    prepared: Prepared,
+    folder: RunFolder,
+    status: StatusFile,
+    callbacks: Sequence[Callback],
+    say: Callable[[str], None],
+    closing: contextlib.ExitStack,
+) -> Trainer:
+    """Model, engine and trainer, ready for the next step; ``closing`` gets what must be closed in the end."""
+    resolved, config, device = prepared.resolved, prepared.resolved.config, prepared.device
+    checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
+    tuned = _tune(_load_weights(prepared), resolved, prepared.dtype)
+    engine = _engine(prepared, tuned)
+    if prepared.schedule.mode != "padded":
+        check_isolation(engine)
+    state = load_checkpoint(checkpoint, tuned=tuned, engine=engine) if checkpoint else TrainState()
+    cursor = _cursor_fingerprint(prepared)
+    if state.cursor_fingerprint not in ("", cursor):
+        raise SwiftError(
+            "the data or its batching changed since the checkpoint, so the run cannot go on exactly",
+            where=str(checkpoint),
+            why="data rows, max_length, batch size, accumulation, packing, seed or grouping differ",
+            fix="restore them, or start a new run from these weights with --adapters or --model",
+        )
+    state.cursor_fingerprint = cursor
+    only_model = config.checkpoint.save_only_model
+    _check_disk(folder.path, tuned, only_model)
+    pad_token_id = tokenizer.pad_token_id
+    if config.training.neftune_noise_alpha:
+        add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
+    if device.type != "cpu":
+        rows = prepared.schedule.largest_micro_batch()
+        engine.rehearse(
+            collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), SftObjective()
+        )
+    loader = BatchLoader(
+        prepared.data.train,
+        prepared.schedule,
+        num_workers=config.data.dataloader_num_workers,
+        pad_token_id=pad_token_id,
+    )
+    closing.callback(loader.close)
+    if config.report.debug_mode:
+        batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(device)
+        say(inspection_report(tuned.model, batch, tokenizer))
+    if checkpoint is not None:
+        _set_aside(folder, state, say)
+    metrics = MetricsLog(folder.path / "metrics.jsonl")
+    closing.callback(metrics.close)
+    metrics.truncate_after(state.step)
+
+    def save(path: Path, at: TrainState) -> None:
+        save_checkpoint(
+            path,
+            tuned=tuned,
+            tokenizer=tokenizer,
+            base_path=prepared.model_path,
+            export_dtype=prepared.export_dtype,
+            engine=engine,
+            state=at,
+            config_file=folder.path / "config.yaml",
+            only_model=only_model,
+        )
+
+    return Trainer(
+        resolved=resolved,
+        folder=folder,
+        engine=engine,
+        objective=SftObjective(),
+        loader=loader,
+        plan=prepared.plan,
+        state=state,
+        save=save,
+        metrics=metrics,
+        status=status,
+        device=device,
+        evaluator=_evaluator(prepared, pad_token_id),
+        callbacks=callbacks,
+    )
+
+
+def _set_aside(folder: RunFolder, state: TrainState, say: Callable[[str], None]) -> None:
+    """Put checkpoints after ``state.step`` out of the way; ``best`` and ``last`` are those of that step again."""
+    stale = folder.set_aside_after(state.step)
+    for path in stale:
+        say(f"{path.name} is set aside: the run goes on from step {state.step} without it")
+    if stale:
+        folder.mark("last", state.step)
+        if state.best_step is not None and folder.checkpoint_path(state.best_step) in folder.checkpoints():
+            folder.mark("best", state.best_step)
+
+
+def _load_weights(prepared: Prepared) -> Any:
+    """The base model; a full run that goes on takes the weights of its checkpoint."""
+    config = prepared.resolved.config
+    resumes_full = prepared.checkpoint is not None and config.tuner.tuner_type == "full"
+    folder = prepared.checkpoint if resumes_full and prepared.checkpoint else prepared.model_path
+    # Full training starts from the exact weights: through the computing precision they would be rounded once.
+    dtype = param_dtype(prepared.resolved) if config.tuner.tuner_type == "full" else prepared.dtype
+    model = load_model(
+        folder,
+        dtype=dtype,
+        device=prepared.device,
+        attention=config.model.attn_impl,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    check_vocabulary(model, prepared.template.tokenizer, folder)
+    if config.training.use_liger_kernel:
+        apply_liger_kernels(model)
+    return model
+
+
+def _tune(model: Any, resolved: Resolved, dtype: torch.dtype) -> TunedModel:
+    """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing."""
+    config = resolved.config
+    if config.model.adapters:
+        if len(config.model.adapters) > 1 or config.tuner.tuner_type != "lora":
+            raise ConfigError(
+                "training goes on from one LoRA adapter", where="--adapters", fix="name one adapter"
+            )
+        tuned = load_adapter(model, adapter_folder(config.model.adapters[0]), trainable=True)
+    else:
+        tuned = apply_tuner(model, config.tuner, seed=config.training.seed, param_dtype=param_dtype(resolved))
+        for parameter in model.parameters():
+            if not parameter.requires_grad and tuned.kind == "full":
+                parameter.data = parameter.data.to(dtype)
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return tuned
+
+
+def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
+    training = prepared.resolved.config.training
+    assert training.learning_rate is not None
+    total = prepared.plan.total_steps
+    warmup = training.warmup_steps
+    schedule = learning_rate_schedule(
+        training.lr_scheduler_type,
+        peak=training.learning_rate,
+        total_steps=total,
+        warmup_steps=math.ceil(total * training.warmup_ratio) if warmup is None else warmup,
+        min_ratio=training.min_lr_ratio,
+        decay_ratio=training.lr_decay_ratio,
+    )
+    sets = [
+        ParameterSet(
+            name,
+            parameters,
+            build_optimizer(parameters, training, prepared.device),
+            schedule,
+            training.max_grad_norm,
+        )
+        for name, parameters in tuned.parameter_sets().items()
+    ]
+    return NativeEngine(
+        tuned.model,
+        sets,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        chunk_size=training.logits_chunk_size,
+        compile_model=training.torch_compile,
+    )
+
+
+def _evaluator(prepared: Prepared, pad_token_id: int) -> LossEvaluator | None:
+    config, dataset = prepared.resolved.config, prepared.data.validation
+    if dataset is None:
+        return None
+    size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
+    return LossEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id)
+
+
+def _cursor_fingerprint(prepared: Prepared) -> str:
+    """What the data cursor (epoch, step in epoch) refers to: rows, batching and order."""
+    config = prepared.resolved.config
+    parts = (
+        config.training.per_device_train_batch_size,
+        prepared.plan.accumulation,
+        prepared.schedule.mode,
+        config.data.max_length,
+        config.data.group_by_length,
+        config.data.dataset_shuffle,
+        config.data.data_seed,
+    )
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=12)
+    digest.update(prepared.data.train.lengths.tobytes())
+    return digest.hexdigest()
+
+
+def _check_disk(folder: Path, tuned: TunedModel, only_model: bool) -> None:
+    """Refuse a run whose first checkpoint cannot fit; better now than after hours."""
+    needed, free = checkpoint_bytes(tuned, only_model=only_model), free_bytes(folder)
+    if needed > free:
+        raise SwiftError(
+            f"a checkpoint needs about {format_bytes(needed)}, {format_bytes(free)} are free",
+            where=str(folder),
+            fix="free some space, choose another --output_dir, or --save_only_model",
+        )

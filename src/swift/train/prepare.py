@@ -1,0 +1,132 @@
+"""What is known and checked before the model's weights are read."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift.config.schema import Resolved
+from swift.core.devices import pick_device, pick_dtype
+from swift.core.errors import ConfigError
+from swift.data.batching import BatchSchedule
+from swift.data.load import LoadedData, load_data
+from swift.data.mode import batch_mode, derive_layout
+from swift.models.facts import ModelFacts
+from swift.models.load import isolates_documents, load_template
+from swift.train.callbacks.trackers import check_trackers
+from swift.train.loop import StepPlan
+from swift.train.precision import check_precision, export_dtype
+from swift.train.preflight import find_checkpoint, preflight
+
+__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare"]
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+@dataclass
+class Prepared:
+    """Everything that is known before the model's weights are read."""
+
+    resolved: Resolved
+    model_path: Path
+    checkpoint: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    export_dtype: torch.dtype
+    template: Any
+    data: LoadedData
+    schedule: BatchSchedule
+    plan: StepPlan
+
+    def sample_lengths(self) -> list[int]:
+        """Tokens of each training sample, then of those that split_dataset_ratio set aside."""
+        lengths: list[int] = self.data.train.lengths.tolist()
+        if self.data.validation is not None and not self.resolved.config.data.val_dataset:
+            lengths += self.data.validation.lengths.tolist()
+        return lengths
+
+
+def prepare(resolved: Resolved) -> Prepared:
+    """Check and resolve everything that needs no weights; the cheapest checks come first."""
+    config = resolved.config
+    model_path = preflight(resolved)
+    check_trackers(config.report.report_to)
+    checkpoint = find_checkpoint(resolved)
+    facts = ModelFacts.read(model_path)
+    limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
+    resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
+    device = pick_device(config.model.device)
+    _limit_device_memory(device)
+    if config.training.use_liger_kernel and device.type != "cuda":
+        raise ConfigError(
+            "liger kernels need a CUDA device", where="--use_liger_kernel", fix="leave the option out"
+        )
+    dtype = pick_dtype(config.model.torch_dtype, device)
+    check_precision(resolved, dtype)
+    resolved.derive("gradient_checkpointing", device.type != "cpu", "device")
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
+    resolved.derive("num_threads", threads, "OMP_NUM_THREADS or the cores")
+    torch.set_num_threads(config.training.num_threads or threads)
+    template = load_template(
+        model_path,
+        config.template,
+        pretraining=resolved.command == "pt",
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    if template.chat is not None and config.template.chat_template:
+        # Checkpoints carry the template they were trained with, so that other programs use it as well.
+        template.tokenizer.chat_template = template.chat.source
+    assert config.data.max_length is not None
+    data = load_data(resolved, template, config.data.max_length)
+    derive_layout(
+        resolved,
+        isolates_documents(
+            model_path, config.model.attn_impl, trust_remote_code=config.model.trust_remote_code
+        ),
+    )
+    schedule = BatchSchedule(
+        data.train.lengths,
+        batch_size=config.training.per_device_train_batch_size,
+        mode=batch_mode(config.data),
+        max_length=config.data.max_length,
+        group_by_length=config.data.group_by_length,
+        shuffle=config.data.dataset_shuffle,
+        seed=config.data.data_seed or 0,
+    )
+    return Prepared(
+        resolved,
+        model_path,
+        checkpoint,
+        device,
+        dtype,
+        export_dtype(facts, dtype),
+        template,
+        data,
+        schedule,
+        _step_plan(resolved, schedule),
+    )
+
+
+def _limit_device_memory(device: torch.device) -> None:
+    """Keep to the share of a CUDA device that the experiment service gave this job."""
+    share = os.environ.get("SWIFT_DEVICE_MEMORY_BYTES")
+    if share and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, int(share) / total), device)
+
+
+def _step_plan(resolved: Resolved, schedule: BatchSchedule) -> StepPlan:
+    training = resolved.config.training
+    accumulation = training.gradient_accumulation_steps or 1
+    steps_per_epoch = schedule.num_steps(accumulation)
+    total = (
+        training.max_steps
+        if training.max_steps > 0
+        else math.ceil(training.num_train_epochs * steps_per_epoch)
+    )
+    return StepPlan(total, steps_per_epoch, accumulation)
