@@ -272,6 +272,7 @@ class Template:
         quiet_libraries()
         for name in PRELOADED:
             importlib.import_module(name)
+        _fill_caches()
         self._load_models()
         self._check()
 
@@ -292,8 +293,21 @@ class Template:
         threads = len(list(Path("/proc/self/task").iterdir())) if sys.platform == "linux" else 1
         assert max(threads, threading.active_count()) == 1, "a thread was started, forks would not be safe"
         assert not torch.cuda.is_initialized(), "a device was touched, forks could not use it"
+        assert not (files := self._open_files()), f"files are open, forks would close them: {files}"
         gc.collect()
         gc.freeze()
+
+    def _open_files(self) -> list[str]:
+        """What is open besides input, output, our socket and our lock, and the connection in hand."""
+        folder = Path("/proc/self/fd")
+        if not folder.is_dir():
+            return []
+        found = []
+        for entry in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the listing itself
+                if int(entry.name) > 2 and int(entry.name) != self.lock:
+                    found.append(str(entry.readlink()))
+        return [name for name in found if not name.startswith("socket:")]
 
     def serve(self) -> Callable[[], NoReturn] | None:
         """Answer until it is time to leave: None. In a forked supervisor: what it has to do."""
@@ -366,6 +380,15 @@ class Template:
         self.path.unlink(missing_ok=True)
         self.listener.close()
         os.close(self.lock)
+
+
+def _fill_caches() -> None:
+    """Tables that libraries compute at their first use, the same for every job."""
+    from PIL import Image
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    Image.preinit()  # the picture formats matplotlib asks for
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns for all architectures
 
 
 # The job, forked from a supervisor that was forked from the template
