@@ -156,3 +156,11 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(run_train
     ]  # fmt: skip
     for link in ("best", "last"):
         assert (first.folder / link).resolve().name == "checkpoint-4"
+
+
+def test_resuming_a_finished_run_changes_nothing(run_training):
+    options = {"max_steps": 4, "save_steps": 2, "split_dataset_ratio": 0.2}
+    first = run_training(**options)
+    again = run_training(resume_from_checkpoint=str(first.folder), **options)
+    assert again.summary["evaluation"] == first.summary["evaluation"]
+    assert again.summary["last_loss"] == first.summary["last_loss"]

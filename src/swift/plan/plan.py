@@ -14,7 +14,7 @@ from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
-from swift.data.mode import batch_mode, derive_layout
+from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder, resolve_model_path
 from swift.plan.analytic import DTYPE_BYTES, Setup, adapter_parameters, checkpoint_bytes, memory_parts
 from swift.plan.device import DeviceFacts, find_device
@@ -29,7 +29,6 @@ from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 
 __all__ = ["Plan", "make_plan"]
 
-DEFAULT_MAX_LENGTH = 2048
 LONG_SHARE = 0.02
 """More rows than this above max_length are worth a warning."""
 TIGHT_SHARE = 0.95

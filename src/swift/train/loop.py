@@ -26,7 +26,7 @@ from swift.data.loader import BatchLoader
 from swift.objectives.base import Objective
 from swift.parallel.engine import Engine
 from swift.runs.folder import RunFolder
-from swift.runs.metrics import MetricsLog
+from swift.runs.metrics import MetricsLog, read_metrics
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.evaluation import LossEvaluator
@@ -114,7 +114,7 @@ class Trainer:
         self._pending: list[_PendingStep] = []
         self._stop_reason: str | None = None
         self._saved_step = state.step if state.step else None
-        self._last_eval: dict[str, float] = {}
+        self._last_eval = _last_evaluation(metrics.path)
         self._rates: dict[str, float] = {}
         self._clock = _Clock()
         self._status_written = 0.0
@@ -393,6 +393,14 @@ class _Clock:
     def lap(self) -> float:
         """Seconds since `restart`, pauses left out."""
         return self._elapsed + time.perf_counter() - self._since
+
+
+def _last_evaluation(metrics: Path) -> dict[str, float]:
+    """The newest evaluation on file: a resumed run may end before it evaluates again."""
+    for row in reversed(read_metrics(metrics)):
+        if "eval_loss" in row:
+            return {key: value for key, value in row.items() if key.startswith("eval_")}
+    return {}
 
 
 def _gib(num_bytes: int | None) -> float | None:

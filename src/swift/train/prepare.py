@@ -15,7 +15,7 @@ from swift.core.devices import pick_device, pick_dtype
 from swift.core.errors import ConfigError
 from swift.data.batching import BatchSchedule
 from swift.data.load import LoadedData, load_data
-from swift.data.mode import batch_mode, derive_layout
+from swift.data.mode import batch_mode, derive_layout, derive_max_length
 from swift.models.facts import ModelFacts
 from swift.models.load import isolates_documents, load_template
 from swift.train.callbacks.trackers import check_trackers
@@ -23,9 +23,7 @@ from swift.train.loop import StepPlan
 from swift.train.precision import check_precision, export_dtype
 from swift.train.preflight import find_checkpoint, preflight
 
-__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare"]
-
-DEFAULT_MAX_LENGTH = 2048
+__all__ = ["Prepared", "prepare"]
 
 
 @dataclass
@@ -58,8 +56,7 @@ def prepare(resolved: Resolved) -> Prepared:
     check_trackers(config.report.report_to)
     checkpoint = find_checkpoint(resolved)
     facts = ModelFacts.read(model_path)
-    limit = facts.max_position_embeddings or DEFAULT_MAX_LENGTH
-    resolved.derive("max_length", min(limit, DEFAULT_MAX_LENGTH), "the model's context length")
+    derive_max_length(resolved, facts)
     device = pick_device(config.model.device)
     _limit_device_memory(device)
     if config.training.use_liger_kernel and device.type != "cuda":

@@ -90,7 +90,9 @@ def train(
         for callback in everyone:
             closing.callback(callback.close)
         trainer = build(prepared, folder, status, everyone, say, closing)
-        if resumed_step:
+        if resumed_step >= prepared.plan.total_steps:
+            say(f"nothing is left to do: all {resumed_step} steps are done; a larger --max_steps goes on")
+        elif resumed_step:
             say(f"going on from {prepared.checkpoint} (step {resumed_step} of {prepared.plan.total_steps})")
         gc.freeze()  # what is loaded by now stays to the end and need not be searched for garbage
         gc.enable()
