@@ -32,7 +32,7 @@ class SwiftRow:
 
 
 SWIFT_ROWS = (
-    SwiftRow("default", "grouped", "float32", ()),
+    SwiftRow("default", "joined", "float32", ()),
     SwiftRow("packed", "packed", "float32", ("--packing",)),
     SwiftRow("packed-bf16", "packed", "bfloat16", ("--packing", "--torch_dtype", "bfloat16")),
 )
