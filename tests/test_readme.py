@@ -39,11 +39,12 @@ def commands(block: Block) -> list[str]:
 @pytest.fixture
 def demo_folder(tmp_path: Path) -> Path:
     """A working folder with what ``swift demo`` leaves, made without training."""
+    from swift.demo.run import BATCH_SIZE, DEMO_MODEL, NUM_HELDOUT
     from swift.demo.task import TOKENIZER_TEXTS, write_task
     from swift.models.tiny import make_tiny_model
 
-    write_task(tmp_path / "demo", num_train=1000, num_heldout=60, seed=0)
-    make_tiny_model(tmp_path / "demo" / "model", texts=TOKENIZER_TEXTS, vocab_size=300)
+    write_task(tmp_path / "demo", num_train=200 * BATCH_SIZE, num_heldout=NUM_HELDOUT, seed=42)
+    make_tiny_model(tmp_path / "demo" / "model", texts=TOKENIZER_TEXTS, seed=42, **DEMO_MODEL)
     return tmp_path
 
 
@@ -66,11 +67,13 @@ def test_commands_run_as_written(demo_folder: Path) -> None:
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             assert done.stdout, command
             outputs[command.split(" --")[0]] = done.stdout
-    assert "1000 rows, all of them good" in outputs["swift data check demo/train.jsonl"]
+    assert "25600 rows, all of them good" in outputs["swift data check demo/train.jsonl"]
     assert (
-        "step 60 of 60" in outputs["swift resume output/first"]
-        or "60/60" in outputs["swift resume output/first"]
+        "step 150 of 150" in outputs["swift resume output/first"]
+        or "150/150" in outputs["swift resume output/first"]
     )
+    learned = re.search(r"exact_match +([\d.]+)", outputs["swift infer"])
+    assert learned and float(learned[1]) > 0.5
     assert (demo_folder / "output" / "first-merged" / "model.safetensors").is_file()
     assert "--lora_rank" in outputs["swift config show sft run.yaml"]
 

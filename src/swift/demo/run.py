@@ -26,7 +26,7 @@ from swift.runs.metrics import read_metrics
 from swift.train.callbacks.base import Callback
 from swift.train.run import train
 
-__all__ = ["GOAL", "DemoResult", "run_demo"]
+__all__ = ["DEMO_MODEL", "GOAL", "DemoResult", "run_demo"]
 
 GOAL = 0.9
 """Share of held-out rows that the trained model must answer exactly."""
@@ -36,7 +36,7 @@ BATCH_SIZE = 128
 
 # Small rotary base and larger initial weights: with transformers' defaults (made for models a thousand times
 # wider) so small a model stays on a plateau for hundreds of steps before it finds the letters' positions.
-_MODEL: dict[str, Any] = {
+DEMO_MODEL: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
     "num_layers": 2,
@@ -104,7 +104,7 @@ def run_demo(
         folder, num_train=num_steps * BATCH_SIZE, num_heldout=NUM_HELDOUT, seed=seed
     )
     atomic_write_text(config, yaml.safe_dump(_training(folder, num_steps, seed), sort_keys=False))
-    make_tiny_model(model, texts=TOKENIZER_TEXTS, seed=seed, **_MODEL)
+    make_tiny_model(model, texts=TOKENIZER_TEXTS, seed=seed, **DEMO_MODEL)
     num_parameters = _count_parameters(model)
     say(f"made {model}: {num_parameters:,} random parameters")
     say(
