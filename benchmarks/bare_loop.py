@@ -206,7 +206,11 @@ def measure_all(rounds: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, data = make_work(folder)
-        bare_modes = [("padded", "float32"), ("grouped", "float32"), *[(row.bare_mode, row.dtype) for row in SWIFT_ROWS]]
+        bare_modes = [
+            ("padded", "float32"),
+            ("grouped", "float32"),
+            *[(row.bare_mode, row.dtype) for row in SWIFT_ROWS],
+        ]
         rates: dict[str, list[float]] = {}
         for number in range(rounds):
             for mode, dtype in bare_modes:
