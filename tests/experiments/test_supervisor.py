@@ -302,6 +302,21 @@ def test_a_signal_never_reaches_another_process_with_the_same_number(jobs):
     assert jobs.end().signal == signal.SIGKILL
 
 
+def test_after_a_reboot_an_attempt_has_vanished_and_strangers_are_safe(jobs):
+    with subprocess.Popen(["sleep", "600"], env={TOKEN_VARIABLE: "t"}, start_new_session=True) as stranger:
+        before = {**ProcessIdentity.of(stranger.pid).to_dict(), "boot_id": "the boot before"}
+        jobs.folder().mkdir(parents=True)
+        record = {"identity": before, "token": "t", "note": "cold"}
+        (jobs.folder() / "supervisor.json").write_text(json.dumps(record))
+        child = {"pid": stranger.pid, "pgid": stranger.pid, "processes": [before]}
+        (jobs.folder() / "child.json").write_text(json.dumps(child))
+        found = jobs.observe()
+        assert (found.state, found.exit.reason) == ("vanished", "lost")
+        assert jobs.observe() == found
+        assert stranger.poll() is None
+        stranger.kill()
+
+
 @pytest.fixture
 def fake_cgroup(tmp_path):
     """Folders like those of cgroup v2, with our own group as /proc names it."""

@@ -62,6 +62,7 @@ MAX_BYTES = 2 * 2**30
 MAX_TEMPLATES = 2
 """For one home; a third makes the others leave (their jobs go on)."""
 LOOK_SECONDS = 2.0
+LEAVING_SECONDS = 5.0
 REMEMBERED_MODELS = 8
 
 RELEVANT = (
@@ -162,6 +163,10 @@ def _code_version() -> list[int]:
 
 
 def _umask() -> int:
+    """Asking the system call means changing the mask for all threads for a moment, so the kernel's file first."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -253,7 +258,7 @@ class Template:
         self.path = path
         self.models_file = path.with_name("warm-models.txt")
         self.lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError: there is one already
+        self._take_lock()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path.unlink(missing_ok=True)
         mask = os.umask(0o177)
@@ -263,6 +268,18 @@ class Template:
         self.listener.listen(64)
         self.owner: ProcessIdentity | None = None
         self.num_forks = 0
+
+    def _take_lock(self) -> None:
+        """Raises BlockingIOError when such a template is there; one that is leaving has unlinked its socket."""
+        deadline = time.monotonic() + LEAVING_SECONDS
+        while True:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if self.path.exists() or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def load(self) -> None:
         """Import what jobs import; afterwards there must be one thread and no device."""
@@ -401,9 +418,8 @@ def run_job(launch: Launch, umask: int, models_file: Path) -> NoReturn:
     code: int | str | None = 1
     try:
         _become(launch, umask)
-        from swift.cli.main import main
-
-        code = main(launch.argv[3:])
+        # By name, as `python -m` does it: nothing here depends on what a command line means.
+        code = importlib.import_module("swift.cli.main").main(launch.argv[3:])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int | None) else 1
     except BaseException:  # the interpreter's own last resort, which we stand in for
@@ -428,7 +444,8 @@ def _become(launch: Launch, umask: int) -> None:
     module.__spec__, module.__file__ = spec, spec.origin
     sys.modules["__main__"] = module
     sys.argv = [spec.origin, *launch.argv[3:]]
-    sys.path.insert(0, launch.cwd)  # the template was started with -P
+    if "PYTHONSAFEPATH" not in launch.env:
+        sys.path.insert(0, launch.cwd)  # the template was started with -P
     importlib.invalidate_caches()
     import numpy
     import torch
