@@ -22,6 +22,16 @@ __all__ = [
 ]
 
 
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
+"""Read once, while there is one thread: two threads doing this at the same time could leave it at 0."""
+
+
 def fsync_directory(path: Path) -> None:
     """Make renames inside ``path`` durable (a no-op where directories cannot be opened)."""
     if os.name != "posix":
@@ -54,9 +64,7 @@ def atomic_write_text(path: Path, text: str, *, durable: bool = True) -> None:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
+        Path(temporary).chmod(0o666 & ~_UMASK)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
