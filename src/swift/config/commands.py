@@ -152,6 +152,20 @@ COMMANDS: dict[str, Command] = {
             usage="RUN [...]",
             own_arguments=True,
         ),
+        Command(
+            "compare",
+            "swift.cli.compare",
+            "Experiments side by side: losses, evaluation, cost, and which one won.",
+            usage="[ID|NAME|FOLDER ...] [--metric M] [--json|--csv]",
+            own_arguments=True,
+        ),
+        Command(
+            "report",
+            "swift.cli.report",
+            "The comparison as one HTML file: curves, parameters, answers.",
+            usage="[NAME] [--output FILE.html]",
+            own_arguments=True,
+        ),
     )
 }
 

@@ -1,0 +1,329 @@
+"""What one experiment has come to: read from its run folder and the records of its jobs, whatever is there already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from swift.core.errors import DataError
+from swift.experiments.home import Home
+from swift.experiments.statistics import Interval, bootstrap, is_number
+from swift.experiments.types import FINISHED, Job, JobSpec
+from swift.runs.folder import RunFolder
+from swift.runs.metrics import read_metrics
+from swift.runs.status import read_status
+
+__all__ = ["Answer", "Outcome", "Point", "job_of_folder", "read_outcome"]
+
+TRAINING = ("pt", "sft")
+ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "loss")
+_GIB = 1 << 30
+_FOLDER_STATES = {
+    "starting": "running", "running": "running", "saving": "running", "stopped": "paused", "lost": "failed",
+}  # fmt: skip
+"""State of a run that no service manages -> state of a job; the others are called the same."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place on a curve; ``seconds`` are those of training steps, evaluations and saves left out."""
+
+    step: int
+    tokens: int
+    seconds: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row of an evaluation: ``key`` names the row, the same for all experiments that answered it."""
+
+    key: str
+    question: str
+    reference: str | None
+    response: str
+    metrics: dict[str, float]
+    num_loss_tokens: int
+
+
+@dataclass
+class Outcome:
+    """One experiment.
+
+    Attributes:
+        parameters: in what it differs from the others.
+        options: all options of its run, flat; those set by the user in ``explicit``.
+        training: last ``eval_*`` values of the training, and the best ``eval_loss`` as ``best_eval_loss``.
+        evaluation: means over the answered rows; ``intervals``: how sure they are.
+        against_best: metric -> difference to the winner's on the same rows.
+        seconds: of training steps; ``wall_seconds`` of the training's processes, all attempts, where known.
+        device_seconds: over all jobs of the experiment.
+        retries: what was changed for each relaunch; ``failures``: job, state and reason of what did not succeed.
+        problems: files that could not be read.
+    """
+
+    experiment: str
+    group: str
+    id: str | None
+    state: str
+    reason: str
+    command: str
+    run_dir: str | None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    explicit: set[str] = field(default_factory=set)
+    finished: bool = False
+    step: int | None = None
+    total_steps: int | None = None
+    last_loss: float | None = None
+    best_loss: float | None = None
+    best_loss_step: int | None = None
+    training: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    against_best: dict[str, Interval] = field(default_factory=dict)
+    num_tokens: int | None = None
+    seconds: float | None = None
+    wall_seconds: float | None = None
+    device_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    estimated_memory_bytes: int | None = None
+    attempts: int = 0
+    retries: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    losses: list[Point] = field(default_factory=list)
+    eval_losses: list[Point] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+    def value(self, metric: str) -> float | None:
+        """The metric that judges: ``loss`` and ``eval_*`` are the training's last values, the rest the evaluation's
+        means (``evaluation.loss`` for the one that has the training's name), as in a sweep."""
+        if metric == "loss":
+            return self.last_loss
+        if metric == "best_loss":
+            return self.best_loss
+        if metric.startswith(("eval_", "best_eval_")):
+            return self.training.get(metric)
+        return self.evaluation.get(metric.removeprefix("evaluation."))
+
+    def metrics(self) -> list[str]:
+        """Names that ``value`` knows now."""
+        own = [name for name in ("loss", "best_loss") if self.value(name) is not None]
+        answers = [name for name in self.evaluation if name not in ("loss", *_COUNTS)]
+        return [
+            *own, *self.training, *answers, *(["evaluation.loss"] if "loss" in self.evaluation else [])
+        ]  # fmt: skip
+
+
+_COUNTS = ("num_rows", "num_references")
+
+
+def job_of_folder(path: Path) -> Job:
+    """A run folder that no service knows, as a job that has ended, runs, or was stopped."""
+    status = read_status(path) or {}
+    state = _FOLDER_STATES.get(status.get("state", ""), status.get("state", "paused"))
+    reason = status.get("message") or ("its process is gone" if status.get("state") == "lost" else "")
+    command = _read_config(path, []).get("command", "sft")
+    spec = JobSpec(path.name, path.name, command, run_dir=str(path))
+    return Job(id="", group="", spec=spec, state=state, reason=reason)
+
+
+def read_outcome(jobs: Sequence[Job], home: Home | None, now: float) -> Outcome:
+    """The outcome of one experiment, given its jobs: the training (or whatever it is) first, then its stages.
+
+    Args:
+        home: where the attempts of the jobs are recorded; None: only their last start and end are known.
+        now: for jobs that still run.
+    """
+    main = next((job for job in jobs if job.spec.name == job.spec.experiment), jobs[0])
+    spec = main.spec
+    outcome = Outcome(
+        spec.experiment, main.group, main.id or None, main.state, main.reason, spec.command, spec.run_dir,
+        parameters=dict(spec.parameters), options=dict(spec.options), explicit=set(spec.options),
+        finished=all(job.state in FINISHED for job in jobs), attempts=main.attempt,
+        estimated_memory_bytes=spec.estimate.get("memory_bytes"), total_steps=spec.estimate.get("steps"),
+    )  # fmt: skip
+    outcome.retries = [{"job": job.spec.name, **retry} for job in jobs for retry in job.retries]
+    outcome.failures = [
+        {"job": job.spec.name, "state": job.state, "exit_code": job.exit_code, "reason": job.reason}
+        for job in jobs
+        if job.state in ("failed", "cancelled")
+    ]
+    _read_attempts(outcome, main, jobs, home, now)
+    if spec.run_dir is not None and spec.command in TRAINING:
+        _read_run(outcome, Path(spec.cwd) / spec.run_dir)
+    for path in _evaluation_files(main, jobs):
+        if path.exists():
+            _read_evaluation(outcome, path)
+            break
+    return outcome
+
+
+def _read_attempts(outcome: Outcome, main: Job, jobs: Iterable[Job], home: Home | None, now: float) -> None:
+    for job in jobs:
+        devices = len(job.placement.devices) if job.placement else 1
+        times = _attempt_times(home.job_dir(job.id), devices, now) if home is not None and job.id else []
+        if not times and job.started is not None:
+            times = [((job.ended or now) - job.started, devices, None)]
+        if not times:
+            continue
+        outcome.device_seconds = (outcome.device_seconds or 0.0) + sum(time * many for time, many, _ in times)
+        if job is main:
+            outcome.wall_seconds = sum(time for time, _, _ in times)
+            outcome.peak_memory_bytes = max((peak for _, _, peak in times if peak), default=None)
+
+
+def _attempt_times(job_dir: Path, devices: int, now: float) -> list[tuple[float, int, int | None]]:
+    """(seconds, devices, peak bytes of host memory) of each attempt."""
+    times = []
+    for attempt in sorted(job_dir.glob("attempt-*")):
+        begun, ended = attempt / "supervisor.json", _read_json(attempt / "exit.json")
+        try:
+            seconds = max(0.0, float(ended.get("ended", now)) - begun.stat().st_mtime)
+        except OSError:  # never started
+            continue
+        many = len(_read_json(attempt / "launch.json").get("devices") or ()) or devices
+        times.append((seconds, many, ended.get("peak_memory_bytes")))
+    return times
+
+
+def _read_run(outcome: Outcome, folder: Path) -> None:
+    config = _read_config(folder, outcome.problems)
+    outcome.explicit |= set(config.pop("explicit", ()))
+    config.pop("command", None)
+    for section in config.values():
+        outcome.options |= section if isinstance(section, dict) else {}
+    status, summary = read_status(folder) or {}, _read_json(folder / "summary.json")
+    outcome.step, outcome.total_steps = status.get("step"), status.get("total_steps") or outcome.total_steps
+    try:
+        rows = read_metrics(folder / "metrics.jsonl")
+    except (DataError, OSError) as error:
+        outcome.problems.append(str(error))
+        rows = []
+    _read_curves(outcome, rows)
+    if outcome.seconds is not None and summary.get("steps") == outcome.step:
+        outcome.seconds = summary.get("train_seconds") or outcome.seconds
+    measured = [row.get("gpu_mem_usage") for row in rows] + [summary.get("peak_memory_gib")]
+    gib = max(filter(None, measured), default=None)
+    if gib is not None:
+        outcome.peak_memory_bytes = round(gib * _GIB)
+
+
+def _read_curves(outcome: Outcome, rows: Iterable[dict[str, Any]]) -> None:
+    step, tokens, seconds = 0, 0, 0.0
+    for row in rows:
+        tokens = int(row.get("num_tokens") or tokens)
+        if "step_time" in row:
+            seconds += (row["step"] - step) * (row["step_time"] or 0.0)
+        step = row.get("step", step)
+        if is_number(row.get("loss")):
+            outcome.losses.append(Point(step, tokens, seconds, row["loss"]))
+        if is_number(row.get("eval_loss")):
+            outcome.eval_losses.append(Point(step, tokens, seconds, row["eval_loss"]))
+        outcome.training |= {
+            name: value for name, value in row.items() if name.startswith("eval_") and is_number(value)
+        }
+    outcome.training.pop("eval_seconds", None)
+    if step:
+        outcome.step, outcome.num_tokens, outcome.seconds = max(step, outcome.step or 0), tokens, seconds
+    if outcome.losses:
+        best = min(outcome.losses, key=lambda point: point.value)
+        outcome.last_loss = outcome.losses[-1].value
+        outcome.best_loss, outcome.best_loss_step = best.value, best.step
+    if outcome.eval_losses:
+        outcome.training["best_eval_loss"] = min(point.value for point in outcome.eval_losses)
+
+
+def _evaluation_files(main: Job, jobs: Iterable[Job]) -> list[Path]:
+    """Where the answers of this experiment may lie: its evaluate stage's file first, then those of other stages."""
+    stages = sorted(jobs, key=lambda job: job.spec.name != f"{main.spec.experiment}/evaluate")
+    files = [
+        Path(job.spec.cwd) / job.spec.options["result_path"]
+        for job in stages
+        if job.spec.options.get("result_path")
+    ]
+    run = [Path(main.spec.cwd) / main.spec.run_dir / "evaluation.jsonl"] if main.spec.run_dir else []
+    return files[:1] + run + files[1:]
+
+
+def _read_evaluation(outcome: Outcome, path: Path) -> None:
+    try:
+        results = read_metrics(path)
+        outcome.answers = _answers(results)
+    except (DataError, OSError, KeyError, TypeError) as error:
+        outcome.problems.append(f"{path} cannot be read: {error}")
+        return
+    for name in ANSWER_METRICS:
+        chosen = [answer for answer in outcome.answers if name in answer.metrics]
+        weights = [float(answer.num_loss_tokens) for answer in chosen] if name == "loss" else None
+        interval = bootstrap([answer.metrics[name] for answer in chosen], weights)
+        if interval is not None and is_number(interval.mean):
+            outcome.intervals[name] = interval
+            outcome.evaluation[name] = interval.mean
+    summary = _read_json(path.with_suffix(".json"))  # absent while rows are still being answered
+    outcome.evaluation |= {name: value for name, value in summary.items() if is_number(value)}
+    outcome.evaluation["num_rows"] = len(results)
+
+
+def _answers(results: Sequence[dict[str, Any]]) -> list[Answer]:
+    seen: dict[str, int] = {}
+    answers = []
+    for result in results:
+        # Not the file's own key, which depends on the model.
+        text = json.dumps([result["messages"], result.get("reference")], ensure_ascii=False, sort_keys=True)
+        seen[text] = seen.get(text, 0) + 1
+        answers.append(
+            Answer(
+                key=f"{text}#{seen[text]}",
+                question=_text(result["messages"][-1].get("content")),
+                reference=result.get("reference"),
+                response=result["response"],
+                metrics={name: result[name] for name in ANSWER_METRICS if is_number(result.get(name))},
+                num_loss_tokens=int(result.get("num_loss_tokens") or 0),
+            )
+        )
+    return answers
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content or () if isinstance(part, dict))
+
+
+def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """``config.yaml`` as it stands; empty while it is not there."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"{folder / 'config.yaml'} cannot be read: {error}")
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Empty when the file is not there (yet) or is not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def checkpoint_of(outcome: Outcome, *, best: bool) -> Path | None:
+    """The checkpoint to go on with: ``best`` where asked and marked, else ``last``; None without any."""
+    if outcome.run_dir is None:
+        return None
+    folder = RunFolder(Path(outcome.run_dir))
+    for kind in ("best", "last") if best else ("last",):
+        if folder.marked(kind) is not None:
+            return folder.path / kind
+    return folder.latest_checkpoint()
