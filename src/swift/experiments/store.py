@@ -111,6 +111,24 @@ class Store:
             ids = [self._insert_job(connection, int(group or 0), name, spec, now) for spec in specs]
         return Group(name, source_text, now, tuple(ids))
 
+    def extend_group(self, name: str, specs: Sequence[JobSpec]) -> list[str]:
+        """Add jobs to a submission (later trials of a sweep); returns their ids. They may wait for each other only.
+
+        Raises UsageError as `add_group` does, and for a name that the group has already.
+        """
+        check_specs(specs)
+        now = self._clock()
+        with self._database.write() as connection:
+            group = connection.execute("SELECT seq FROM groups WHERE name = ?", (name,)).fetchone()
+            if group is None:
+                raise UsageError(f"there is no group {name!r}", fix="swift ps --all")
+            for spec in specs:
+                taken = "SELECT 1 FROM jobs WHERE group_seq = ? AND name = ?"
+                if connection.execute(taken, (group["seq"], spec.name)).fetchone() is not None:
+                    raise UsageError(f"{name} has a job called {spec.name} already")
+                self._check_owner(connection, spec)
+            return [self._insert_job(connection, group["seq"], name, spec, now) for spec in specs]
+
     def _insert_job(
         self, connection: sqlite3.Connection, group_seq: int, group: str, spec: JobSpec, now: float
     ) -> str:

@@ -1,0 +1,282 @@
+"""The HTTP face of the experiment service. Everything but ``/health`` needs the token as a bearer token.
+
+The interactive description is at ``/docs``, the machine-readable one at ``/openapi.json``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from swift.core.errors import SwiftError, UsageError
+from swift.experiments.attempt import OUTPUT_LOG
+from swift.experiments.engine import Engine
+from swift.experiments.monitor import metrics_text
+from swift.experiments.selection import select_jobs
+from swift.experiments.store import StateConflict
+from swift.experiments.types import FINISHED, STATES, Job, JobSpec, State
+
+__all__ = ["create_app", "why"]
+
+POLL_SECONDS = 0.3
+_FOLLOW_BYTES = 65_536
+
+
+class Submission(BaseModel):
+    """Jobs to queue together, all or none. ``specs`` are immutable snapshots (``JobSpec.to_dict()``)."""
+
+    name: str = Field(description="Name of the group; -2, -3... is added when it is taken.")
+    source: str = Field("", description="What was submitted, as text, for the record.")
+    specs: list[dict[str, Any]] = Field(default_factory=list)
+    sweep: dict[str, str] | None = Field(
+        None, description="text, shown and cwd of a file whose trials depend on results."
+    )
+
+
+class Words(BaseModel):
+    """Which jobs: ids, names, names of groups."""
+
+    jobs: list[str]
+    grace_seconds: float | None = Field(
+        None, description="Time to save a checkpoint before SIGKILL; 0: kill at once."
+    )
+
+
+class Clone(BaseModel):
+    """A job to run once more."""
+
+    job: str
+    name: str | None = Field(None, description="Name of the copy; default: NAME-2.")
+
+
+class Priority(BaseModel):
+    """Larger goes first."""
+
+    jobs: list[str]
+    priority: int
+
+
+def create_app(engine: Engine, token: str, started: float | None = None) -> FastAPI:
+    """The application around a running engine.
+
+    Args:
+        token: what clients must present; compared in constant time.
+        started: wall clock, for ``/metrics``.
+    """
+    from importlib.metadata import version
+
+    store, began = engine.store, time.time() if started is None else started
+    app = FastAPI(
+        title="swift experiment service",
+        version=version("swift-forge"),
+        description="Queue, watch and control jobs. The token is in SWIFT_HOME/token (Authorization: Bearer TOKEN).",
+    )
+
+    def authorise(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise HTTPException(401, "the token is missing or wrong (SWIFT_HOME/token)")
+
+    @app.exception_handler(SwiftError)
+    async def explain(request: Request, error: SwiftError) -> JSONResponse:
+        code = 409 if isinstance(error, StateConflict) else 422 if isinstance(error, UsageError) else 500
+        body = {
+            "message": error.message,
+            "where": error.where,
+            "why": error.why,
+            "fix": error.fix,
+            "exit_code": error.exit_code,
+        }
+        return JSONResponse(body, code)
+
+    @app.get("/health", tags=["service"])
+    def health() -> dict[str, Any]:
+        """That the service lives, and which process it is."""
+        return {"status": "ok", "pid": os.getpid(), "version": app.version}
+
+    secured = [Depends(authorise)]
+
+    @app.post("/submit", dependencies=secured, tags=["jobs"], status_code=201)
+    def submit(body: Submission) -> dict[str, Any]:
+        """Queue jobs. The answer comes after they are safely recorded."""
+        specs = [_spec(values) for values in body.specs]
+        group = engine.submit(body.name, body.source, specs, body.sweep)
+        return {"group": group.name, "jobs": [job.to_dict() for job in store.jobs(group=group.name)]}
+
+    @app.get("/jobs", dependencies=secured, tags=["jobs"])
+    def jobs(
+        state: Annotated[list[State] | None, Query()] = None,
+        group: str | None = None,
+        limit: Annotated[int | None, Query(ge=1, description="The newest so many.")] = None,
+    ) -> dict[str, Any]:
+        """Jobs in the order of submission."""
+        found = store.jobs(states=state, group=group, limit=limit)
+        return {"jobs": [job.to_dict() for job in found]}
+
+    @app.get("/jobs/{word}", dependencies=secured, tags=["jobs"])
+    def job(word: str) -> dict[str, Any]:
+        """One job with its snapshot, by id or name."""
+        found = store.job(word)
+        return {**found.to_dict(), "spec": found.spec.to_dict(), "overrides": found.overrides}
+
+    @app.get("/jobs/{word}/why", dependencies=secured, tags=["jobs"])
+    def why_(word: str) -> dict[str, Any]:
+        """Why the job is where it is: its reason, and every decision about it so far."""
+        return why(engine, store.job(word))
+
+    @app.get("/jobs/{word}/logs", dependencies=secured, tags=["jobs"])
+    def logs(word: str, tail: Annotated[int, Query(ge=0)] = 200, follow: bool = False) -> StreamingResponse:
+        """The job's output as text; with ``follow`` until it ends."""
+        found = store.job(word)
+        path = engine.home.job_dir(found.id) / OUTPUT_LOG
+        return StreamingResponse(
+            _log(path, tail, follow, lambda: store.job(found.id).state in FINISHED), media_type="text/plain"
+        )
+
+    def control(path: str, act: Callable[[Job, Words], Job], text: str) -> None:
+        def handler(body: Words) -> dict[str, Any]:
+            chosen = select_jobs(store, body.jobs)
+            if path == "stop":
+                for word in body.jobs:
+                    engine.sweeps.stop(word)
+            return _each(chosen, lambda job: act(job, body))
+
+        handler.__doc__ = text
+        app.post(f"/{path}", dependencies=secured, tags=["jobs"], name=path)(handler)
+
+    control(
+        "stop",
+        lambda job, body: engine.stop(job.id, grace_seconds=body.grace_seconds),
+        "Cancel jobs; running ones save a checkpoint first. A group's sweep brings no more trials.",
+    )
+    control(
+        "pause",
+        lambda job, body: engine.pause(job.id, grace_seconds=body.grace_seconds),
+        "Save a checkpoint and set aside until resumed.",
+    )
+    control("resume", lambda job, body: engine.resume(job.id), "Back to the queue, from the last checkpoint.")
+    control("retry", lambda job, body: engine.retry(job.id), "Queue failed or cancelled jobs again.")
+
+    @app.post("/clone", dependencies=secured, tags=["jobs"], status_code=201)
+    def clone(body: Clone) -> dict[str, Any]:
+        """The same job once more, under another name."""
+        group = engine.clone(store.job(body.job).id, body.name)
+        return {"group": group.name, "jobs": [job.to_dict() for job in store.jobs(group=group.name)]}
+
+    @app.post("/priority", dependencies=secured, tags=["jobs"])
+    def priority(body: Priority) -> dict[str, Any]:
+        """Change the priority of waiting jobs."""
+        return _each(select_jobs(store, body.jobs), lambda job: engine.set_priority(job.id, body.priority))
+
+    @app.get("/events", dependencies=secured, tags=["service"])
+    async def events(
+        request: Request,
+        after: Annotated[int, Query(description="Number of the last event that is known already.")] = 0,
+        follow: bool = True,
+    ) -> StreamingResponse:
+        """Server-sent events from number ``after`` on; ``id`` is the number to go on from after a break."""
+        known = request.headers.get("last-event-id", "")
+        start = int(known) if known.isdigit() else after
+
+        async def stream() -> AsyncIterator[str]:
+            at = start
+            while True:
+                for event in await asyncio.to_thread(store.events, at, None, 500):
+                    at = event.seq
+                    data = json.dumps(event.to_dict(), ensure_ascii=False)
+                    yield f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n"
+                if store.last_event() > at:
+                    continue
+                if not follow:
+                    return
+                await asyncio.sleep(POLL_SECONDS)
+
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    @app.get("/inventory", dependencies=secured, tags=["service"])
+    def inventory() -> dict[str, Any]:
+        """Devices, cores and memory, as last looked at."""
+        return asdict(engine.machine())
+
+    @app.get("/samples", dependencies=secured, tags=["service"])
+    def samples(since: float = 0.0, subject: str | None = None) -> dict[str, Any]:
+        """Measurements of devices and host."""
+        return {"samples": store.samples(since, subject)}
+
+    @app.get("/metrics", dependencies=secured, tags=["service"], response_class=PlainTextResponse)
+    def metrics() -> str:
+        """For Prometheus."""
+        counts = {state: store.counts()[state] for state in STATES}
+        return metrics_text(counts, store.samples(time.time() - 60), began)
+
+    return app
+
+
+def _spec(values: dict[str, Any]) -> JobSpec:
+    try:
+        return JobSpec.from_dict(values)
+    except (KeyError, TypeError) as error:
+        raise UsageError("not a job's snapshot", where="specs", why=str(error)) from None
+
+
+def _each(jobs: list[Job], act: Callable[[Job], Job]) -> dict[str, Any]:
+    """Act on every job. One job's refusal is an error, several jobs' refusals are listed beside what was done."""
+    done, refused = [], []
+    for job in jobs:
+        try:
+            done.append(act(job).to_dict())
+        except UsageError as error:
+            if len(jobs) == 1:
+                raise
+            refused.append({"id": job.id, "name": job.spec.name, "message": error.message})
+    return {"jobs": done, "refused": refused}
+
+
+def why(engine: Engine, job: Job) -> dict[str, Any]:
+    """The job, what it needs, and its events."""
+    events = [event.to_dict() for event in engine.store.events(job=job.id)]
+    return {**job.to_dict(), "needs": asdict(job.spec.needs), "estimate": job.spec.estimate, "events": events}
+
+
+async def _log(path: Path, tail: int, follow: bool, ended: Callable[[], bool]) -> AsyncIterator[bytes]:
+    position = _tail_start(path, tail)
+    while True:
+        over = await asyncio.to_thread(ended)
+        while path.exists():
+            with path.open("rb") as file:
+                file.seek(position)
+                block = file.read(_FOLLOW_BYTES)
+            if not block:
+                break
+            position += len(block)
+            yield block
+        if over or not follow:
+            return
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _tail_start(path: Path, lines: int) -> int:
+    """Where the last ``lines`` lines of a file begin."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        block, found = b"", end
+        while found > 0 and block.count(b"\n") <= lines:
+            start = max(0, found - _FOLLOW_BYTES)
+            file.seek(start)
+            block = file.read(found - start) + block
+            found = start
+    kept = block.splitlines(keepends=True)[-lines:] if lines else []
+    return end - sum(map(len, kept))

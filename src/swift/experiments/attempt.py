@@ -1,0 +1,226 @@
+"""One attempt at a job: how it is started, and what its files say afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from swift.config.commands import COMMANDS
+from swift.core.errors import SwiftError
+from swift.core.files import atomic_write_text
+from swift.experiments.home import Home
+from swift.experiments.isolation import environment_for
+from swift.experiments.types import Inventory, Job, Launch, Placement
+from swift.runs.folder import RunFolder
+from swift.runs.metrics import read_metrics
+from swift.runs.status import read_status
+
+__all__ = [
+    "attempt_log",
+    "build_launch",
+    "effective_options",
+    "last_metrics",
+    "median_step_seconds",
+    "processes_of",
+    "run_status",
+]
+
+OUTPUT_LOG = "output.log"
+TRAINING = ("pt", "sft")
+_LOG_BYTES = 32_768
+_LEAST_HOST_BYTES = 2 * 2**30
+
+
+def build_launch(
+    home: Home,
+    job: Job,
+    base_env: Mapping[str, str],
+    inventory: Inventory | None = None,
+    *,
+    grace_seconds: float = 30.0,
+) -> Launch:
+    """The command line, environment and limits of ``job.attempt``.
+
+    A training goes on from its last checkpoint (``swift resume RUN``). Without one it starts from the snapshot, and
+    what an earlier attempt of this job left in the run folder is moved aside to ``RUN.attempt-N``.
+
+    Raises SwiftError when the working folder is gone or a file of the job cannot be written.
+    """
+    spec, placement = job.spec, job.placement
+    assert placement is not None
+    if not Path(spec.cwd).is_dir():
+        raise SwiftError(
+            "the folder the job was submitted from is gone", where=spec.cwd, fix="create it again"
+        )
+    env = environment_for(placement, {**base_env, **spec.env}, home.job_dir(job.id))
+    env["PYTHONUNBUFFERED"] = "1"
+    if placement.kind != "cpu" and _is_shared(job, placement, inventory):
+        env["SWIFT_DEVICE_MEMORY_BYTES"] = str(placement.memory_bytes)
+    return Launch(
+        argv=[sys.executable, "-m", "swift", *_words(home, job)],
+        cwd=spec.cwd,
+        env=env,
+        log=OUTPUT_LOG,
+        threads=placement.threads,
+        memory_bytes=_host_limit(job, placement, inventory),
+        time_limit_seconds=spec.needs.time_limit_seconds,
+        grace_seconds=grace_seconds,
+    )
+
+
+def _is_shared(job: Job, placement: Placement, inventory: Inventory | None) -> bool:
+    """Whether the job has a part of its devices only; who has them whole may use all of them."""
+    if inventory is None or placement.memory_bytes <= 0 or job.spec.needs.exclusive:
+        return False
+    sizes = {
+        device.index: device.memory_bytes for device in inventory.devices if device.kind == placement.kind
+    }
+    return any(placement.memory_bytes < 0.9 * sizes.get(index, 0) for index in placement.devices)
+
+
+def _host_limit(job: Job, placement: Placement, inventory: Inventory | None) -> int | None:
+    """A limit on host memory, so that one job cannot take the machine down.
+
+    What was asked for counts to the byte. An estimate is no promise: where jobs share host memory, a job gets at
+    least its slots' share of it.
+    """
+    if placement.kind != "cpu":
+        return None
+    slots = max(1, len(placement.devices))
+    if job.spec.needs.memory_bytes is not None:
+        return max(job.spec.needs.memory_bytes * slots, placement.memory_bytes * slots)
+    share = 0
+    if inventory is not None:
+        count = sum(device.kind == "cpu" for device in inventory.devices) or inventory.cores
+        share = inventory.host_memory_bytes * slots // max(1, count)
+    return max(placement.memory_bytes * slots, share, _LEAST_HOST_BYTES)
+
+
+def _words(home: Home, job: Job) -> list[str]:
+    """The words after ``swift``."""
+    spec = job.spec
+    if COMMANDS[spec.command].own_arguments:
+        return [spec.command, *spec.words]
+    if spec.command in TRAINING and spec.run_dir is not None and job.attempt > 1:
+        run = RunFolder(Path(spec.run_dir))
+        if run.latest_checkpoint() is not None:
+            return ["resume", str(run.path), *_flags(job.overrides)]
+        _move_aside(run, job.attempt - 1)
+    file = home.attempt_dir(job.id, job.attempt) / "config.yaml"
+    values = {"command": spec.command, **spec.options, **job.overrides}
+    atomic_write_text(file, yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
+    return [spec.command, str(file)]
+
+
+def _flags(overrides: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in overrides.items():
+        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return words
+
+
+def _move_aside(run: RunFolder, attempt: int) -> None:
+    """Clear the way for a fresh start; nothing that an earlier attempt wrote is deleted."""
+    if not run.path.is_dir() or not run.holds_run():
+        return
+    target, number = run.path.with_name(f"{run.path.name}.attempt-{attempt}"), 1
+    while target.exists():
+        number += 1
+        target = run.path.with_name(f"{run.path.name}.attempt-{attempt}-{number}")
+    run.path.rename(target)
+
+
+def processes_of(home: Home, job: Job) -> list[int]:
+    """Process ids recorded for the job's attempt."""
+    record = _read_json(home.attempt_dir(job.id, job.attempt) / "child.json")
+    return [int(entry["pid"]) for entry in (record or {}).get("processes", [])]
+
+
+def run_status(home: Home, job: Job) -> dict[str, Any] | None:
+    """``status.json`` of the job's run folder, if this attempt wrote it."""
+    if job.spec.run_dir is None:
+        return None
+    status = read_status(Path(job.spec.run_dir))
+    child = _read_json(home.attempt_dir(job.id, job.attempt) / "child.json")
+    if status is None or child is None or status.get("pid") != child["pid"]:
+        return None
+    return status
+
+
+def attempt_log(home: Home, job: Job) -> str:
+    """The end of what the last attempt printed."""
+    try:
+        with (home.job_dir(job.id) / OUTPUT_LOG).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _LOG_BYTES))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    return text.rpartition(f"=== attempt-{job.attempt},")[2]
+
+
+def effective_options(job: Job) -> dict[str, Any]:
+    """All options in force, flat: as the run recorded them, else as they resolve now; empty for other commands."""
+    if job.spec.command not in TRAINING:
+        return {}
+    try:
+        text = (Path(job.spec.run_dir or "") / "config.yaml").read_text(encoding="utf-8")
+        record = yaml.safe_load(text)
+        found = {
+            name: value
+            for section in record.values()
+            if isinstance(section, dict)
+            for name, value in section.items()
+        }
+        return {**found, **job.overrides}
+    except (OSError, yaml.YAMLError, AttributeError):
+        from swift.config.bind import resolve
+
+        values = {**job.spec.options, **job.overrides}
+        resolved = resolve(job.spec.command, values=values, planning=True, partial=True)
+        return {name: resolved.value(name) for name in COMMANDS[job.spec.command].options()}
+
+
+def last_metrics(run_dir: str | Path | None, tail_bytes: int = 8192) -> dict[str, Any]:
+    """The newest training line of ``metrics.jsonl``, with the newest ``eval_*`` values; from the end of the file."""
+    if run_dir is None:
+        return {}
+    try:
+        with (Path(run_dir) / "metrics.jsonl").open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            start = max(0, file.tell() - tail_bytes)
+            file.seek(start)
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return {}
+    found: dict[str, Any] = {}
+    for line in lines[1 if start else 0 : -1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut by a kill; the run repairs it when it goes on
+        found |= row
+    return found
+
+
+def median_step_seconds(run_dir: str | Path, lines: int = 50) -> float | None:
+    """Median of the step times of the newest metric lines; None before there are any."""
+    try:
+        rows = read_metrics(Path(run_dir) / "metrics.jsonl")[-lines:]
+    except SwiftError:
+        return None
+    times = sorted(row["step_time"] for row in rows if row.get("step_time"))
+    return times[len(times) // 2] if times else None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,208 @@
+"""What users (and sweeps) ask of jobs: submit, stop, pause, resume, retry, clone, priority.
+
+A wish about a running job is recorded as an event ``intent`` of its attempt before the supervisor is told, so that a
+service that is killed in between still knows, once the attempt has ended, what was meant.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from swift.core.errors import UsageError
+from swift.experiments.dependencies import dependents
+from swift.experiments.home import Home
+from swift.experiments.runner import Runner
+from swift.experiments.store import Group, StateConflict, Store
+from swift.experiments.sweeps import Sweeps
+from swift.experiments.types import ACTIVE, FINISHED, Job, JobSpec, State
+from swift.runs.folder import RunFolder
+
+__all__ = ["Control", "intent_of"]
+
+_WAITING: tuple[State, ...] = ("queued", "waiting", "paused")
+_ATTEMPTS = 10
+"""A job may change its state while it is being changed; so often it is looked at again."""
+
+
+def intent_of(store: Store, job: Job) -> dict[str, Any] | None:
+    """What was last asked of the job's attempt: ``action`` (cancel, pause, prune, stall) and ``reason``."""
+    wishes = [
+        event.data
+        for event in store.events(job=job.id)
+        if event.kind == "intent" and event.data.get("attempt") == job.attempt
+    ]
+    return wishes[-1] if wishes else None
+
+
+class Control:
+    """The part of the engine that changes jobs on request. Safe to call from any thread."""
+
+    sweeps: Sweeps
+
+    def __init__(self, home: Home, store: Store, runner: Runner, grace_seconds: float) -> None:
+        self.home, self.store, self.runner = home, store, runner
+        self.grace_seconds = grace_seconds
+        self._submitting = threading.Lock()
+
+    def wake(self) -> None:
+        raise NotImplementedError
+
+    def submit(
+        self, name: str, source_text: str, specs: Sequence[JobSpec], sweep: dict[str, str] | None = None
+    ) -> Group:
+        """Queue jobs, all or none.
+
+        Args:
+            sweep: ``{"text", "shown", "cwd"}`` of a file whose trials depend on results; its first trials are added.
+        """
+        with self._submitting:
+            if sweep is None:
+                group = self.store.add_group(name, source_text, specs)
+            else:
+                group = self.sweeps.submit(name, source_text, specs, sweep)
+        self.wake()
+        return group
+
+    def stop(
+        self, job_id: str, reason: str = "stopped by the user", grace_seconds: float | None = None
+    ) -> Job:
+        """Cancel a job; a running one gets time to save a checkpoint. Raises StateConflict when it has ended."""
+        return self._end(job_id, "cancel", reason, grace_seconds)
+
+    def prune(self, job_id: str, reason: str) -> Job:
+        """Give up a trial that has fallen behind."""
+        return self._end(job_id, "prune", reason, None)
+
+    def stop_stalled(self, job: Job, reason: str) -> None:
+        """End an attempt that stands still; the policy then decides about another one."""
+        self._wish(job, "stall", reason)
+        self.store.update(job.id, reason=f"stalled: {reason}; being stopped")
+        self.runner.stop(job.id, job.attempt, self.grace_seconds)
+
+    def pause(
+        self, job_id: str, reason: str = "paused by the user", grace_seconds: float | None = None
+    ) -> Job:
+        """Checkpoint and set aside until ``resume``. Raises StateConflict when it has ended or is paused."""
+        for _ in range(_ATTEMPTS):
+            job = self.store.job(job_id)
+            try:
+                if job.state in ("queued", "waiting"):
+                    return self.store.transition(job_id, job.state, "paused", reason)
+                if job.state in FINISHED or job.state in ("paused", "pausing"):
+                    raise UsageError(f"{job.id} ({job.spec.name}) is {job.state} already")
+                self._wish(job, "pause", reason)
+                changed = self.store.transition(job_id, job.state, "pausing", f"{reason}; saves a checkpoint")
+            except StateConflict:
+                continue
+            self.runner.stop(job.id, job.attempt, self._grace(grace_seconds))
+            self.wake()
+            return changed
+        raise UsageError(f"{job_id} changes faster than it can be paused", fix="try again")
+
+    def resume(self, job_id: str) -> Job:
+        """Back to the queue. A job that is still being paused goes on after its checkpoint."""
+        job = self.store.job(job_id)
+        if job.state == "pausing":
+            raise UsageError(
+                f"{job.id} ({job.spec.name}) is still saving its checkpoint", fix="try again soon"
+            )
+        if job.state != "paused":
+            fix = f"swift retry {job.id}" if job.state in ("failed", "cancelled") else None
+            raise UsageError(f"{job.id} ({job.spec.name}) is {job.state}, not paused", fix=fix)
+        changed = self.store.transition(job_id, "paused", _ready(job), "resumed by the user")
+        self.wake()
+        return changed
+
+    def retry(self, job_id: str) -> Job:
+        """Queue a failed or cancelled job again, from its last checkpoint, with what was cancelled because of it."""
+        job = self.store.job(job_id)
+        if job.state not in ("failed", "cancelled"):
+            raise UsageError(
+                f"{job.id} ({job.spec.name}) is {job.state}: only failed and cancelled jobs are tried again",
+                fix=f"a second run with the same options: swift clone {job.id}",
+            )
+        # The policies' counters start anew: somebody looked at it.
+        changed = self.store.transition(job_id, job.state, _ready(job), "tried again by the user", retries=[])
+        for other in dependents(job, self.store.jobs(group=job.group)):
+            if other.state == "cancelled" and other.attempt == 0:
+                self.store.transition(other.id, "cancelled", "waiting", f"waits for {job.spec.name} again")
+        self.wake()
+        return changed
+
+    def clone(self, job_id: str, name: str | None = None) -> Group:
+        """The same job once more, under another name and in a run folder of its own, in a new group."""
+        job = self.store.job(job_id)
+        with self._submitting:
+            spec = self._copy(job, name)
+            group = self.store.add_group(spec.name.replace("/", "-"), f"clone of {job.id}", [spec])
+        self.wake()
+        return group
+
+    def set_priority(self, job_id: str, priority: int) -> Job:
+        """Larger goes first. Changes nothing for a job that runs."""
+        job = self.store.update(job_id, priority=priority)
+        self.wake()
+        return job
+
+    def _end(self, job_id: str, action: str, reason: str, grace_seconds: float | None) -> Job:
+        for _ in range(_ATTEMPTS):
+            job = self.store.job(job_id)
+            if job.state in FINISHED:
+                raise UsageError(f"{job.id} ({job.spec.name}) has ended already: {job.state}")
+            try:
+                if job.state in _WAITING:
+                    job = self.store.transition(job_id, job.state, "cancelled", reason)
+                    self.wake()
+                    return job
+            except StateConflict:
+                continue
+            self._wish(job, action, reason)
+            self.runner.stop(job.id, job.attempt, self._grace(grace_seconds))
+            now = self.store.job(job_id)
+            if now.attempt != job.attempt or now.state not in ACTIVE:
+                continue  # it ended by itself meanwhile
+            self.wake()
+            return self.store.update(job_id, reason=f"{reason}; stopping")
+        raise UsageError(f"{job_id} changes faster than it can be stopped", fix="try again")
+
+    def _grace(self, seconds: float | None) -> float:
+        return self.grace_seconds if seconds is None else seconds
+
+    def _wish(self, job: Job, action: str, reason: str) -> None:
+        self.store.event(job.id, "intent", {"action": action, "attempt": job.attempt, "reason": reason})
+
+    def _copy(self, job: Job, name: str | None) -> JobSpec:
+        spec = job.spec
+        taken = {other.spec.name for other in self.store.jobs()}
+        if name is None:
+            name = _free_name(spec, taken)
+        elif name in taken:
+            raise UsageError(f"there is a job called {name}", fix="choose another --name")
+        options, run_dir = dict(spec.options), spec.run_dir
+        if run_dir is not None:
+            folder = Path(run_dir).with_name(name)
+            if RunFolder(folder).holds_run():
+                raise UsageError("this folder holds a run already", where=str(folder), fix="another --name")
+            run_dir, options["run_name"] = str(folder), name
+        return replace(spec, name=name, experiment=name, options=options, run_dir=run_dir, after=[])
+
+
+def _ready(job: Job) -> State:
+    """Where a job goes that may go on: its dependencies are looked at once more."""
+    return "waiting" if job.spec.after else "queued"
+
+
+def _free_name(spec: JobSpec, taken: set[str]) -> str:
+    """``NAME-2``, ``NAME-3``... that neither a job nor a folder beside the run has."""
+    base = re.sub(r"-\d+$", "", spec.name.rpartition("/")[2])
+    for number in itertools.count(2):
+        name = f"{base}-{number}"
+        if name not in taken and not (spec.run_dir and Path(spec.run_dir).with_name(name).exists()):
+            return name
+    raise AssertionError("unreachable")
