@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from swift.cli.compare import _fitting
 from swift.cli.main import main
 from swift.core.errors import UsageError
 from swift.experiments.compare import collect
 from swift.experiments.home import Home
 from swift.experiments.outcome import job_of_folder
+from swift.experiments.report import table_of
 from swift.experiments.store import Store
 from swift.experiments.types import Dependency, Job, JobSpec, Placement
 
@@ -132,6 +134,21 @@ def test_a_declared_metric_decides_and_may_be_larger_is_better(make_run: MakeRun
     gap = comparison.rows[1].against_best["exact_match"]
     assert gap.mean == pytest.approx(-0.9) and gap.high < 0 and gap.num_rows == 10
     assert collect(jobs, metric="eval_loss", declared=("exact_match", False)).rows[0].experiment == "a"
+
+
+def test_equal_values_are_ordered_by_eval_loss(make_run: MakeRun) -> None:
+    jobs = [job(n, make_run(n, eval_loss=loss, answers=[1.0, 1.0])) for n, loss in (("a", 2.0), ("b", 1.0))]
+    assert [row.experiment for row in collect(jobs, metric="exact_match").rows] == ["b", "a"]
+
+
+def test_a_narrow_terminal_keeps_what_decides(make_run: MakeRun) -> None:
+    comparison = collect([job("a", make_run("a", eval_loss=1.0, answers=[1.0, 0.0]))], metric="exact_match")
+    columns, rows = table_of(comparison)
+    assert _fitting(columns, rows, 1000, "exact_match") == (list(range(len(columns))), [])
+    shown, hidden = _fitting(columns, rows, 80, "exact_match")
+    titles = [columns[place].title for place in shown]
+    assert {"experiment", "exact_match", "eval_loss"} <= set(titles) and hidden[0] == "best_eval_loss"
+    assert sum(max(len(columns[place].title), len(rows[0][place])) + 3 for place in shown) <= 80
 
 
 def test_a_small_lead_on_few_rows_is_called_chance(make_run: MakeRun) -> None:

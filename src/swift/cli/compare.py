@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from swift.cli.arguments import ArgumentParser
 from swift.cli.table import COMMANDS
 
 if TYPE_CHECKING:
     from swift.experiments.compare import Comparison
+    from swift.experiments.report import Column
 
 __all__ = ["compare", "parser_of", "run"]
+
+_DISPENSABLE = (
+    "rouge2", "rouge1", "best_eval_loss", "eval_perplexity", "best loss", "eval_token_accuracy", "device-hours",
+    "memory (estimate)", "tokens", "evaluation.loss", "retries", "time", "rougeL", "exact_match", "last loss",
+)  # fmt: skip
+"""Columns that a narrow terminal goes without, the first one first; never the one that decides."""
 
 
 def run(argv: list[str]) -> int:
@@ -64,10 +71,10 @@ def _show(comparison: Comparison) -> None:
     from swift.runs.cards import print_card
 
     columns, rows = table_of(comparison)
-    titles = [column.title for column in columns]
     if sys.stdout.isatty():
-        _print_rich(titles, [column.is_text for column in columns], rows, comparison)
+        _print_rich(columns, rows, comparison)
     else:
+        titles = [column.title for column in columns]
         widths = [max(map(len, cells)) for cells in zip(titles, *rows, strict=True)]
         for cells in (titles, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
@@ -97,18 +104,39 @@ def _winner(comparison: Comparison) -> tuple[str, list[tuple[str, str]]]:
     return f"{'winner' if winner.final else 'leads so far'}: {winner.experiment}", lines
 
 
-def _print_rich(
-    titles: list[str], are_texts: list[bool], rows: list[list[str]], comparison: Comparison
-) -> None:
+def _print_rich(columns: list[Column], rows: list[list[str]], comparison: Comparison) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False)
+    shown, hidden = _fitting(columns, rows, console.width, comparison.metric)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, is_text in zip(titles, are_texts, strict=True):
-        table.add_column(title, justify="left" if is_text else "right", overflow="fold")
-    for place, cells in enumerate(rows):
-        style = "bold green" if place == 0 and comparison.winner else ""
-        table.add_row(*(Text(cell, style=style) for cell in cells))
-    Console(highlight=False).print(table)
+    for place in shown:
+        justify: Literal["left", "right"] = "left" if columns[place].is_text else "right"
+        table.add_column(columns[place].title, justify=justify, overflow="fold")
+    for number, cells in enumerate(rows):
+        style = "bold green" if number == 0 and comparison.winner else ""
+        table.add_row(*(Text(cells[place], style=style) for place in shown))
+    console.print(table)
+    if hidden:
+        print(f"no room for {', '.join(hidden)}: --csv, --json or swift report")
+
+
+def _fitting(
+    columns: list[Column], rows: list[list[str]], width: int, metric: str
+) -> tuple[list[int], list[str]]:
+    """Numbers of the columns that fit side by side, and titles of those left out, the dispensable first."""
+    widths = [
+        max(map(len, cells)) + 3 for cells in zip((column.title for column in columns), *rows, strict=True)
+    ]
+    titles = [column.title for column in columns]
+    shown, hidden = list(range(len(columns))), []
+    for title in _DISPENSABLE:
+        if sum(widths[place] for place in shown) <= width:
+            break
+        if title in titles and title != metric:
+            shown.remove(titles.index(title))
+            hidden.append(title)
+    return shown, hidden

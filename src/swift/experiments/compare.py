@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import shlex
 import time
@@ -264,12 +265,15 @@ def _choose_metric(
 
 
 def _ranked(rows: Sequence[Outcome], metric: str, minimize: bool) -> list[Outcome]:
-    def order(row: Outcome) -> tuple[int, float]:
+    """The best first; what is equal is ordered by eval_loss, then by the last loss."""
+
+    def order(row: Outcome) -> tuple[float, ...]:
         value = row.value(metric)
         if value is None:
-            return (3, 0.0)
+            return (3,)
         standing = {"succeeded": 0, "failed": 2, "cancelled": 2}.get(row.state, 1)
-        return (standing, value if minimize else -value)
+        losses = [math.inf if loss is None else loss for loss in (row.value("eval_loss"), row.last_loss)]
+        return (standing, value if minimize else -value, *losses)
 
     return sorted(rows, key=order)
 
