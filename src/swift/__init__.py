@@ -11,12 +11,23 @@ _PUBLIC = {
     "SwiftModel": "swift.api",
     "SwiftTrainer": "swift.api",
     "infer": "swift.api",
+    "run_experiments": "swift.api",
     "Callback": "swift.train.callbacks.base",
     "Config": "swift.config.schema",
     "SwiftError": "swift.core.errors",
 }
 
-__all__ = ["Callback", "Config", "SwiftError", "SwiftModel", "SwiftTrainer", "__version__", "infer", "train"]
+__all__ = [
+    "Callback",
+    "Config",
+    "SwiftError",
+    "SwiftModel",
+    "SwiftTrainer",
+    "__version__",
+    "infer",
+    "run_experiments",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from swift.train.callbacks.base import Callback
     from swift.train.run import RunResult
 
-__all__ = ["SwiftModel", "SwiftTrainer", "infer", "train"]
+__all__ = ["SwiftModel", "SwiftTrainer", "infer", "run_experiments", "train"]
 
 
 class SwiftTrainer:
@@ -93,6 +93,22 @@ class SwiftModel:
         return _load({"model": str(model), "adapters": [str(adapter) for adapter in adapters], **options})[
             0
         ].model
+
+
+def run_experiments(
+    experiments: str | Path | Mapping[str, Any], *, inline: bool = False, **settings: Any
+) -> list[dict[str, Any]]:
+    """Run a file of experiments, or its content as a dict, to the end; returns one row for each experiment.
+
+    ``pandas.DataFrame(run_experiments("experiments.yaml"))`` gives a table. See
+    `swift.experiments.results.run_experiments` for the settings and what a row holds.
+
+    Args:
+        inline: run them in this process instead of in the experiment service.
+    """
+    from swift.experiments import results
+
+    return results.run_experiments(experiments, inline=inline, **settings)
 
 
 def infer(prompts: str | Sequence[str] | Sequence[Mapping[str, Any]], **options: Any) -> str | list[str]:

@@ -23,6 +23,8 @@ def run(argv: list[str]) -> int:
     if words and words[0].lower().endswith(FILE_ENDINGS):
         from pathlib import Path
 
+        if Path(words[0]).is_file() and _is_experiments(words[0]):
+            return _show_forecast(words, as_json="--json" in argv)
         command = command_of(Path(words[0]), words[0])
     elif words and not words[0].startswith("-"):
         command, words = words[0].replace("_", "-"), words[1:]
@@ -70,3 +72,30 @@ def _print_options(resolved: Resolved, plan: dict[str, object]) -> None:
     if shown:
         print(flush=True)
     sys.stdout.flush()
+
+
+def _is_experiments(name: str) -> bool:
+    from pathlib import Path
+
+    from swift.experiments.file import is_experiment_file
+
+    return is_experiment_file(Path(name))
+
+
+def _show_forecast(words: list[str], *, as_json: bool) -> int:
+    """Order, place, time and memory of every job of a file. Exit 1 when one of them cannot run here."""
+    from pathlib import Path
+
+    from swift.experiments.file import read_experiments
+    from swift.experiments.forecasting import forecast_file, forecast_text
+    from swift.experiments.home import Home
+    from swift.experiments.inventory import take_inventory
+
+    if len(words) > 1:
+        raise UsageError(
+            "one word too many", where=words[1], fix="options of experiments stand in their file"
+        )
+    file = read_experiments(words[0])
+    result = forecast_file(file, Path.cwd(), take_inventory(), Home.find())
+    print(json.dumps(result, ensure_ascii=False, indent=2, default=str) if as_json else forecast_text(result))
+    return 1 if any(job["problems"] for job in result["jobs"]) else 0

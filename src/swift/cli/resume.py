@@ -1,13 +1,21 @@
-"""``swift resume RUN [--option value ...]``: go on with an interrupted run, in its own folder."""
+"""``swift resume RUN [--option value ...]``: go on with an interrupted run, in its own folder.
+
+``swift resume ID ...`` puts paused jobs back into the queue.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from swift.core.errors import UsageError
 
 USAGE = """usage: swift resume RUN [--option value ...]
+       swift resume ID|NAME ...
 
 Go on with the run in folder RUN (or from one of its checkpoints, RUN/checkpoint-N) exactly where it stopped.
-Options are those of the run's config.yaml; an option given here wins (for example a larger --max_steps)."""
+Options are those of the run's config.yaml; an option given here wins (for example a larger --max_steps).
+
+With the id, name or group of paused jobs (swift ps), put them back into the queue."""
 
 
 def run(argv: list[str]) -> int:
@@ -17,6 +25,10 @@ def run(argv: list[str]) -> int:
     name, flags = argv[0], argv[1:]
     if name.startswith("-"):
         raise UsageError("which run?", fix="swift resume RUN [--option value ...]")
+    if not Path(name).expanduser().exists() and _is_job(name):
+        from swift.cli.jobs import control
+
+        return control("resume", argv, "Put paused jobs back into the queue.")
     from swift.cli.training import run_or_plan
     from swift.config.bind import load_run_config, resolve
     from swift.runs.folder import locate
@@ -27,3 +39,9 @@ def run(argv: list[str]) -> int:
     start = str(checkpoint or folder.path)
     resolved = resolve(command, [str(config), *flags, "--resume_from_checkpoint", start])
     return run_or_plan(resolved, ["resume", *argv])
+
+
+def _is_job(word: str) -> bool:
+    from swift.cli.jobs import has_job
+
+    return has_job(word)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Mapping
 from typing import Protocol
 
 from swift.core.process import ProcessIdentity
@@ -30,9 +28,6 @@ class Runner(Protocol):
 
     def watch(self, job_id: str, attempt: int) -> int | None:
         """A descriptor that becomes readable when the attempt has ended; None where there is no such thing."""
-
-    def prepare(self, env: Mapping[str, str]) -> None:
-        """Warm up for jobs that will come soon."""
 
 
 class Supervisors:
@@ -66,9 +61,3 @@ class Supervisors:
             return descriptor
         os.close(descriptor)
         return None
-
-    def prepare(self, env: Mapping[str, str]) -> None:
-        from swift.experiments.warm import prepare
-
-        with contextlib.suppress(OSError):  # a courtesy: jobs that find no template start one, or start cold
-            prepare(self.home, env)

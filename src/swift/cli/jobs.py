@@ -1,0 +1,51 @@
+"""What ``swift stop``, ``pause`` and ``retry`` share: name jobs, ask the service, say what became of them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from swift.cli.arguments import ArgumentParser
+
+__all__ = ["control", "has_job", "report"]
+
+
+def control(action: str, argv: list[str], description: str, *, grace: bool = False) -> int:
+    """Run one control command. Exit 0, or 1 when some of several jobs refused."""
+    parser = ArgumentParser(prog=f"swift {action}", description=description)
+    parser.add_argument("jobs", nargs="+", metavar="ID|NAME", help="jobs, or a group's name for all its jobs")
+    if grace:
+        parser.add_argument(
+            "--grace", type=float, metavar="SECONDS", help="time to save a checkpoint; 0: kill"
+        )
+    options = parser.parse(argv)
+    from swift.experiments.client import Client
+    from swift.experiments.home import Home
+
+    fields = {"grace_seconds": options.grace} if grace else {}
+    return report(Client(Home.find()).control(action, options.jobs, **fields))
+
+
+def report(answer: dict[str, Any]) -> int:
+    """Print what was done, and to stderr what was refused."""
+    for job in answer["jobs"]:
+        print(f"{job['id']}  {job['name']}: {job['state']} ({job['reason']})")
+    for entry in answer.get("refused", []):
+        print(f"{entry['message']}", file=sys.stderr)
+    return 1 if not answer["jobs"] else 0
+
+
+def has_job(word: str) -> bool:
+    """Whether the store knows a job or group of this name; nothing is created to find out."""
+    from swift.core.errors import UsageError
+    from swift.experiments.home import Home
+    from swift.experiments.selection import select_jobs
+    from swift.experiments.store import Store
+
+    home = Home.find()
+    if not home.store.exists():
+        return False
+    try:
+        return bool(select_jobs(Store(home.store), [word]))
+    except UsageError:
+        return False

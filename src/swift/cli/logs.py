@@ -1,0 +1,66 @@
+"""``swift logs ID [-f]``: what a job printed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from swift.cli.arguments import ArgumentParser
+from swift.core.errors import UsageError
+
+POLL_SECONDS = 0.3
+
+
+def run(argv: list[str]) -> int:
+    """All attempts, one after another, each under a header line."""
+    parser = ArgumentParser(prog="swift logs", description="What a job printed, all attempts.")
+    parser.add_argument("job", metavar="ID|NAME")
+    parser.add_argument("-f", "--follow", action="store_true", help="until the job ends, or Ctrl-C")
+    parser.add_argument("-n", "--tail", type=int, metavar="LINES", help="only the last so many lines")
+    options = parser.parse(argv)
+    from swift.experiments.attempt import OUTPUT_LOG
+    from swift.experiments.home import Home
+    from swift.experiments.store import Store
+    from swift.experiments.types import FINISHED
+
+    home = Home.find()
+    if not home.store.exists():
+        raise UsageError(f"there is no job {options.job!r}", fix="swift ps")
+    store = Store(home.store)
+    job = store.job(options.job)
+    path = home.job_dir(job.id) / OUTPUT_LOG
+    if not path.exists() and not options.follow:
+        print(f"{job.id} has printed nothing yet: it is {job.state} ({job.reason})", file=sys.stderr)
+        return 0
+    reader = _Reader(path, options.tail)
+    try:
+        while True:
+            over = not options.follow or store.job(job.id).state in (*FINISHED, "paused")
+            reader.copy()
+            if over:
+                return 0
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        return 0  # the way to leave
+
+
+class _Reader:
+    """Copies a growing file to stdout, from its last ``tail`` lines on (None: from the beginning)."""
+
+    def __init__(self, path: Path, tail: int | None) -> None:
+        self.path, self.position = path, 0
+        if tail is not None and path.exists():
+            text = path.read_bytes()
+            kept = text.splitlines(keepends=True)[-tail:] if tail > 0 else []
+            self.position = len(text) - sum(map(len, kept))
+
+    def copy(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            while block := file.read(65_536):
+                self.position += len(block)
+                sys.stdout.buffer.write(block)
+        sys.stdout.flush()

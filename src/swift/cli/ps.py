@@ -1,0 +1,118 @@
+"""``swift ps``: the jobs, from the store itself, so that it works with and without a service."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from swift.cli.arguments import ArgumentParser
+
+if TYPE_CHECKING:
+    from swift.experiments.store import Store
+    from swift.experiments.types import Job
+
+SHOWN_FINISHED = 500
+SHOWN_FINISHED_ON_TERMINAL = 20
+
+
+def run(argv: list[str]) -> int:
+    """``--json`` prints ``{"jobs": [...]}``."""
+    parser = ArgumentParser(
+        prog="swift ps", description="Jobs: those that wait and run, and the newest ended."
+    )
+    parser.add_argument(
+        "jobs", nargs="*", metavar="ID|NAME", help="only these (a group's name: all its jobs)"
+    )
+    parser.add_argument("--all", action="store_true", help="all jobs that ever ended, too")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--why", metavar="ID", help="why this job waits, and every decision about it")
+    options = parser.parse(argv)
+    from swift.experiments.home import Home
+    from swift.experiments.store import Store
+
+    home = Home.find()
+    store = Store(home.store) if home.store.exists() else None
+    if options.why is not None:
+        return _explain(store, options.why, as_json=options.json)
+    limit = None if options.all else SHOWN_FINISHED if options.json else SHOWN_FINISHED_ON_TERMINAL
+    jobs, hidden = _jobs(store, options.jobs, limit)
+    if options.json:
+        record: dict[str, Any] = {"jobs": [job.to_dict() for job in jobs], "finished_not_shown": hidden}
+        print(json.dumps(record, ensure_ascii=False, indent=2))
+        return 0
+    _print(jobs, hidden)
+    return 0
+
+
+def _jobs(store: Store | None, words: list[str], limit: int | None) -> tuple[list[Job], int]:
+    """The jobs to show, and how many finished ones are left out."""
+    from swift.experiments.selection import select_jobs
+    from swift.experiments.types import FINISHED, STATES
+
+    if store is None:
+        return [], 0
+    if words:
+        return select_jobs(store, words), 0
+    if limit is None:
+        return store.jobs(), 0
+    going = store.jobs(states=[state for state in STATES if state not in FINISHED])
+    ended = store.jobs(states=FINISHED, limit=limit)
+    counts = store.counts()
+    hidden = sum(counts[state] for state in FINISHED) - len(ended)
+    return sorted([*ended, *going], key=lambda job: int(job.id[1:])), max(0, hidden)
+
+
+def _print(jobs: list[Job], hidden: int) -> None:
+    import time
+
+    from swift.experiments.show import live_row, table_text, terminal_width
+
+    if not jobs:
+        print("no jobs; queue some: swift run FILE.yaml")
+        return
+    now = time.time()
+    columns = ("id", "name", "state", "step", "loss", "time", "devices")
+    rows = []
+    for job in jobs:
+        cells = live_row(job, {}, now)
+        rows.append(
+            [
+                *(cells[name] for name in columns[:2]),
+                job.group,
+                *(cells[n] for n in columns[2:]),
+                cells["reason"],
+            ]
+        )
+    header = ["ID", "NAME", "GROUP", *(name.upper() for name in columns[2:]), "REASON"]
+    print(table_text(header, rows, terminal_width(sys.stdout)))
+    if hidden:
+        print(f"({hidden} more have ended: swift ps --all)")
+
+
+def _explain(store: Store | None, word: str, *, as_json: bool) -> int:
+    import datetime
+
+    from swift.core.errors import UsageError
+
+    if store is None:
+        raise UsageError(f"there is no job {word!r}", fix="swift ps")
+    job = store.job(word)
+    events = store.events(job=job.id)
+    if as_json:
+        record = {**job.to_dict(), "events": [event.to_dict() for event in events]}
+        print(json.dumps(record, ensure_ascii=False, indent=2))
+        return 0
+    print(f"{job.id} {job.spec.name} is {job.state}: {job.reason}\n")
+    for event in events:
+        when = datetime.datetime.fromtimestamp(event.at).strftime("%m-%d %H:%M:%S")
+        print(f"  {when}  {event.kind:<12} {_sentence(event.data)}")
+    return 0
+
+
+def _sentence(data: dict[str, Any]) -> str:
+    if "from" in data and "to" in data:
+        return f"{data['from']} -> {data['to']}: {data.get('reason', '')}"
+    if set(data) <= {"reason", "message"}:
+        return "; ".join(map(str, data.values()))
+    return ", ".join(f"{name} {value}" for name, value in data.items())

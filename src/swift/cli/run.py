@@ -1,0 +1,71 @@
+"""``swift run FILE.yaml``: submit experiments and follow them to the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swift.cli.arguments import ArgumentParser
+
+if TYPE_CHECKING:
+    from swift.experiments.home import Home
+    from swift.experiments.types import Job
+
+__all__ = ["follow_group", "run"]
+
+
+def run(argv: list[str]) -> int:
+    """Exit 0 when all jobs succeeded, 1 when one failed or was stopped, 130 after Ctrl-C (jobs go on)."""
+    parser = ArgumentParser(
+        prog="swift run",
+        description="Submit a file of experiments and follow them. Ctrl-C stops following; jobs go on.",
+    )
+    parser.add_argument("file", help="a file with experiments or a sweep, or one command's configuration")
+    parser.add_argument("--inline", action="store_true", help="run in this process, without a service")
+    parser.add_argument("--wait", action="store_true", help="queue jobs that this machine cannot run now")
+    parser.add_argument("--cold", action="store_true", help="a fresh process for each job, no warm workers")
+    options = parser.parse(argv)
+    from swift.experiments.home import Home
+    from swift.experiments.inventory import take_inventory
+    from swift.experiments.submissions import check_machine, from_file
+
+    submission = from_file(options.file, Path.cwd(), wait=options.wait, cold=options.cold)
+    for problem in check_machine(submission, take_inventory()):
+        print(f"warning: {problem}", file=sys.stderr)
+    home = Home.find()
+    if options.inline:
+        from swift.experiments.inline import run_inline
+
+        return _end(*run_inline(home, submission))
+    from swift.experiments.client import Client
+
+    group = Client(home).submit(submission)["group"]
+    return follow_group(home, group)
+
+
+def follow_group(home: Home, group: str) -> int:
+    """Follow a submitted group; a service that was killed meanwhile is started again."""
+    from swift.experiments.client import Client, find_service
+    from swift.experiments.follow import follow
+    from swift.experiments.store import Store
+
+    def pause(seconds: float) -> None:
+        time.sleep(seconds)
+        if find_service(home) is None:
+            Client(home)
+
+    try:
+        return _end(group, follow(home, Store(home.store), group, pause))
+    except KeyboardInterrupt:
+        print(f"\njobs go on; watch them: swift top; stop them: swift stop {group}", file=sys.stderr)
+        return 130
+
+
+def _end(group: str, jobs: list[Job]) -> int:
+    from swift.experiments.follow import print_summary
+
+    print_summary(group, jobs)
+    bad = [job for job in jobs if job.state == "failed" or job.reason.startswith("stopped by the user")]
+    return 1 if bad else 0

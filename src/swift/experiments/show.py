@@ -1,0 +1,141 @@
+"""Jobs as people read them: the lines of ``swift ps``, the live table, the summary at the end."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swift.core.format import format_bytes, format_count, format_duration
+from swift.experiments.attempt import last_metrics
+from swift.experiments.types import ACTIVE, FINISHED, Job
+from swift.runs.status import read_status
+
+__all__ = ["COLOURS", "live_row", "next_commands", "progress_of", "summary_rows", "table_text"]
+
+COLOURS = {
+    "running": "green", "starting": "cyan", "pausing": "yellow", "paused": "yellow", "failed": "red",
+    "cancelled": "red", "succeeded": "bold", "queued": "dim", "waiting": "dim",
+}  # fmt: skip
+
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Columns under a header; the last one is cut to the width of the terminal (None: not cut)."""
+    columns = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        cells = [cell.ljust(size) for cell, size in zip(row[:-1], columns, strict=False)]
+        line = "  ".join([*cells, row[-1]]).rstrip()
+        lines.append(line[: width - 1] + "…" if width is not None and len(line) > width else line)
+    return "\n".join(lines)
+
+
+def terminal_width(file: Any) -> int | None:
+    """Of a terminal; None for a pipe or file, where nothing is cut."""
+    return shutil.get_terminal_size().columns if file.isatty() else None
+
+
+def progress_of(job: Job) -> dict[str, Any]:
+    """What the run folder says of a job that runs or ran: status fields and the newest metrics."""
+    if job.spec.run_dir is None or not job.attempt:
+        return {}
+    return {
+        **(read_status(Path(job.spec.run_dir)) or {}),
+        **{f"last_{k}": v for k, v in _metrics(job).items()},
+    }
+
+
+def _metrics(job: Job) -> dict[str, Any]:
+    return last_metrics(job.spec.run_dir)
+
+
+def place_of(job: Job) -> str:
+    """``cuda:0,1``, or nothing."""
+    if job.placement is None or not job.placement.devices or job.state in FINISHED:
+        return ""
+    return f"{job.placement.kind}:{','.join(map(str, job.placement.devices))}"
+
+
+def seconds_of(job: Job, now: float) -> float | None:
+    """How long it has run, or ran in its last attempt."""
+    if job.started is None:
+        return None
+    end = job.ended if job.ended is not None else now if job.state in ACTIVE else None
+    return None if end is None else max(0.0, end - job.started)
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def live_row(job: Job, samples: dict[str, dict[str, Any]], now: float | None = None) -> dict[str, str]:
+    """The cells of ``swift top`` for one job, by column.
+
+    Args:
+        samples: newest sample of each subject, for the utilisation of its devices.
+    """
+    now = time.time() if now is None else now
+    seen = progress_of(job) if job.state not in ("queued", "waiting") else {}
+    step = f"{seen['step']}/{seen['total_steps']}" if seen.get("total_steps") else ""
+    stage = str(seen.get("stage") or "")
+    eta = seen.get("eta_seconds") if job.state in ACTIVE else None
+    devices = [f"{job.placement.kind}:{index}" for index in job.placement.devices] if job.placement else []
+    busy = [
+        samples[name]["utilisation_percent"]
+        for name in devices
+        if samples.get(name, {}).get("utilisation_percent") is not None
+    ]
+    seconds = seconds_of(job, now)
+    return {
+        "id": job.id,
+        "name": job.spec.name,
+        "state": job.state if stage in ("", "train") or job.state != "running" else f"running ({stage})",
+        "step": step,
+        "loss": _number(seen.get("last_loss"), ".4f"),
+        "tokens/s": ""
+        if seen.get("last_tokens_per_second") is None
+        else format_count(seen["last_tokens_per_second"]),
+        "ETA": "" if not eta else format_duration(eta),
+        "time": "" if seconds is None else format_duration(seconds),
+        "devices": place_of(job),
+        "memory": format_bytes(job.placement.memory_bytes) if job.placement and job.state in ACTIVE else "",
+        "util": f"{max(busy):.0f}%" if busy and job.state in ACTIVE else "",
+        "reason": "" if job.state in ("running", "succeeded") else job.reason,
+    }
+
+
+def summary_rows(jobs: Sequence[Job]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table shown when all jobs have ended."""
+    header = ["NAME", "STATE", "STEPS", "LOSS", "EVAL LOSS", "TIME", "RETRIES", "NOTE"]
+    rows = []
+    for job in jobs:
+        seen = progress_of(job)
+        seconds = seconds_of(job, time.time())
+        changes = "; ".join(str(entry.get("change", "")) for entry in job.retries)
+        rows.append(
+            [
+                job.spec.name,
+                job.state,
+                str(seen.get("step") or ""),
+                _number(seen.get("last_loss"), ".4f"),
+                _number(seen.get("last_eval_loss"), ".4f"),
+                "" if seconds is None else format_duration(seconds),
+                str(len(job.retries) or ""),
+                changes if job.state == "succeeded" else job.reason,
+            ]
+        )
+    return header, rows
+
+
+def next_commands(group: str, jobs: Sequence[Job]) -> list[str]:
+    """What one may want to do now."""
+    failed = [job for job in jobs if job.state == "failed"]
+    commands = [f"swift logs {job.id}" for job in failed[:3]]
+    if failed:
+        commands.append(f"swift retry {' '.join(job.id for job in failed[:8])}")
+    if any(job.spec.run_dir for job in jobs):
+        commands += [f"swift compare {group}", f"swift report {group}"]
+    paused = [job.id for job in jobs if job.state == "paused"]
+    return commands + ([f"swift resume {paused[0]}"] if paused else [])
