@@ -79,6 +79,8 @@ class BatchSchedule:
     Args:
         lengths: tokens of each sample, [n].
         batch_size: rows of a micro-batch (samples, for padding_free).
+        split: cut each micro-batch into so many pieces (the last may be empty). ``split`` times the accumulation then
+            gives steps of the very same samples in less memory.
         mode: see the module.
         max_length: length of packed rows; not used otherwise.
         group_by_length: only for padded.
@@ -95,6 +97,7 @@ class BatchSchedule:
         lengths: Sequence[int] | np.ndarray,
         *,
         batch_size: int,
+        split: int = 1,
         mode: Mode = "padded",
         max_length: int = 0,
         group_by_length: bool = True,
@@ -108,7 +111,7 @@ class BatchSchedule:
             raise ValueError("there are no samples to make batches of")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
-        self.batch_size = batch_size
+        self.batch_size, self.split = batch_size, split
         self.mode: Mode = mode
         self.group_by_length = group_by_length
         self.shuffle = shuffle
@@ -119,7 +122,7 @@ class BatchSchedule:
         if mode == "packed":
             self._packed_rows = self._pack(max_length)
         rows = len(self._packed_rows) if mode == "packed" else len(self.lengths)
-        self.num_global_micro_batches = -(-rows // batch_size)
+        self.num_global_micro_batches = -(-rows // batch_size) * split
 
     @property
     def num_micro_batches(self) -> int:
@@ -138,6 +141,19 @@ class BatchSchedule:
 
     def global_micro_batches(self, epoch: int) -> list[MicroBatch]:
         """The micro-batches of all ranks in the order in which they are dealt out."""
+        whole = self._whole_micro_batches(epoch)
+        return whole if self.split == 1 else [piece for batch in whole for piece in self._pieces(batch)]
+
+    def _pieces(self, batch: MicroBatch) -> list[MicroBatch]:
+        """Always ``split`` of them, so that steps begin where they would without splitting."""
+        size = -(-self.batch_size // self.split)
+        starts = range(0, size * self.split, size)
+        if self.mode == "padding_free":
+            (row,) = batch
+            return [[row[start : start + size]] if row[start : start + size] else [] for start in starts]
+        return [batch[start : start + size] for start in starts]
+
+    def _whole_micro_batches(self, epoch: int) -> list[MicroBatch]:
         generator = random_generator("epoch", self.seed, epoch)
         if self.mode == "packed":
             count = len(self._packed_rows)

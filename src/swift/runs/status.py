@@ -73,6 +73,7 @@ class StatusFile:
             "eta_seconds": None,
             "stage": "",
             "message": "",
+            "failure": None,
         }
         self.update()
 
@@ -115,14 +116,21 @@ class StatusFile:
             )
             self._thread.start()
 
-    def finish(self, state: Literal["succeeded", "failed", "stopped"], message: str = "") -> None:
-        """Write the last word and end the heartbeat."""
+    def finish(
+        self,
+        state: Literal["succeeded", "failed", "stopped"],
+        message: str = "",
+        *,
+        failure: str | None = None,
+    ) -> None:
+        """Write the last word and end the heartbeat. ``failure``: the kind (out_of_memory, nonfinite, ...)."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         with self._lock:
             self._fields["eta_seconds"] = 0.0 if state == "succeeded" else None
+            self._fields["failure"] = failure
         self.update(state, stage="", message=message)
 
     def _beat(self, interval: float) -> None:

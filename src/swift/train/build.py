@@ -68,6 +68,7 @@ def build(
             fix="restore them, or start a new run from these weights with --adapters or --model",
         )
     state.cursor_fingerprint = cursor
+    state.order_batch_size = prepared.schedule.batch_size
     only_model = config.checkpoint.save_only_model
     _check_disk(folder.path, tuned, only_model)
     pad_token_id = tokenizer.pad_token_id
@@ -219,8 +220,8 @@ def _cursor_fingerprint(prepared: Prepared) -> str:
     """What the data cursor (epoch, step in epoch) refers to: rows, batching and order."""
     config = prepared.resolved.config
     parts = (
-        config.training.per_device_train_batch_size,
-        prepared.plan.accumulation,
+        prepared.schedule.batch_size,
+        prepared.plan.accumulation // prepared.schedule.split,
         prepared.schedule.mode,
         config.data.max_length,
         config.data.group_by_length,

@@ -30,6 +30,7 @@ from swift.runs.metrics import MetricsLog, read_metrics
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.evaluation import LossEvaluator
+from swift.train.failures import NonFiniteError
 from swift.train.seeds import seed_everything
 from swift.train.signals import StopSignals
 from swift.train.state import LogWindow, TrainState
@@ -241,7 +242,7 @@ class Trainer:
             return  # the gradient scaler skips such a step by design
         what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
         latest = self.folder.latest_checkpoint()
-        raise SwiftError(
+        raise NonFiniteError(
             f"the {what} is not finite at step {step}",
             where=str(self.folder.path),
             why="the learning rate is too high, the precision too low, or the data holds an extreme sample",

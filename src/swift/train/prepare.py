@@ -19,6 +19,7 @@ from swift.data.mode import batch_mode, derive_layout, derive_max_length
 from swift.models.facts import ModelFacts
 from swift.models.load import isolates_documents, load_template
 from swift.train.callbacks.trackers import check_trackers
+from swift.train.checkpoints import read_state
 from swift.train.loop import StepPlan
 from swift.train.precision import check_precision, export_dtype
 from swift.train.preflight import find_checkpoint, preflight
@@ -86,9 +87,11 @@ def prepare(resolved: Resolved) -> Prepared:
             model_path, config.model.attn_impl, trust_remote_code=config.model.trust_remote_code
         ),
     )
+    order_batch_size, split = _data_order(resolved, checkpoint)
     schedule = BatchSchedule(
         data.train.lengths,
-        batch_size=config.training.per_device_train_batch_size,
+        batch_size=order_batch_size,
+        split=split,
         mode=batch_mode(config.data),
         max_length=config.data.max_length,
         group_by_length=config.data.group_by_length,
@@ -115,6 +118,20 @@ def _limit_device_memory(device: torch.device) -> None:
     if share and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, int(share) / total), device)
+
+
+def _data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int]:
+    """(micro-batch by which the order of the data is made, pieces that each is cut into).
+
+    A run that goes on with a smaller micro-batch and as much more accumulation, because memory ran out, sees the same
+    samples in the same steps: the order stays that of the micro-batch it began with.
+    """
+    batch = resolved.config.training.per_device_train_batch_size
+    accumulation = resolved.config.training.gradient_accumulation_steps or 1
+    began = read_state(checkpoint).order_batch_size if checkpoint else 0
+    if began > batch and began % batch == 0 and accumulation % (began // batch) == 0:
+        return began, began // batch
+    return batch, 1
 
 
 def _step_plan(resolved: Resolved, schedule: BatchSchedule) -> StepPlan:

@@ -29,6 +29,7 @@ from swift.train.callbacks.trackers import tracker_callbacks
 from swift.train.callbacks.user import load_callbacks
 from swift.train.checkpoints import read_state
 from swift.train.config_record import recorded
+from swift.train.failures import failure_kind
 from swift.train.loop import Interrupted
 from swift.train.prepare import Prepared, prepare
 
@@ -108,7 +109,7 @@ def train(
         raise
     except BaseException as error:  # whatever ended the run, its status must say so
         logger.error("the run failed", exc_info=not isinstance(error, SwiftError))
-        status.finish("failed", str(error))
+        status.finish("failed", str(error), failure=failure_kind(error))
         raise
     finally:
         closing.close()

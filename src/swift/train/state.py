@@ -38,6 +38,7 @@ class TrainState:
         num_tokens: non-pad tokens the model has been trained on.
         seconds: time spent training, over all resumed parts.
         cursor_fingerprint: hash of what the cursor refers to; a checkpoint of other data is refused.
+        order_batch_size: the micro-batch that the run began with, by which the order of the data is made.
         best_metric, best_step: of ``metric_for_best_model``.
         stale_evaluations: evaluations since the best one.
         evaluation_owed: a signal cut the run before what was due after ``step``; a resumed run begins with it.
@@ -55,6 +56,7 @@ class TrainState:
     first_loss: float | None = None
     last_loss: float | None = None
     cursor_fingerprint: str = ""
+    order_batch_size: int = 0
     window: LogWindow = field(default_factory=LogWindow)
 
     def to_dict(self) -> dict[str, Any]:
