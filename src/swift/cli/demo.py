@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--seed", type=int, default=42, metavar="N", help="other data, other weights (default: 42)"
     )
+    parser.add_argument(
+        "--single", action="store_true", help="only the first run, without the four experiments after it"
+    )
     arguments = parser.parse(argv)
     os.environ.setdefault(
         "OMP_NUM_THREADS", "1"
@@ -37,7 +41,34 @@ def run(argv: list[str]) -> int:
     if result.accuracy_after < GOAL:
         print(f"the goal is {GOAL:.0%}: this seed did not get there", file=sys.stderr)
         return 1
-    return 0
+    return 0 if arguments.single else _experiments(Path(arguments.output_dir), arguments.seed)
+
+
+def _experiments(folder: Path, seed: int) -> int:
+    """Four experiments at once, their evaluation and their report, with a service of the demo's own."""
+    from swift.cli import compare, report, service
+    from swift.cli import run as run_command
+    from swift.demo.experiments import LEARNING_RATES, write_experiments
+    from swift.experiments.home import Home
+    from swift.experiments.store import Store
+
+    shutil.rmtree(folder / "experiments", ignore_errors=True)
+    home = Home.find(folder / "service")
+    os.environ["SWIFT_HOME"] = str(home.root)
+    path = write_experiments(folder, seed=seed)
+    print(
+        f"\n{len(LEARNING_RATES)} experiments at once: which learning rate learns it best?\n\n$ swift run {path}"
+    )
+    try:
+        code = run_command.run([str(path)])
+    finally:
+        service.run(["stop"])
+    if code == 0:
+        group = Store(home.store).groups(limit=1)[-1].name
+        print("\n$ swift compare")
+        code = compare.run([group, "--metric", "exact_match"])
+        code = code or report.run([group, "--metric", "exact_match", "--output", str(folder / "report.html")])
+    return code
 
 
 def _show(result: DemoResult) -> None:
