@@ -181,7 +181,7 @@ class Engine(Control):
     def is_done(self) -> bool:
         """True when nothing runs and nothing can start any more (paused jobs wait for the user)."""
         counts = self.store.counts()
-        return not any(counts[state] for state in (*ACTIVE, "queued", "waiting"))
+        return not self.sweeps.names and not any(counts[state] for state in (*ACTIVE, "queued", "waiting"))
 
     # How jobs go
 
