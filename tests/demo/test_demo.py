@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from swift.core.errors import SwiftError
+from swift.demo.experiments import LEARNING_RATES
 from swift.demo.show import answer_table, sparkline
 from swift.demo.task import WORD_LENGTH, write_task
 
@@ -82,3 +86,21 @@ def test_answer_table_shows_control_characters_and_long_answers_safely() -> None
         "Reverse ABC  CBA     .[31mxxxxxx...  CBA    ok",
         "Reverse ABC  CBA                     CAB    wrong",
     ]
+
+
+@pytest.mark.slow
+def test_four_experiments_at_once_and_their_report(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "swift", "demo", "--output_dir", "demo"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "winner: bold" in done.stdout
+    report = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    for name in LEARNING_RATES:
+        run = tmp_path / "demo" / "experiments" / name
+        assert json.loads((run / "summary.json").read_text())["steps"] == 120
+        assert (run / "evaluation.json").is_file()
+        assert name in report
+    assert not (tmp_path / "demo" / "service" / "service.json").exists(), "the demo's service still runs"
