@@ -27,7 +27,7 @@ from swift.core.logging import get_logger
 from swift.core.process import ProcessIdentity
 from swift.experiments.home import Home
 
-__all__ = ["EXIT_LOCKED", "ServiceLock", "main", "read_token", "serve"]
+__all__ = ["EXIT_LOCKED", "HomeTaken", "ServiceLock", "main", "read_token", "serve"]
 
 logger = get_logger(__name__)
 
@@ -35,10 +35,14 @@ EXIT_LOCKED = 75
 _GRACE_SECONDS = 2
 
 
+class HomeTaken(SwiftError):
+    """Another engine runs the jobs of this home."""
+
+
 class ServiceLock:
     """The right to run the jobs of a home; held until ``release`` or the end of the process, however it ends.
 
-    Raises SwiftError when another engine has it, or when the home cannot be written.
+    Raises HomeTaken when another engine has it, SwiftError when the home cannot be written.
     """
 
     def __init__(self, home: Home) -> None:
@@ -56,7 +60,7 @@ class ServiceLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._descriptor)
-            raise SwiftError(
+            raise HomeTaken(
                 "another service runs the jobs of this home",
                 where=str(home.root),
                 fix="use it (swift ps), stop it (swift service stop), or set another SWIFT_HOME",
@@ -159,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         return serve(home)
     except SwiftError as error:
         print(f"error: {error.render()}", file=sys.stderr)
-        return EXIT_LOCKED if "another service" in error.message else error.exit_code
+        return EXIT_LOCKED if isinstance(error, HomeTaken) else error.exit_code
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 from swift.core.errors import SwiftError, UsageError
 from swift.core.registry import closest
 from swift.experiments.database import Database
-from swift.experiments.submission import check_specs, run_folder
+from swift.experiments.submission import check_specs, free_name, run_folder
 from swift.experiments.types import FINISHED, STATES, Job, JobSpec, Placement, State
 
 __all__ = ["LEGAL", "Event", "Group", "StateConflict", "Store"]
@@ -40,6 +40,8 @@ _KEPT_SAMPLES = 500_000
 _KEPT_OBSERVATIONS = 20
 _ID = re.compile(r"j([1-9]\d{0,17})")
 _SIZE = re.compile(r"[\d.]+ (?:[KMGT]i)?B\b")
+_GROUPS = """SELECT groups.*, (SELECT group_concat('j' || seq, ' ') FROM
+    (SELECT seq FROM jobs WHERE group_seq = groups.seq ORDER BY seq)) AS ids FROM groups"""
 _SELECT = "SELECT jobs.*, groups.name AS group_name FROM jobs JOIN groups ON groups.seq = jobs.group_seq "
 
 
@@ -102,7 +104,7 @@ class Store:
         check_specs(specs)
         now = self._clock()
         with self._database.write() as connection:
-            name = _free_name(connection, name)
+            name = free_name(connection, name)
             for spec in specs:
                 self._check_owner(connection, spec)
             group = connection.execute(
@@ -218,22 +220,12 @@ class Store:
 
     def groups(self, limit: int | None = None) -> list[Group]:
         """Submissions in order; with ``limit`` the newest so many."""
-        rows = self._database.read(
-            "SELECT groups.*, (SELECT group_concat('j' || seq, ' ') FROM"
-            " (SELECT seq FROM jobs WHERE group_seq = groups.seq ORDER BY seq)) AS ids"
-            " FROM groups ORDER BY seq DESC LIMIT ?",
-            (-1 if limit is None else limit,),
-        )
+        rows = self._database.read(f"{_GROUPS} ORDER BY seq DESC LIMIT ?", (-1 if limit is None else limit,))
         return [_group(row) for row in reversed(rows)]
 
     def group(self, name: str) -> Group | None:
         """The submission of this name; None when there is none."""
-        rows = self._database.read(
-            "SELECT groups.*, (SELECT group_concat('j' || seq, ' ') FROM"
-            " (SELECT seq FROM jobs WHERE group_seq = groups.seq ORDER BY seq)) AS ids"
-            " FROM groups WHERE name = ?",
-            (name,),
-        )
+        rows = self._database.read(f"{_GROUPS} WHERE name = ?", (name,))
         return _group(rows[0]) if rows else None
 
     def counts(self) -> dict[State, int]:
@@ -478,20 +470,6 @@ class Store:
             ended=row["ended"],
             priority=row["priority"],
         )
-
-
-def _free_name(connection: sqlite3.Connection, name: str) -> str:
-    pattern = name.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "-%"
-    rows = connection.execute(
-        "SELECT name FROM groups WHERE name = ? OR name LIKE ? ESCAPE '\\'", (name, pattern)
-    )
-    taken = {row["name"] for row in rows}
-    if name not in taken:
-        return name
-    number = 2
-    while f"{name}-{number}" in taken:
-        number += 1
-    return f"{name}-{number}"
 
 
 def _read_spec(text: str) -> JobSpec:

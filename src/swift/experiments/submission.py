@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import graphlib
 import os
+import sqlite3
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from swift.core.errors import UsageError
 from swift.core.registry import closest
 from swift.experiments.types import JobSpec
 
-__all__ = ["check_specs", "run_folder"]
+__all__ = ["check_specs", "free_name", "run_folder"]
 
 
 def check_specs(specs: Sequence[JobSpec]) -> None:
@@ -54,3 +55,18 @@ def check_specs(specs: Sequence[JobSpec]) -> None:
 def run_folder(spec: JobSpec) -> str | None:
     """The run folder under its one true name, so that a link cannot hide that two jobs share it."""
     return os.path.realpath(Path(spec.cwd) / spec.run_dir) if spec.run_dir is not None else None
+
+
+def free_name(connection: sqlite3.Connection, name: str) -> str:
+    """``NAME``, or ``NAME-2``, ``NAME-3``... when a submission has that name."""
+    pattern = name.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "-%"
+    rows = connection.execute(
+        "SELECT name FROM groups WHERE name = ? OR name LIKE ? ESCAPE '\\'", (name, pattern)
+    )
+    taken = {row["name"] for row in rows}
+    if name not in taken:
+        return name
+    number = 2
+    while f"{name}-{number}" in taken:
+        number += 1
+    return f"{name}-{number}"
