@@ -83,15 +83,19 @@ def test_a_job_has_its_own_session_group_and_default_signals(jobs):
     assert jobs.observe().state == "running"
     assert jobs.observe().pid == pid
     wait_for(lambda: "SigIgn" in jobs.log())
-    assert {line.split()[1] for line in jobs.log().splitlines() if line.startswith("Sig")} == {"0" * 16}
+    masks = [int(line.split()[1], 16) for line in jobs.log().splitlines() if line.startswith("Sig")]
+    reserved = 1 << 31 | 1 << 32  # signals 32 and 33 belong to the C library, which keeps programs from touching them
+    assert len(masks) == 2
+    assert all(mask & ~reserved == 0 for mask in masks)
 
 
 def test_the_supervisor_is_small_and_nobodys_child(jobs):
+    before = psutil.Process().children()
     jobs.begin("sleep 60")
     supervisor = jobs.supervisor()
     assert supervisor.memory_info().rss < 20e6
     assert supervisor.ppid() != os.getpid()
-    assert psutil.Process().children() == []
+    assert psutil.Process().children() == before
 
 
 def test_a_stop_lets_the_job_save_and_end(jobs):
