@@ -38,17 +38,17 @@ CORE = (
 OPTIONAL = {
     "flash-attn": "fast attention on CUDA (--attn_impl flash_attention_2)",
     "liger-kernel": "fused kernels on CUDA (--use_liger_kernel)",
-    "nvidia-ml-py": "NVIDIA topology and driver in this report, device memory in plans",
     "tensorboard": "--report_to tensorboard",
     "wandb": "--report_to wandb",
     "swanlab": "--report_to swanlab",
     "trackio": "--report_to trackio",
     "mlflow": "--report_to mlflow",
+    "optuna": "sweeps with method tpe or early stopping",
     "peft": "the tests and benchmarks",
 }
 """Distribution -> what it is good for."""
 INSTALL = {"flash-attn": "pip install flash-attn --no-build-isolation"}
-CUDA_EXTRA = ("liger-kernel", "nvidia-ml-py")
+CUDA_EXTRA = ("liger-kernel",)
 FEW_FILES = 1024
 LITTLE_DISK_BYTES = 5 << 30
 PROBE_SECONDS = 60.0
