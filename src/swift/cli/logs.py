@@ -19,8 +19,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("-f", "--follow", action="store_true", help="until the job ends, or Ctrl-C")
     parser.add_argument("-n", "--tail", type=int, metavar="LINES", help="only the last so many lines")
     options = parser.parse(argv)
-    from swift.experiments.attempt import OUTPUT_LOG
     from swift.experiments.home import Home
+    from swift.experiments.progress import OUTPUT_LOG
     from swift.experiments.store import Store
     from swift.experiments.types import FINISHED
 

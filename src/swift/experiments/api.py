@@ -20,9 +20,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from swift.core.errors import SwiftError, UsageError
-from swift.experiments.attempt import OUTPUT_LOG
 from swift.experiments.engine import Engine
 from swift.experiments.monitor import metrics_text
+from swift.experiments.progress import OUTPUT_LOG
 from swift.experiments.selection import select_jobs
 from swift.experiments.store import StateConflict
 from swift.experiments.types import FINISHED, STATES, Job, JobSpec, State

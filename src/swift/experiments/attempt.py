@@ -16,22 +16,19 @@ from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_text
 from swift.experiments.home import Home
 from swift.experiments.isolation import environment_for
+from swift.experiments.progress import OUTPUT_LOG
 from swift.experiments.types import Inventory, Job, Launch, Placement
 from swift.runs.folder import RunFolder
-from swift.runs.metrics import read_metrics
 from swift.runs.status import read_status
 
 __all__ = [
     "attempt_log",
     "build_launch",
     "effective_options",
-    "last_metrics",
-    "median_step_seconds",
     "processes_of",
     "run_status",
 ]
 
-OUTPUT_LOG = "output.log"
 TRAINING = ("pt", "sft")
 _LOG_BYTES = 32_768
 _LEAST_HOST_BYTES = 2 * 2**30
@@ -185,38 +182,6 @@ def effective_options(job: Job) -> dict[str, Any]:
         values = {**job.spec.options, **job.overrides}
         resolved = resolve(job.spec.command, values=values, planning=True, partial=True)
         return {name: resolved.value(name) for name in COMMANDS[job.spec.command].options()}
-
-
-def last_metrics(run_dir: str | Path | None, tail_bytes: int = 8192) -> dict[str, Any]:
-    """The newest training line of ``metrics.jsonl``, with the newest ``eval_*`` values; from the end of the file."""
-    if run_dir is None:
-        return {}
-    try:
-        with (Path(run_dir) / "metrics.jsonl").open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            start = max(0, file.tell() - tail_bytes)
-            file.seek(start)
-            lines = file.read().decode(errors="replace").split("\n")
-    except OSError:
-        return {}
-    found: dict[str, Any] = {}
-    for line in lines[1 if start else 0 : -1]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut by a kill; the run repairs it when it goes on
-        found |= row
-    return found
-
-
-def median_step_seconds(run_dir: str | Path, lines: int = 50) -> float | None:
-    """Median of the step times of the newest metric lines; None before there are any."""
-    try:
-        rows = read_metrics(Path(run_dir) / "metrics.jsonl")[-lines:]
-    except SwiftError:
-        return None
-    times = sorted(row["step_time"] for row in rows if row.get("step_time"))
-    return times[len(times) // 2] if times else None
 
 
 def _read_json(path: Path) -> Any:

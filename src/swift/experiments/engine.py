@@ -23,11 +23,9 @@ from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.core.logging import get_logger
 from swift.experiments.attempt import (
-    OUTPUT_LOG,
     attempt_log,
     build_launch,
     effective_options,
-    median_step_seconds,
     processes_of,
     run_status,
 )
@@ -40,6 +38,7 @@ from swift.experiments.inventory import take_inventory
 from swift.experiments.launch import AlreadyRunning, Exit, Observation
 from swift.experiments.monitor import Monitor
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
+from swift.experiments.progress import OUTPUT_LOG, median_step_seconds
 from swift.experiments.runner import Runner, Supervisors
 from swift.experiments.scheduler import Decision, Policy, decide
 from swift.experiments.store import StateConflict, Store

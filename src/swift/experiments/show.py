@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
-from swift.experiments.attempt import last_metrics
+from swift.experiments.progress import last_metrics
 from swift.experiments.types import ACTIVE, FINISHED, Job
 from swift.runs.status import read_status
 
