@@ -315,5 +315,5 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _how(name: str) -> str:
-    extra = "cuda" if name in CUDA_EXTRA else "dev" if name == "peft" else name
+    extra = {**dict.fromkeys(CUDA_EXTRA, "cuda"), "optuna": "sweep", "peft": "dev"}.get(name, name)
     return INSTALL.get(name, f"pip install 'swift-forge[{extra}]'")
