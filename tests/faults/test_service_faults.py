@@ -133,3 +133,5 @@ def test_a_home_that_cannot_be_written_is_named():
     assert "SWIFT_HOME" in caught.value.fix
     with pytest.raises(SwiftError, match="cannot be written"):
         Client(home)
+    with pytest.raises(SwiftError, match="cannot be made"):
+        Home.find("/proc/self/home")

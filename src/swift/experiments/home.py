@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from swift.core.errors import SwiftError
+
 __all__ = ["Home"]
 
 
@@ -17,9 +19,20 @@ class Home:
 
     @classmethod
     def find(cls, path: str | Path | None = None) -> Home:
-        """The given folder, else ``$SWIFT_HOME``, else ``~/.swift``; made private to the user when it is new."""
+        """The given folder, else ``$SWIFT_HOME``, else ``~/.swift``; made private to the user when it is new.
+
+        Raises SwiftError when it cannot be made.
+        """
         root = Path(path or os.environ.get("SWIFT_HOME") or "~/.swift").expanduser().absolute()
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise SwiftError(
+                "the home of the experiment service cannot be made",
+                where=str(root),
+                why=error.strerror,
+                fix="SWIFT_HOME=/a/folder/you/may/write",
+            ) from error
         return cls(root)
 
     @property
