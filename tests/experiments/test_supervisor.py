@@ -84,7 +84,9 @@ def test_a_job_has_its_own_session_group_and_default_signals(jobs):
     assert jobs.observe().pid == pid
     wait_for(lambda: "SigIgn" in jobs.log())
     masks = [int(line.split()[1], 16) for line in jobs.log().splitlines() if line.startswith("Sig")]
-    reserved = 1 << 31 | 1 << 32  # signals 32 and 33 belong to the C library, which keeps programs from touching them
+    reserved = (
+        1 << 31 | 1 << 32
+    )  # signals 32 and 33 belong to the C library, which keeps programs from touching them
     assert len(masks) == 2
     assert all(mask & ~reserved == 0 for mask in masks)
 
