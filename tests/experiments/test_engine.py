@@ -372,7 +372,6 @@ def test_a_sweep_asks_for_trials_as_results_come(tmp_path, chat_sweep):
 
 @pytest.fixture
 def chat_sweep(tmp_path, tiny_model_dir):
-    pytest.importorskip("optuna")
     data = tmp_path / "chat.jsonl"
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]}
     data.write_text(json.dumps(row) + "\n")

@@ -68,6 +68,7 @@ def test_jobs_outlive_the_service_and_their_exit_codes_are_found(services):
         lambda: {job.exit_code for job in services.store.jobs()} == {3},
         "the exit codes of jobs that ended without a service",
     )
+    assert sorted(services.ran("start")) == ["j1", "j2"], "no job ran twice"
 
 
 def test_a_stopped_service_leaves_its_jobs_running(services):

@@ -131,7 +131,9 @@ def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     try:
         os.read(ready, 1)  # the child runs, so its copy of the lock is closed
         run.release()  # as the end of the parent would do
-        RunFolder.open(run.path, write=True).release()
+        again = RunFolder.open(run.path, write=True)  # raises while anybody holds the lock
+        assert again.path == run.path
+        again.release()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

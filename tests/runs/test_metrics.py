@@ -61,7 +61,8 @@ def test_not_finite_numbers_are_null_and_named(tmp_path: Path) -> None:
 
 
 def test_scalars_of_arrays(tmp_path: Path) -> None:
-    numpy = pytest.importorskip("numpy")
+    import numpy
+
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     log.append({"step": numpy.int64(4), "loss": numpy.float32(0.5), "bad": numpy.float32("nan")})

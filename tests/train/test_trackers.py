@@ -54,7 +54,6 @@ def whole_life(callback: TrackerCallback, run: Any) -> None:
 
 
 def test_tensorboard_event_file(run: Any) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (callback,) = tracker_callbacks(["tensorboard"])

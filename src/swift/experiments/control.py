@@ -6,6 +6,7 @@ service that is killed in between still knows, once the attempt has ended, what 
 
 from __future__ import annotations
 
+import abc
 import itertools
 import re
 import threading
@@ -40,7 +41,7 @@ def intent_of(store: Store, job: Job) -> dict[str, Any] | None:
     return wishes[-1] if wishes else None
 
 
-class Control:
+class Control(abc.ABC):
     """The part of the engine that changes jobs on request. Safe to call from any thread."""
 
     sweeps: Sweeps
@@ -50,8 +51,9 @@ class Control:
         self.grace_seconds = grace_seconds
         self._submitting = threading.Lock()
 
+    @abc.abstractmethod
     def wake(self) -> None:
-        raise NotImplementedError
+        """Let the engine look again at once."""
 
     def submit(
         self, name: str, source_text: str, specs: Sequence[JobSpec], sweep: dict[str, str] | None = None
