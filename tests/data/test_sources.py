@@ -237,9 +237,7 @@ def test_names_on_a_hub_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as caught:
         find_files(parse_dataset_spec("org/name#500").path)
-    assert (
-        caught.value.fix == "hf download org/name --repo-type dataset --local-dir name; then --dataset name"
-    )
+    assert caught.value.fix == "swift download org/name --type dataset"
     with pytest.raises(DataError) as caught:
         find_files(Path("dta/train.jsonl"))
     assert caught.value.why == "there is no folder dta"

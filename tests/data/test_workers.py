@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,19 +71,33 @@ def test_a_dead_process_is_named(workers: WorkerPool[int, int]) -> None:
 
 
 def test_a_stuck_process_is_named() -> None:
-    stuck = pool(deadline_seconds=0.5)
+    stuck = pool()
     list(stuck.map([1, 2], ahead=1))
+    stuck.deadline_seconds = 0.5  # only now: processes take a while to start
     with pytest.raises(SwiftError, match="counting: no result for"):
         list(stuck.map([1000], ahead=1))
     stuck.close()
     assert multiprocessing.active_children() == []
 
 
+def wait_until_ignored(pid: int, number: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        ignored = next(line for line in status.splitlines() if line.startswith("SigIgn:"))
+        if int(ignored.split()[1], 16) >> (number - 1) & 1:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"process {pid} does not ignore signal {number}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_signals_to_the_group_are_left_to_the_parent(workers: WorkerPool[int, int]) -> None:
     results = workers.map(range(1, 9), ahead=1)
     assert next(results) == 10
     for child in multiprocessing.active_children():
         assert child.pid is not None
+        wait_until_ignored(child.pid, signal.SIGTERM)  # the second process may still be starting
         os.kill(child.pid, signal.SIGINT)
         os.kill(child.pid, signal.SIGTERM)
     assert list(results) == [20, 30, 40, 50, 60, 70, 80]

@@ -16,11 +16,13 @@ from swift.core.errors import DataError
 from swift.core.format import format_count
 from swift.data.cache import cached_store, content_key
 from swift.data.formats import RowError, to_sample
+from swift.data.mapping import NO_MAPPING, ColumnMapping
 from swift.data.mixing import mix, repeat_rows, row_ids, split_rows
+from swift.data.persona import dataset_specs
 from swift.data.report import DataReport
 from swift.data.rows import location_of
 from swift.data.samples import Selection, bad_rows_error, select
-from swift.data.sources import DatasetSpec, find_files, parse_dataset_spec, read_rows
+from swift.data.sources import DatasetSpec, find_files, read_rows
 from swift.data.store import TokenStore
 from swift.data.tokenise import Encoder, TemplateLike, tokenise
 from swift.data.tokens import TokenDataset
@@ -48,12 +50,14 @@ class LoadedData:
     notes: list[str] = field(default_factory=list)
 
 
-def load_data(resolved: Resolved, template: TemplateLike, max_length: int | None) -> LoadedData:
+def load_data(
+    resolved: Resolved, template: TemplateLike, max_length: int | None, *, train: TokenDataset | None = None
+) -> LoadedData:
     """Read, tokenise (or find in the cache), mix and split the data sets of ``resolved``.
 
     ``dataset_weights`` set proportions of samples; as many are taken as the proportions allow without
     repeating any. Without weights the data sets follow one another whole. ``split_dataset_ratio`` counts only
-    when there is no ``val_dataset``.
+    when there is no ``val_dataset``. With ``train`` only the validation data is loaded.
 
     Raises DataError for missing files, bad rows (unless ``on_bad_rows=skip``) and when nothing is left to
     learn.
@@ -65,18 +69,20 @@ def load_data(resolved: Resolved, template: TemplateLike, max_length: int | None
     encoder = Encoder(template, max_length, section.truncation_strategy)
     notes: list[str] = []
     # Names first: a missing validation file should not be found after an hour of tokenising.
-    specs = [parse_dataset_spec(text) for text in section.dataset]
-    val_specs = [parse_dataset_spec(text) for text in section.val_dataset]
-    files = {spec.text: find_files(spec.path) for spec in [*specs, *val_specs]}
+    specs = dataset_specs(section, section.dataset)
+    val_specs = dataset_specs(section, section.val_dataset)
+    files = {spec.text: find_files(spec) for spec in [*specs, *val_specs]}
 
     def load(chosen: list[DatasetSpec], weights: Sequence[float]) -> TokenDataset:
         parts = [_load_one(spec, files[spec.text], section, encoder, seed, notes) for spec in chosen]
         return _combine(parts, weights, seed)
 
-    train = load(specs, section.dataset_weights)
+    streamed = train is not None
+    if train is None:
+        train = load(specs, section.dataset_weights)
     _require_samples(train, section.dataset, max_length)
     _note_report(train.report, max_length, section, notes)
-    if section.dataset_weights:
+    if section.dataset_weights and not streamed:
         notes.append(_mixing_note(train, specs))
     validation = None
     if val_specs:
@@ -85,7 +91,8 @@ def load_data(resolved: Resolved, template: TemplateLike, max_length: int | None
         _note_report(validation.report, max_length, section, notes, "validation: ")
     elif section.split_dataset_ratio > 0:
         train, validation = _split(train, section.split_dataset_ratio, seed)
-    rows = [] if validation is None else _original_rows(validation, section.columns)
+    mappings = {str(file): spec.mapping for spec in [*specs, *val_specs] for file in files[spec.text]}
+    rows = [] if validation is None else _original_rows(validation, section.columns, mappings)
     return LoadedData(train, validation, rows, notes)
 
 
@@ -100,6 +107,7 @@ def _load_one(
             files,
             (spec.num_rows, spec.path.name, seed) if selection.num_rows == spec.num_rows else None,
             sorted(section.columns.items()),
+            *([spec.mapping] if spec.mapping != NO_MAPPING else []),
             encoder.template.fingerprint,
             encoder.max_length,
             encoder.truncation,
@@ -122,7 +130,13 @@ def _load_one(
                     raise _refusal(selection, section, part.report.bad_rows, spec)
                 yield part
 
-    store = cached_store(key, make, reuse=section.load_from_cache_file, notes=notes)
+    store = cached_store(
+        key,
+        make,
+        reuse=section.load_from_cache_file,
+        notes=notes,
+        limit_bytes=round(section.token_cache_gib * 2**30),
+    )
     if store.report.bad_rows and section.on_bad_rows == "error":  # made by a run that skipped them
         raise bad_rows_error(store.report.bad_rows, selection.num_rows, [spec.text])
     if not repeated or spec.num_rows is None:
@@ -208,7 +222,9 @@ def _split(train: TokenDataset, ratio: float, seed: int) -> tuple[TokenDataset, 
     return _with_counts(train), _with_counts(validation)
 
 
-def _original_rows(dataset: TokenDataset, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+def _original_rows(
+    dataset: TokenDataset, columns: Mapping[str, str], mappings: Mapping[str, ColumnMapping]
+) -> list[dict[str, Any]]:
     """The rows of a data set as they were read, once each, in the order of the data set."""
     places = dict.fromkeys(dataset.row(i) for i in range(len(dataset)))
     wanted: dict[str, set[int]] = {}
@@ -216,7 +232,8 @@ def _original_rows(dataset: TokenDataset, columns: Mapping[str, str]) -> list[di
         wanted.setdefault(source, set()).add(number)
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for source, numbers in wanted.items():
-        for row in read_rows(location_of(source, 0), columns, numbers):
+        file = location_of(source, 0)
+        for row in read_rows(file, columns, numbers, mappings.get(file, NO_MAPPING)):
             sample = to_sample(row)
             tools = {} if sample.tools is None else {"tools": sample.tools}
             found[source, row.number] = {"messages": sample.messages, **tools, **sample.extra}

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from types import TracebackType
+from typing import TypeVar, cast
 
 from swift.core.errors import SwiftError
 from swift.data.batching import BatchSchedule, MicroBatch, Mode
@@ -15,7 +16,9 @@ from swift.data.layout import Layout, lay_out, lay_out_in_worker
 from swift.data.tokens import TokenDataset
 from swift.data.workers import WorkerPool
 
-__all__ = ["BatchLoader"]
+__all__ = ["BatchLoader", "ahead"]
+
+T = TypeVar("T")
 
 _STAGE = "data loading"
 _AHEAD = 4  # micro-batches prepared in advance by the thread, and by each worker process
@@ -81,42 +84,8 @@ class BatchLoader:
         self.close()
 
     def _from_thread(self, todo: list[MicroBatch]) -> Generator[Batch, None, None]:
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(_AHEAD)
-        stop = threading.Event()
-
-        def put(item: Batch | BaseException) -> bool:
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    ready.put(item, timeout=0.1)
-                    return True
-            return False
-
-        def work() -> None:
-            try:
-                for rows in todo:
-                    if not put(batch_of(lay_out(self.dataset, rows, self.mode, self.pad_token_id))):
-                        return
-            except (
-                BaseException
-            ) as error:  # whatever it is, it belongs to the thread that waits for the batch
-                put(error)
-
-        thread = threading.Thread(target=work, name="swift-batches", daemon=True)
-        thread.start()
-        try:
-            for _ in todo:
-                try:
-                    item = ready.get(timeout=self.deadline_seconds)
-                except queue.Empty:
-                    message = f"no batch for {self.deadline_seconds:.0f} s"
-                    why = "the loading thread is stuck, or the disk that holds the tokens is"
-                    raise SwiftError(message, where=_STAGE, why=why) from None
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join(timeout=self.deadline_seconds)
+        batches = (batch_of(lay_out(self.dataset, rows, self.mode, self.pad_token_id)) for rows in todo)
+        return ahead(batches, _AHEAD, self.deadline_seconds)
 
     def _from_processes(self, todo: list[MicroBatch]) -> Generator[Batch, None, None]:
         if self._pool is None:
@@ -131,3 +100,51 @@ class BatchLoader:
         with contextlib.closing(self._pool.map(todo, _AHEAD)) as layouts:
             for layout in layouts:
                 yield batch_of(layout)
+
+
+class _End:
+    """What the thread puts last."""
+
+
+def ahead(items: Iterator[T], count: int, deadline_seconds: float) -> Generator[T, None, None]:
+    """The items, up to ``count`` of them made in advance by a thread, which ends with this generator.
+
+    What the iterator raises is raised here; SwiftError when an item does not arrive in time.
+    """
+    ready: queue.Queue[T | BaseException | type[_End]] = queue.Queue(count)
+    stop = threading.Event()
+
+    def put(item: T | BaseException | type[_End]) -> bool:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(_End)
+        except BaseException as error:  # whatever it is, it belongs to the thread that waits for the item
+            put(error)
+
+    thread = threading.Thread(target=work, name="swift-batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                item = ready.get(timeout=deadline_seconds)
+            except queue.Empty:
+                message = f"no batch for {deadline_seconds:.0f} s"
+                why = "the loading thread is stuck, or the disk that holds the tokens is"
+                raise SwiftError(message, where=_STAGE, why=why) from None
+            if item is _End:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield cast(T, item)
+    finally:
+        stop.set()
+        thread.join(timeout=deadline_seconds)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
+from swift.data.mapping import NO_MAPPING, ColumnMapping
 from swift.data.mixing import sample_rows
 from swift.data.rows import Row
 from swift.data.sources import DatasetSpec, find_files, parse_dataset_spec, read_rows, row_numbers
@@ -22,11 +23,12 @@ class Selection:
 
     files: list[tuple[Path, set[int] | None]]
     num_rows: int
+    mapping: ColumnMapping = NO_MAPPING
 
     def rows(self, columns: Mapping[str, str]) -> Iterator[Row]:
         """The rows, in order; bad ones have ``error`` set."""
         for file, wanted in self.files:
-            yield from read_rows(file, columns, wanted)
+            yield from read_rows(file, columns, wanted, self.mapping)
 
 
 def select(spec: DatasetSpec, files: list[Path], seed: int) -> Selection:
@@ -34,7 +36,7 @@ def select(spec: DatasetSpec, files: list[Path], seed: int) -> Selection:
     numbers = [row_numbers(file) for file in files]
     total = sum(len(part) for part in numbers)
     if spec.num_rows is None or spec.num_rows >= total:
-        return Selection([(file, None) for file in files], total)
+        return Selection([(file, None) for file in files], total, spec.mapping)
     chosen = sample_rows(total, spec.num_rows, seed, spec.path.name)
     taken: list[tuple[Path, set[int] | None]] = []
     start = 0
@@ -43,7 +45,7 @@ def select(spec: DatasetSpec, files: list[Path], seed: int) -> Selection:
         if len(inside):
             taken.append((file, {part[place] for place in inside}))
         start += len(part)
-    return Selection(taken, spec.num_rows)
+    return Selection(taken, spec.num_rows, spec.mapping)
 
 
 def read_samples(
@@ -57,7 +59,7 @@ def read_samples(
     bad: list[tuple[str, str]] = []
     for text in texts:
         spec = parse_dataset_spec(text)
-        selection = select(spec, find_files(spec.path), seed)
+        selection = select(spec, find_files(spec), seed)
         mine: list[Sample] = []
         for row in selection.rows(columns):
             try:
