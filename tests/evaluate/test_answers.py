@@ -17,7 +17,7 @@ from swift.config.sections.generation import GenerationSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, DataError, SwiftError
-from swift.evaluate.answers import answer_questions, read_questions, summarize
+from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
 from swift.evaluate.results import ResultFile
 from swift.inference.generate import Generator
 from swift.models.load import load_bundle, load_model
@@ -58,6 +58,14 @@ def test_bad_rows_are_refused_or_counted(data: Path) -> None:
     questions = read_questions([str(data)], {}, "skip")
     assert len(questions.good) == 6
     assert questions.bad[1] == f"{data}:8: there is no question before the answer"
+
+
+def test_answers_may_be_twice_as_long_as_the_longest_reference(generator: Generator, data: Path) -> None:
+    questions = read_questions([f"{data}#5"], {}).good
+    longest = max(len(generator.tokenizer.encode(str(2 * n), add_special_tokens=False)) for n in range(5))
+    assert answer_limit(questions, generator.tokenizer, 512) == 2 * longest + 16
+    assert answer_limit(questions, generator.tokenizer, 10) == 10
+    assert answer_limit(read_questions([str(data)], {}).good, generator.tokenizer, 512) == 512
 
 
 def test_results_hold_answers_and_metrics(generator: Generator, data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from swift.core.errors import ModelError
 from swift.models.facts import ModelFacts, check_model_folder, read_safetensors_header, resolve_model_path
-from swift.models.tiny import ARCHITECTURES, make_tiny_model
+from swift.models.tiny import make_tiny_model
 
 
 @pytest.fixture
@@ -21,8 +21,13 @@ def folder(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
 
 
+ARCHITECTURES = (
+    "cohere deepseek_v3 gemma gemma2 glm gpt2 granite llama mistral mixtral phi3 qwen2 qwen3 qwen3_moe"
+)
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ARCHITECTURES.split())
 def test_counted_and_computed_agree_with_the_model(tmp_path: Path, architecture: str, tied: bool) -> None:
     import torch
 
@@ -216,7 +221,3 @@ def test_resolve_names_the_nearest(folder: Path) -> None:
     assert error.value.fix == f"--model {folder}"
     with pytest.raises(ModelError, match="not a file"):
         resolve_model_path(str(folder / "config.json"))
-    with pytest.raises(ModelError, match="no model folder") as error:
-        resolve_model_path("Qwen/Qwen3-0.6B")
-    assert "hub come with a later version" in (error.value.why or "")
-    assert error.value.fix == "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B; then --model Qwen3-0.6B"

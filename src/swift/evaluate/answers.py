@@ -17,7 +17,7 @@ from swift.evaluate.results import ResultFile, row_key
 from swift.inference.generate import Generator
 from swift.inference.losses import answer_losses
 
-__all__ = ["Question", "Questions", "answer_questions", "read_questions", "summarize"]
+__all__ = ["Question", "Questions", "answer_limit", "answer_questions", "read_questions", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def read_questions(
     for name in names:
         spec = parse_dataset_spec(name)
         taken = 0
-        for row in (row for file in find_files(spec.path) for row in read_rows(file, columns)):
+        for row in (
+            row for file in find_files(spec) for row in read_rows(file, columns, mapping=spec.mapping)
+        ):
             if spec.num_rows is not None and taken >= spec.num_rows:
                 break
             taken += 1
@@ -94,6 +96,19 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content or ())
+
+
+def answer_limit(questions: Sequence[Question], tokenizer: Any, most: int) -> int:
+    """How long the answers of a trained model may get when nobody said: twice the longest reference and 16 tokens.
+
+    A model that has not learned to stop would use up all of ``most`` on every row. ``most`` itself where a row has no
+    reference.
+    """
+    references = [question.reference for question in questions if question.reference is not None]
+    if len(references) < len(questions):
+        return most
+    longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"])
+    return min(most, 2 * longest + 16)
 
 
 def answer_questions(

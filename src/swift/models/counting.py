@@ -10,7 +10,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["count_by_config", "count_tensors", "decoder_sizes", "routed_parameters"]
+__all__ = ["count_by_config", "count_tensors", "decoder_sizes", "has_gate", "routed_parameters"]
+
+# Families whose feed-forward layer is two matrices with an activation between them, without a gate.
+_UNGATED = ("bloom", "codegen", "falcon", "gpt", "mpt", "nemotron", "opt", "phi", "starcoder2")
+_GATED_AFTER_ALL = ("gpt_oss", "phi3", "phi4", "phimoe", "falcon_h1", "falcon_mamba")
+
+
+def has_gate(model_type: str) -> bool:
+    """Whether a feed-forward layer has three matrices (gate, up, down) rather than two."""
+    return not model_type.startswith(_UNGATED) or model_type.startswith(_GATED_AFTER_ALL)
 
 
 def decoder_sizes(config: dict[str, Any]) -> dict[str, int]:
@@ -25,7 +34,9 @@ def decoder_sizes(config: dict[str, Any]) -> dict[str, int]:
         return default
 
     hidden = first("hidden_size", "n_embd", "d_model")
-    heads = first("num_attention_heads", "n_head", "num_heads")
+    # A model whose layers only carry a state (Mamba) has no heads; its layers are measured as one wide head.
+    only_states = 1 if isinstance(config.get("state_size"), int) else None
+    heads = first("num_attention_heads", "n_head", "num_heads", default=only_states)
     return {
         "num_layers": first("num_hidden_layers", "n_layer", "num_layers"),
         "hidden_size": hidden,
@@ -101,7 +112,8 @@ def _mlp_by_config(config: dict[str, Any], sizes: dict[str, int]) -> tuple[int, 
     experts = sizes["num_experts"]
     if not experts:
         bias = 2 * inner + hidden if config.get("mlp_bias") else 0
-        return layers * (3 * hidden * inner + bias), 0
+        matrices = 3 if has_gate(config.get("model_type", "")) else 2
+        return layers * (matrices * hidden * inner + bias), 0
     sparse = _num_sparse_layers(config, layers)
     shared = 3 * hidden * _shared_size(config)
     mlp = sparse * shared + (layers - sparse) * 3 * hidden * inner + routed_parameters(config, sizes)

@@ -14,7 +14,7 @@ from typing import Any
 
 from swift.core.errors import ModelError
 from swift.core.format import format_bytes
-from swift.core.registry import closest, looks_like_hub_name
+from swift.core.registry import closest
 from swift.models.counting import count_by_config, count_tensors, decoder_sizes, routed_parameters
 
 __all__ = ["ModelFacts", "check_model_folder", "read_safetensors_header", "resolve_model_path"]
@@ -95,43 +95,62 @@ class ModelFacts:
             ModelError: config.json is missing, or is not a decoder's.
         """
         raw = _read_config(folder)
+        try:
+            weights = weight_files(folder)
+            tensors = _tensors(weights)
+        except ModelError:
+            weights, tensors = [], {}
+        size = sum(file.stat().st_size for file in weights) if weights else None
+        return cls.from_config(raw, str(folder / "config.json"), tensors=tensors, weights_bytes=size)
+
+    @classmethod
+    def from_config(
+        cls,
+        raw: dict[str, Any],
+        where: str,
+        *,
+        tensors: Mapping[str, tuple[int, ...]] | None = None,
+        weights_bytes: int | None = None,
+        beside: int = 0,
+    ) -> ModelFacts:
+        """Facts of a configuration.
+
+        Args:
+            raw: the contents of config.json.
+            where: named in errors.
+            tensors: name -> shape of the stored weights, for exact numbers.
+            beside: parameters outside the decoder, where there are no weights to count.
+
+        Raises:
+            ModelError: the configuration is not a decoder's.
+        """
         config = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
         try:
             sizes = decoder_sizes(config)
         except KeyError as error:
             raise ModelError(
                 f"config.json does not say {error.args[0]}",
-                where=str(folder / "config.json"),
+                where=where,
                 why=f"model type {raw.get('model_type')!r} may not be a causal language model",
             ) from None
         tied = _tied(raw, config)
-        parts, exact = count_by_config(config, sizes, tied), False
-        try:
-            weights = weight_files(folder)
-            tensors = _tensors(weights)
-        except ModelError:
-            weights, tensors = [], {}
-        experts_share = 1.0
-        if tensors:
-            parts, exact = count_tensors(tensors, tied), True
-        num_experts = sizes["num_experts"]
-        if num_experts:
-            routed = routed_parameters(config, sizes)
-            experts_share = sizes["num_experts_per_token"] / num_experts
-            active = sum(parts.values()) - round(routed * (1 - experts_share))
-        else:
-            active = sum(parts.values())
+        parts = count_tensors(dict(tensors), tied) if tensors else count_by_config(config, sizes, tied)
+        if not tensors:
+            parts["other"] += beside
+        active = sum(parts.values())
+        if sizes["num_experts"]:
+            idle = 1 - sizes["num_experts_per_token"] / sizes["num_experts"]
+            active -= round(routed_parameters(config, sizes) * idle)
         architectures = raw.get("architectures") or config.get("architectures") or ["unknown"]
-        dtype = config.get("dtype") or config.get("torch_dtype")
         return cls(
             architecture=architectures[0],
             model_type=raw.get("model_type", "unknown"),
             tie_word_embeddings=tied,
-            dtype=dtype,
+            dtype=config.get("dtype") or config.get("torch_dtype"),
             parts=parts,
             num_active_parameters=active,
-            exact=exact,
-            weights_bytes=sum(file.stat().st_size for file in weights) if weights else None,
+            exact=bool(tensors),
+            weights_bytes=weights_bytes,
             config=raw,
             **sizes,
         )
@@ -183,13 +202,9 @@ def resolve_model_path(name: str) -> Path:
     siblings = [entry.name for entry in parent.iterdir() if (entry / "config.json").is_file()]
     near = closest(path.name, siblings)
     fix = f"--model {parent / near}" if near else "give the path of a folder with config.json and weights"
-    if looks_like_hub_name(name):
-        local = path.name
-        fix = f"hf download {name} --local-dir {local}; then --model {local}"
     raise ModelError(
         f"no model folder {name!r}",
         where="--model",
-        why="models are folders on disk; names on a hub come with a later version",
         fix=fix,
     )
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ModelError
 from swift.core.logging import get_logger, quiet_libraries
 from swift.core.registry import closest
 from swift.models.facts import ModelFacts, check_model_folder
+from swift.models.quantised import check_loadable, check_packages, loading_config, settle_layers
 from swift.models.template import Template
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def load_bundle(
     attention: str = "auto",
     pretraining: bool = False,
     trust_remote_code: bool = False,
+    quantization: QuantizationSection | None = None,
 ) -> ModelBundle:
     """Model, tokenizer and template of one folder, checked against each other."""
     folder = Path(path)
@@ -66,7 +69,12 @@ def load_bundle(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     template = Template(tokenizer, template_section, pretraining)
     model = load_model(
-        folder, dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code
+        folder,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
     )
     check_vocabulary(model, tokenizer, folder)
     used = model.config._attn_implementation
@@ -130,16 +138,19 @@ def load_model(
     device: torch.device | str = "cpu",
     attention: str = "auto",
     trust_remote_code: bool = False,
+    quantization: QuantizationSection | None = None,
 ) -> Any:
     """The causal language model of a folder, in evaluation mode, without key/value cache by default.
 
     Args:
         dtype: of the weights in memory.
+        quantization: how the linear layers are quantised while they are read; None leaves them as they are.
         attention: ``auto`` takes ``swift_varlen`` where it is exact for the architecture, else what transformers
             chooses; ``varlen`` insists on it; other names are transformers'.
 
     Raises:
-        ModelError: incomplete folder, unknown architecture, attention the model cannot use.
+        ModelError: incomplete folder, unknown architecture, attention the model cannot use, or a quantised folder
+            that cannot be loaded here.
     """
     quiet_libraries()
     folder = Path(path)
@@ -152,6 +163,15 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": implementation} if implementation else {}
     if trust_remote_code:
         options["trust_remote_code"] = True
+    quantization = quantization or QuantizationSection()
+    check_packages(quantization)
+    check_loadable(config.to_dict(), str(device).partition(":")[0], quantization, str(folder))
+    settings = loading_config(quantization, dtype)
+    if settings is not None:
+        options["quantization_config"] = settings
+    is_quantised = settings is not None or getattr(config, "quantization_config", None) is not None
+    if is_quantised:
+        options["device_map"] = {"": str(device)}  # quantised layers cannot be moved afterwards
     if str(device).startswith("cpu") and str(dtype) != "torch.float32":
         # transformers' default for experts, grouped_mm, is 2.6x slower in bf16 on CPU, and knows no float64.
         options["experts_implementation"] = "eager"
@@ -169,7 +189,10 @@ def load_model(
             why=", ".join(missing[:3]) + (", ..." if len(missing) > 3 else ""),
             fix="check that config.json and the weights belong together",
         )
-    model.to(device)
+    if is_quantised:
+        settle_layers(model)
+    else:
+        model.to(device)
     model.config.use_cache = False
     return model.eval()
 

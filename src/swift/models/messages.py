@@ -33,7 +33,11 @@ class Conversation:
     @property
     def last_question(self) -> int:
         """Index of the last user message, -1 without one."""
-        users = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        users = [
+            index
+            for index, message in enumerate(self.messages)
+            if message["role"] == "user" and not message.get("from_tool")
+        ]
         return users[-1] if users else -1
 
 

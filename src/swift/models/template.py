@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, DataError, ModelError
 from swift.core.registry import closest
+from swift.models.agents import write_tools
 from swift.models.jinja import ChatTemplate
 from swift.models.messages import Conversation, read_conversation
 from swift.models.spans import Turn, end_of_turn_token, find_turns, fit_end
@@ -27,6 +28,18 @@ from swift.models.spans import Turn, end_of_turn_token, find_turns, fit_end
 __all__ = ["Encoded", "Template"]
 
 _BUILT_IN = Path(__file__).parent / "chat_templates"
+_OTHER_NAMES = {
+    **dict.fromkeys(("qwen", "qwen2", "qwen2_5", "yi", "internlm2", "hermes", "smollm"), "chatml"),
+    **dict.fromkeys(("llama3_1", "llama3_2", "llama3_3"), "llama3"),
+    "gemma2": "gemma",
+    "phi": "phi3",
+    "phi3_5": "phi3",
+    "chatglm4": "glm4",
+    "deepseek_v2_5": "deepseek",
+    "deepseek_v3": "deepseek",
+    "deepseek_r1": "deepseek",
+}
+"""Names of other programs for formats that are the same as far as text without tools goes."""
 _VERSION = 2
 """Raised when the same row gives other tokens or labels than before, or is refused, so that caches notice."""
 
@@ -95,7 +108,8 @@ class Template:
         self, samples: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None]]
     ) -> list[Encoded]:
         """``encode`` of many (messages, tools), faster."""
-        prepared = [self._prepare(self._read(messages), tools) for messages, tools in samples]
+        written = [self._with_tools(messages, tools) for messages, tools in samples]
+        prepared = [self._prepare(self._read(messages), tools) for messages, tools in written]
         if not prepared:
             return []
         special = [self.chat is None and not self._begins_with_bos(text) for text, _, _ in prepared]
@@ -129,6 +143,7 @@ class Template:
         add_generation_prompt: bool = False,
     ) -> str:
         """The conversation as text, as the model sees it."""
+        messages, tools = self._with_tools(messages, tools)
         conversation = self._read(messages)
         if self.chat is None:
             return "".join(message["content"] for message in conversation.messages)
@@ -151,6 +166,15 @@ class Template:
 
     # -- which characters are learned ------------------------------------------------------------------
 
+    def _with_tools(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+    ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None]:
+        """With ``agent_template``: the conversation with tools, calls and results as text, and no tools beside it."""
+        style = self.section.agent_template
+        if style is None or self.chat is None:
+            return messages, tools
+        return write_tools(style, messages, tools, self.system), None
+
     def _read(self, messages: Sequence[Mapping[str, Any]]) -> Conversation:
         return read_conversation(messages, system=self.system, use_part_weights=self.section.use_loss_scale)
 
@@ -166,7 +190,7 @@ class Template:
                     raise DataError(
                         f"the chat template leaves out the tool call {name!r} of message {index + 1}",
                         why="this model's template knows no tools",
-                        fix="--chat_template chatml, or a Jinja file that writes tool calls",
+                        fix="--agent_template hermes (or react, qwen), or a Jinja file that writes tool calls",
                     )
         return prepared
 
@@ -342,7 +366,7 @@ def _read_chat_template(tokenizer: Any, section: TemplateSection) -> ChatTemplat
             )
         return ChatTemplate(source, variables, str(tokenizer.name_or_path))
     built_in = {file.stem: file for file in _BUILT_IN.glob("*.jinja")}
-    file = built_in.get(name, Path(name))
+    file = built_in.get(_OTHER_NAMES.get(name, name), Path(name))
     if not file.is_file():
         near = closest(name, built_in)
         raise ConfigError(

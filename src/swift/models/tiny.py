@@ -9,28 +9,9 @@ from typing import Any
 
 from swift.core.errors import UsageError
 from swift.core.files import atomic_directory
-from swift.core.registry import closest
+from swift.models.shrink import TinySizes, find_architecture, shrink_config
 
-__all__ = ["ARCHITECTURES", "make_tiny_model", "train_tokenizer"]
-
-# Our name -> prefix of transformers' config and model classes.
-ARCHITECTURES = {
-    "cohere": "Cohere",
-    "deepseek_v3": "DeepseekV3",
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "glm": "Glm",
-    "gpt2": "GPT2",
-    "granite": "Granite",
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "phi3": "Phi3",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3Moe",
-}
-_MODEL_CLASS = {"gpt2": "GPT2LMHeadModel"}
+__all__ = ["make_tiny_model", "train_tokenizer"]
 
 # Built-in chat template -> (begin of text, end of turn, further control tokens).
 _CONTROL_TOKENS: dict[str, tuple[str | None, str, tuple[str, ...]]] = {
@@ -105,7 +86,8 @@ def make_tiny_model(
         texts: what the tokenizer learns its merges from; default: a few sentences.
         vocab_size: rows of the embedding (at least 256 + control tokens); the tokenizer may find fewer.
         hidden_size: a multiple of 16; heads have 16 channels, half as many key/value heads.
-        architecture: a key of ``ARCHITECTURES``.
+        num_layers: at least; an architecture with more kinds of layers gets one of each.
+        architecture: a model type (``qwen3_moe``) or a class of transformers that generates text.
         chat_template: the name of a built-in chat template, or the text of one (chatml's control tokens).
         seed: of the weights; the same arguments give the same files.
         config: further keyword arguments of the config class; they win over what this function chooses.
@@ -118,13 +100,9 @@ def make_tiny_model(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if architecture not in ARCHITECTURES:
-        near = closest(architecture, ARCHITECTURES)
-        raise UsageError(
-            f"unknown tiny architecture {architecture!r}",
-            why=f"known: {', '.join(ARCHITECTURES)}",
-            fix=f"did you mean {near!r}?" if near else None,
-        )
+    if hidden_size < 16 or hidden_size % 16:
+        raise UsageError(f"hidden_size {hidden_size} is not a multiple of 16", fix="hidden_size 64")
+    model_type, class_name = find_architecture(architecture)
     bos_token, end_token, control = _CONTROL_TOKENS.get(chat_template, _CONTROL_TOKENS["chatml"])
     pad_token = "<|endoftext|>"
     special = [token for token in (pad_token, bos_token, end_token, *control) if token is not None]
@@ -135,12 +113,9 @@ def make_tiny_model(
         "bos_token_id": tokenizer.token_to_id(bos_token) if bos_token else None,
         "eos_token_id": tokenizer.token_to_id(end_token),
     }
-    prefix = ARCHITECTURES[architecture]
-    arguments = {**_config_arguments(architecture, hidden_size, num_layers), **ids, **(config or {})}
-    model_config = getattr(transformers, f"{prefix}Config")(
-        vocab_size=vocab_size, max_position_embeddings=max_position_embeddings, **arguments
-    )
-    model_class = getattr(transformers, _MODEL_CLASS.get(architecture, f"{prefix}ForCausalLM"))
+    sizes = TinySizes(hidden_size, num_layers, vocab_size, max_position_embeddings)
+    model_config = shrink_config(model_type, class_name, sizes, **ids, **(config or {}))
+    model_class = getattr(transformers, class_name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(model_config)
@@ -161,49 +136,6 @@ def make_tiny_model(
         )
         (partial / "chat_template.jinja").write_text(_template_text(chat_template), encoding="utf-8")
     return destination
-
-
-def _config_arguments(architecture: str, hidden_size: int, num_layers: int) -> dict[str, Any]:
-    num_heads = max(2, hidden_size // 16)
-    if architecture == "gpt2":
-        return {
-            "n_embd": hidden_size,
-            "n_layer": num_layers,
-            "n_head": num_heads,
-            "tie_word_embeddings": True,
-        }
-    arguments: dict[str, Any] = {
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_heads // 2,
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-    }
-    if architecture == "qwen3_moe":
-        arguments |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden_size}
-    elif architecture == "mixtral":
-        arguments |= {"num_local_experts": 4, "num_experts_per_tok": 2}
-    elif architecture == "deepseek_v3":
-        arguments |= {
-            "num_key_value_heads": num_heads,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": hidden_size,
-            "first_k_dense_replace": 1,
-        }
-        del arguments["head_dim"]
-    elif architecture == "phi3":
-        del arguments["head_dim"]
-    return arguments
 
 
 def _template_text(chat_template: str) -> str:

@@ -1,0 +1,205 @@
+"""Frozen base models stored in few bits: quantised while they are loaded, or quantised already on disk.
+
+The layers are the libraries' own (bitsandbytes, torchao, gptqmodel, compressed-tensors); adapters sit on top of them
+(QLoRA, arXiv 2305.14314). Nothing here imports a machine-learning library before it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from swift.config.sections.quantization import QuantizationSection
+from swift.core.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "check_loadable",
+    "check_packages",
+    "is_quantised_linear",
+    "linear_sizes",
+    "loading_config",
+    "num_weights",
+    "settle_layers",
+    "stored_method",
+]
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a quantisation method needs: modules to import, what to install, and whether only CUDA has kernels."""
+
+    modules: tuple[str, ...]
+    install: str
+    cuda_only: bool = False
+
+
+_ON_LOADING = {
+    "bnb": _Needs(("bitsandbytes", "accelerate"), "pip install 'swift-forge[bnb]'"),
+    "torchao": _Needs(("torchao", "accelerate"), "pip install 'swift-forge[torchao]'"),
+}
+_STORED = {
+    "bitsandbytes": _ON_LOADING["bnb"],
+    "torchao": _ON_LOADING["torchao"],
+    "gptq": _Needs(("optimum", "gptqmodel"), "pip install optimum gptqmodel --no-build-isolation"),
+    "awq": _Needs(("gptqmodel", "accelerate"), "pip install accelerate gptqmodel --no-build-isolation"),
+    "compressed-tensors": _Needs(("compressed_tensors",), "pip install compressed-tensors"),
+    "fp8": _Needs(("accelerate",), "pip install accelerate", cuda_only=True),
+    "fbgemm_fp8": _Needs(("fbgemm_gpu", "accelerate"), "pip install fbgemm-gpu accelerate", cuda_only=True),
+    "mxfp4": _Needs(("kernels", "accelerate"), "pip install kernels accelerate", cuda_only=True),
+    "hqq": _Needs(("hqq",), "pip install hqq"),
+    "quanto": _Needs(("optimum", "accelerate"), "pip install optimum-quanto accelerate"),
+}
+
+
+def stored_method(config: Mapping[str, Any]) -> str | None:
+    """How the weights of a folder are quantised, by its config.json; None when they are not."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping):
+        return None
+    return str(settings.get("quant_method", "bitsandbytes")).lower()
+
+
+def check_packages(section: QuantizationSection) -> None:
+    """Raise ConfigError when the library that quantises is not installed."""
+    if section.quant_method is None:
+        return
+    needs = _ON_LOADING[section.quant_method]
+    if missing := _missing(needs):
+        raise ConfigError(
+            f"{missing} is not installed",
+            where=f"--quant_method {section.quant_method}",
+            why="it holds the quantised layers",
+            fix=needs.install,
+        )
+
+
+def check_loadable(config: Mapping[str, Any], device: str, section: QuantizationSection, where: str) -> None:
+    """Refuse, by config.json alone, a quantised folder that cannot be loaded here.
+
+    Args:
+        config: contents of config.json.
+        device: kind of device the model goes to.
+        section: what the user asks for on top.
+        where: for the message.
+
+    Raises:
+        ModelError: a package is missing, the device has no kernels, or the method is unknown.
+        ConfigError: the folder is quantised and is to be quantised again.
+    """
+    method = stored_method(config)
+    if method is None:
+        return
+    if section.is_active:
+        raise ConfigError(
+            f"the model is quantised already ({method})",
+            where=f"--quant_method {section.quant_method}",
+            fix="leave the quantisation out, or name the full-precision model",
+        )
+    needs = _STORED.get(method)
+    if needs is None:
+        raise ModelError(
+            f"weights quantised with {method!r} cannot be loaded",
+            where=where,
+            why=f"known methods: {', '.join(_STORED)}",
+            fix="use the full-precision model",
+        )
+    dequantised = method in ("fp8", "mxfp4") and config["quantization_config"].get("dequantize")
+    if needs.cuda_only and device != "cuda" and not dequantised:
+        raise ModelError(
+            f"{method} weights need a CUDA device, not {device}",
+            where=where,
+            why="their matrix products exist as CUDA kernels only",
+            fix="use the full-precision model on this machine, or --device cuda on another",
+        )
+    if missing := _missing(needs):
+        raise ModelError(
+            f"the model is quantised with {method}, and {missing} is not installed",
+            where=where,
+            fix=needs.install,
+        )
+
+
+def _missing(needs: _Needs) -> str | None:
+    return next((name for name in needs.modules if importlib.util.find_spec(name) is None), None)
+
+
+def loading_config(section: QuantizationSection, dtype: torch.dtype) -> Any:
+    """The quantisation configuration of transformers for a section; None when nothing is to be quantised.
+
+    The output head keeps its precision: its rounding would reach every logit.
+    """
+    import torch
+
+    if section.quant_method is None:
+        return None
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it says at every call which precision it computes in
+    if section.quant_method == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from transformers import BitsAndBytesConfig
+
+    if section.quant_bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = section.bnb_4bit_compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, compute) if compute else dtype,
+    )
+
+
+def settle_layers(model: nn.Module) -> None:
+    """Keep 4-bit layers in one layout.
+
+    On CPUs with bfloat16 instructions bitsandbytes repacks a layer at its first evaluation, in place; the repacked
+    layer computes in bfloat16 whatever was asked for, and passes no gradient on when training goes on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def is_quantised_linear(module: nn.Module) -> bool:
+    """True for a linear layer whose weight is not a plain matrix ``[out, in]`` of floating-point numbers."""
+    import torch
+
+    outputs, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if not isinstance(outputs, int) or not isinstance(inputs, int) or any(True for _ in module.children()):
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return True
+    if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.element_size() == 1:
+        return True
+    return tuple(weight.shape) != (outputs, inputs)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a quantised linear layer."""
+    outputs, inputs = module.out_features, module.in_features
+    assert isinstance(outputs, int) and isinstance(inputs, int)
+    return outputs, inputs
+
+
+def num_weights(parameter: nn.Parameter) -> int:
+    """Numbers that a parameter stands for: two in each byte of a packed 4-bit weight."""
+    state = getattr(parameter, "quant_state", None)
+    shape = getattr(state, "shape", None)
+    if shape is None:
+        return parameter.numel()
+    count = 1
+    for size in shape:
+        count *= int(size)
+    return count
