@@ -64,6 +64,13 @@ CASES = {
     "full bfloat16 masters": {"tuner_type": "full", "learning_rate": 1e-3, "torch_dtype": "bfloat16"},
     "lora bfloat16": {"torch_dtype": "bfloat16", "lora_dropout": 0.2},
     "gradient checkpointing": {"gradient_checkpointing": True, "lora_dropout": 0.2},
+    "streaming": {"streaming": True, "shuffle_buffer_size": 10, "gradient_accumulation_steps": 2},
+    "streaming packed": {
+        "streaming": True,
+        "shuffle_buffer_size": 25,
+        "packing": True,
+        "per_device_train_batch_size": 1,
+    },
     "evaluation in between": {"split_dataset_ratio": 0.2, "eval_steps": 2, "lora_dropout": 0.2},
 }
 

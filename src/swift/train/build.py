@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.data.collate import collate
 from swift.data.loader import BatchLoader
+from swift.data.stream import StreamLoader
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
 from swift.objectives.sft import SftObjective
@@ -27,6 +26,7 @@ from swift.runs.folder import RunFolder
 from swift.runs.metrics import MetricsLog
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
+from swift.train.callbacks.lisa import LisaCallback
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
 from swift.train.evaluation import LossEvaluator
 from swift.train.inspection import inspection_report
@@ -36,9 +36,13 @@ from swift.train.optimizers import build_optimizer
 from swift.train.precision import param_dtype
 from swift.train.prepare import Prepared
 from swift.train.schedules import learning_rate_schedule
+from swift.train.starts import start_from_data
 from swift.train.state import TrainState
+from swift.tuners.adapter import OtherAdapter
 from swift.tuners.apply import TunedModel, apply_tuner
 from swift.tuners.peft_format import adapter_folder, load_adapter
+from swift.tuners.starts import needs_data
+from swift.tuners.targets import output_head_name
 
 __all__ = ["build"]
 
@@ -54,10 +58,12 @@ def build(
     """Model, engine and trainer, ready for the next step; ``closing`` gets what must be closed in the end."""
     resolved, config, device = prepared.resolved, prepared.resolved.config, prepared.device
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
-    tuned = _tune(_load_weights(prepared), resolved, prepared.dtype)
+    tuned = _tune(_load_weights(prepared), prepared)
     engine = _engine(prepared, tuned)
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
+    if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
+        start_from_data(engine, prepared.data.train, resolved, tokenizer.pad_token_id)
     state = load_checkpoint(checkpoint, tuned=tuned, engine=engine) if checkpoint else TrainState()
     cursor = _cursor_fingerprint(prepared)
     if state.cursor_fingerprint not in ("", cursor):
@@ -79,11 +85,15 @@ def build(
         engine.rehearse(
             collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), SftObjective()
         )
-    loader = BatchLoader(
-        prepared.data.train,
-        prepared.schedule,
-        num_workers=config.data.dataloader_num_workers,
-        pad_token_id=pad_token_id,
+    loader = (
+        StreamLoader(prepared.stream, pad_token_id=pad_token_id)
+        if prepared.stream is not None
+        else BatchLoader(
+            prepared.data.train,
+            prepared.schedule,
+            num_workers=config.data.dataloader_num_workers,
+            pad_token_id=pad_token_id,
+        )
     )
     closing.callback(loader.close)
     if config.report.debug_mode:
@@ -121,8 +131,25 @@ def build(
         status=status,
         device=device,
         evaluator=_evaluator(prepared, pad_token_id),
-        callbacks=callbacks,
+        callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
     )
+
+
+def _own_callbacks(resolved: Resolved, tuned: TunedModel, engine: NativeEngine) -> list[Callback]:
+    """What the tuner itself has to do between steps."""
+    tuner = resolved.config.tuner
+    if not tuner.lisa_activated_layers:
+        return []
+    optimizer = engine.parameter_sets["default"].optimizer
+    return [
+        LisaCallback(
+            tuned.model,
+            optimizer,
+            activated=tuner.lisa_activated_layers,
+            interval=tuner.lisa_step_interval,
+            seed=resolved.config.training.seed,
+        )
+    ]
 
 
 def _set_aside(folder: RunFolder, state: TrainState, say: Callable[[str], None]) -> None:
@@ -139,16 +166,17 @@ def _set_aside(folder: RunFolder, state: TrainState, say: Callable[[str], None])
 def _load_weights(prepared: Prepared) -> Any:
     """The base model; a full run that goes on takes the weights of its checkpoint."""
     config = prepared.resolved.config
-    resumes_full = prepared.checkpoint is not None and config.tuner.tuner_type == "full"
+    resumes_full = prepared.checkpoint is not None and config.tuner.trains_whole_model
     folder = prepared.checkpoint if resumes_full and prepared.checkpoint else prepared.model_path
     # Full training starts from the exact weights: through the computing precision they would be rounded once.
-    dtype = param_dtype(prepared.resolved) if config.tuner.tuner_type == "full" else prepared.dtype
+    dtype = param_dtype(prepared.resolved) if config.tuner.trains_whole_model else prepared.dtype
     model = load_model(
         folder,
         dtype=dtype,
         device=prepared.device,
         attention=config.model.attn_impl,
         trust_remote_code=config.model.trust_remote_code,
+        quantization=config.quantization,
     )
     check_vocabulary(model, prepared.template.tokenizer, folder)
     if config.training.use_liger_kernel:
@@ -156,17 +184,27 @@ def _load_weights(prepared: Prepared) -> Any:
     return model
 
 
-def _tune(model: Any, resolved: Resolved, dtype: torch.dtype) -> TunedModel:
+def _tune(model: Any, prepared: Prepared) -> TunedModel:
     """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing."""
+    resolved, dtype = prepared.resolved, prepared.dtype
     config = resolved.config
     if config.model.adapters:
         if len(config.model.adapters) > 1 or config.tuner.tuner_type != "lora":
             raise ConfigError(
-                "training goes on from one LoRA adapter", where="--adapters", fix="name one adapter"
+                "training goes on from one adapter, whose folder says of what kind it is",
+                where="--adapters",
+                fix="name one adapter, and leave out --tuner_type",
             )
         tuned = load_adapter(model, adapter_folder(config.model.adapters[0]), trainable=True)
     else:
-        tuned = apply_tuner(model, config.tuner, seed=config.training.seed, param_dtype=param_dtype(resolved))
+        tuned = apply_tuner(
+            model,
+            config.tuner,
+            seed=config.training.seed,
+            param_dtype=param_dtype(resolved),
+            total_steps=prepared.plan.total_steps,
+            restored=prepared.checkpoint is not None,
+        )
         for parameter in model.parameters():
             if not parameter.requires_grad and tuned.kind == "full":
                 parameter.data = parameter.data.to(dtype)
@@ -188,16 +226,21 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
         min_ratio=training.min_lr_ratio,
         decay_ratio=training.lr_decay_ratio,
     )
+    head = output_head_name(tuned.model)
     sets = [
         ParameterSet(
             name,
             parameters,
-            build_optimizer(parameters, training, prepared.device),
+            build_optimizer(
+                parameters, training, prepared.resolved.config.optimizer, prepared.device, head=head
+            ),
             schedule,
             training.max_grad_norm,
         )
         for name, parameters in tuned.parameter_sets().items()
     ]
+    if tuned.other is not None:
+        sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
     return NativeEngine(
         tuned.model,
         sets,
@@ -205,7 +248,15 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
         dtype=prepared.dtype,
         chunk_size=training.logits_chunk_size,
         compile_model=training.torch_compile,
+        penalty=tuned.other.penalty if tuned.other else None,
     )
+
+
+def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        adapter.after_step()
+
+    return hook
 
 
 def _evaluator(prepared: Prepared, pad_token_id: int) -> LossEvaluator | None:
@@ -219,7 +270,7 @@ def _evaluator(prepared: Prepared, pad_token_id: int) -> LossEvaluator | None:
 def _cursor_fingerprint(prepared: Prepared) -> str:
     """What the data cursor (epoch, step in epoch) refers to: rows, batching and order."""
     config = prepared.resolved.config
-    parts = (
+    parts: tuple[Any, ...] = (
         prepared.schedule.batch_size,
         prepared.plan.accumulation // prepared.schedule.split,
         prepared.schedule.mode,
@@ -228,6 +279,9 @@ def _cursor_fingerprint(prepared: Prepared) -> str:
         config.data.dataset_shuffle,
         config.data.data_seed,
     )
+    if config.data.streaming:
+        data = config.data
+        parts = (*parts, data.dataset, data.dataset_weights, data.shuffle_buffer_size, data.stopping_strategy)
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=12)
     digest.update(prepared.data.train.lengths.tobytes())
     return digest.hexdigest()

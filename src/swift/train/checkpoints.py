@@ -29,6 +29,7 @@ __all__ = ["checkpoint_bytes", "load_checkpoint", "read_state", "save_checkpoint
 
 STATE_FILE = "state.json"
 MASTER_FILE = "master_weights.safetensors"
+TUNER_FILE = "tuner_state.safetensors"
 
 
 def save_checkpoint(
@@ -48,16 +49,20 @@ def save_checkpoint(
     Raises:
         SwiftError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
+    engine.settle()
     try:
         with atomic_directory(path) as folder:
-            if tuned.kind == "lora":
-                save_adapter(tuned.model, folder, base_path)
+            if tuned.kind == "full":
+                _save_full(folder, tuned, export_dtype, engine.gather() if not only_model else {})
             else:
-                _save_full(folder, tuned, export_dtype, with_master=not only_model)
+                save_adapter(tuned.model, folder, base_path)
             tokenizer.save_pretrained(folder)
             shutil.copyfile(config_file, folder / "config.yaml")
             if not only_model:
                 engine.save(folder)
+                extra = tuned.other.state() if tuned.other else {}
+                if extra:
+                    save_file(extra, folder / TUNER_FILE)
             (folder / STATE_FILE).write_text(json.dumps(state.to_dict(), indent=2))
     except (OSError, SafetensorError) as error:
         raise SwiftError(
@@ -68,8 +73,10 @@ def save_checkpoint(
         ) from error
 
 
-def _save_full(folder: Path, tuned: TunedModel, export_dtype: torch.dtype, *, with_master: bool) -> None:
-    """The model in its own precision; where that rounds the trained weights, these as well, for exact resume."""
+def _save_full(
+    folder: Path, tuned: TunedModel, export_dtype: torch.dtype, masters: dict[str, torch.Tensor]
+) -> None:
+    """The model in its own precision; where that rounds ``masters``, these as well, for exact resume."""
     model: Any = tuned.model
     state = {
         name: tensor.to(export_dtype) if tensor.is_floating_point() else tensor
@@ -82,10 +89,10 @@ def _save_full(folder: Path, tuned: TunedModel, export_dtype: torch.dtype, *, wi
         model.config.use_cache = False
     rounded = {
         name: tensor.detach().cpu().contiguous()
-        for name, tensor in tuned.named_trainable().items()
+        for name, tensor in masters.items()
         if tensor.dtype != export_dtype
     }
-    if rounded and with_master:
+    if rounded:
         save_file(rounded, folder / MASTER_FILE)
 
 
@@ -110,8 +117,10 @@ def load_checkpoint(path: Path, *, tuned: TunedModel, engine: Engine) -> TrainSt
     ones are restored here.
     """
     state = read_state(path)
-    if tuned.kind == "lora":
+    if tuned.kind != "full":
         load_adapter(tuned.model, path, trainable=True)
+        if tuned.other and (path / TUNER_FILE).is_file():
+            tuned.other.load_state(load_file(path / TUNER_FILE))
     elif (path / MASTER_FILE).is_file():
         master = load_file(path / MASTER_FILE)
         with torch.no_grad():
@@ -126,6 +135,6 @@ def checkpoint_bytes(tuned: TunedModel, *, only_model: bool) -> int:
     """About how large one checkpoint will be: weights, and two optimizer moments per trainable weight."""
     trainable = sum(p.numel() * p.element_size() for p in tuned.named_trainable().values())
     weights = trainable
-    if tuned.kind != "lora":
+    if tuned.kind == "full":
         weights = sum(p.numel() * p.element_size() for p in tuned.model.parameters())
     return weights + (0 if only_model else 2 * trainable)

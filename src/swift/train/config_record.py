@@ -40,6 +40,8 @@ def _absolute(name: str) -> str:
 
 def _data(name: str) -> str:
     spec = parse_dataset_spec(name)
+    if spec.entry is not None or spec.subsets or spec.hub is not None:
+        return name
     return _absolute(str(spec.path)) + ("" if spec.num_rows is None else f"#{spec.num_rows}")
 
 

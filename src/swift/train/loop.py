@@ -23,6 +23,7 @@ from swift.core.errors import SwiftError
 from swift.core.logging import get_logger, set_log_step
 from swift.data.collate import Batch
 from swift.data.loader import BatchLoader
+from swift.data.stream import StreamLoader
 from swift.objectives.base import Objective
 from swift.parallel.engine import Engine
 from swift.runs.folder import RunFolder
@@ -87,7 +88,7 @@ class Trainer:
         folder: RunFolder,
         engine: Engine,
         objective: Objective,
-        loader: BatchLoader,
+        loader: BatchLoader | StreamLoader,
         plan: StepPlan,
         state: TrainState,
         save: Callable[[Path, TrainState], None],
@@ -155,12 +156,22 @@ class Trainer:
         """The batches of every step that is still to do; keeps the data cursor of the state."""
         state = self.state
         while state.step < self.total_steps:
-            for batches in self.loader.steps(state.epoch, self.plan.accumulation, state.step_in_epoch):
+            for batches in self._steps_of_epoch():
                 yield batches
                 if state.step >= self.total_steps:
                     return
             state.epoch += 1
             state.step_in_epoch = 0
+
+    def _steps_of_epoch(self) -> Iterator[list[Batch]]:
+        state, loader = self.state, self.loader
+        if isinstance(loader, BatchLoader):
+            yield from loader.steps(state.epoch, self.plan.accumulation, state.step_in_epoch)
+            return
+        for batches in loader.steps(state.epoch, self.plan.accumulation, state.step_in_epoch, state.position):
+            state.position = loader.position  # saved after the step that these batches make
+            yield batches
+        state.position = (0, 0)
 
     def _train_step(self, batches: list[Batch]) -> None:
         state = self.state

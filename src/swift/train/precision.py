@@ -15,7 +15,7 @@ def check_precision(resolved: Resolved, dtype: torch.dtype) -> None:
     """Refuse storage precisions that cannot be computed with as asked."""
     config = resolved.config
     name = str(dtype).removeprefix("torch.")
-    if config.tuner.tuner_type == "full":
+    if config.tuner.trains_whole_model:
         if config.model.param_dtype == "bfloat16" and dtype != torch.bfloat16:
             raise ConfigError(
                 f"weights stored in bfloat16 cannot be trained in {name}",

@@ -8,9 +8,14 @@ from pathlib import Path
 
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, ModelError, SwiftError
-from swift.data.sources import find_files, parse_dataset_spec
-from swift.models.facts import check_model_folder, resolve_model_path
+from swift.data.hub import pin_datasets
+from swift.data.persona import dataset_specs
+from swift.data.sources import find_files
+from swift.models.facts import check_model_folder
+from swift.models.locate import pin_model
+from swift.models.quantised import check_packages
 from swift.runs.folder import RunFolder, find_latest_run, locate
+from swift.train.optimizers import check_optimizer
 
 __all__ = ["find_checkpoint", "preflight"]
 
@@ -18,7 +23,10 @@ __all__ = ["find_checkpoint", "preflight"]
 def preflight(resolved: Resolved) -> Path:
     """Check that model, data and output folder can be used; returns the model's folder.
 
+    What is on a hub is downloaded where it is not here; from then on the configuration names folders and commit.
+
     Raises:
+        HubError: model or data are not here and cannot be fetched.
         ConfigError: no model, no data, a callback file that is missing, or an output folder that cannot be used.
         ModelError: the model folder is incomplete, or an adapter is missing.
         DataError: a data file is missing.
@@ -28,10 +36,13 @@ def preflight(resolved: Resolved) -> Path:
         raise ConfigError("which model?", where="--model", fix="--model FOLDER")
     if not config.data.dataset:
         raise ConfigError("which data?", where="--dataset", fix="--dataset FILE.jsonl")
-    folder = resolve_model_path(config.model.model)
+    folder = pin_model(config.model)
     check_model_folder(folder)
-    for name in [*config.data.dataset, *config.data.val_dataset]:
-        find_files(parse_dataset_spec(name).path)
+    check_packages(config.quantization)
+    check_optimizer(config.optimizer)
+    pin_datasets(resolved)
+    for spec in dataset_specs(config.data, [*config.data.dataset, *config.data.val_dataset]):
+        find_files(spec)
     for adapter in config.model.adapters:
         if not Path(adapter).expanduser().is_dir():
             raise ModelError(

@@ -16,8 +16,10 @@ from swift.core.errors import ConfigError
 from swift.data.batching import BatchSchedule
 from swift.data.load import LoadedData, load_data
 from swift.data.mode import batch_mode, derive_layout, derive_max_length
+from swift.data.stream import Stream, open_stream
 from swift.models.facts import ModelFacts
 from swift.models.load import isolates_documents, load_template
+from swift.models.quantised import check_loadable
 from swift.train.callbacks.trackers import check_trackers
 from swift.train.checkpoints import read_state
 from swift.train.loop import StepPlan
@@ -41,6 +43,7 @@ class Prepared:
     data: LoadedData
     schedule: BatchSchedule
     plan: StepPlan
+    stream: Stream | None = None
 
     def sample_lengths(self) -> list[int]:
         """Tokens of each training sample, then of those that split_dataset_ratio set aside."""
@@ -59,6 +62,7 @@ def prepare(resolved: Resolved) -> Prepared:
     facts = ModelFacts.read(model_path)
     derive_max_length(resolved, facts)
     device = pick_device(config.model.device)
+    check_loadable(facts.config, device.type, config.quantization, str(model_path))
     _limit_device_memory(device)
     if config.training.use_liger_kernel and device.type != "cuda":
         raise ConfigError(
@@ -82,7 +86,7 @@ def prepare(resolved: Resolved) -> Prepared:
         # Checkpoints carry the template they were trained with, so that other programs use it as well.
         template.tokenizer.chat_template = template.chat.source
     assert config.data.max_length is not None
-    data = load_data(resolved, template, config.data.max_length)
+    data = None if config.data.streaming else load_data(resolved, template, config.data.max_length)
     derive_layout(
         resolved,
         isolates_documents(
@@ -90,6 +94,25 @@ def prepare(resolved: Resolved) -> Prepared:
         ),
     )
     order_batch_size, split = _data_order(resolved, checkpoint)
+    if data is None:
+        stream, data, schedule = open_stream(resolved, template, order_batch_size, split)
+        return Prepared(
+            resolved,
+            model_path,
+            checkpoint,
+            device,
+            dtype,
+            export_dtype(facts, dtype),
+            template,
+            data,
+            schedule,
+            StepPlan(
+                config.training.max_steps,
+                config.training.max_steps,
+                config.training.gradient_accumulation_steps or 1,
+            ),
+            stream,
+        )
     schedule = BatchSchedule(
         data.train.lengths,
         batch_size=order_batch_size,

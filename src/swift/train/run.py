@@ -70,7 +70,7 @@ def train(
     _refuse_import_by_worker()
     own_callbacks = load_callbacks(resolved.config.report.callbacks)
     prepared = prepare(resolved)
-    if announce is not None:
+    if announce is not None and prepared.stream is None:
         announce(prepared.sample_lengths())
     resumed_step = read_state(prepared.checkpoint).step if prepared.checkpoint else 0
     folder = _open_folder(resolved, prepared.checkpoint)
@@ -157,7 +157,7 @@ def _record(folder: RunFolder, prepared: Prepared, arguments: Sequence[str] | No
         folder.path,
         prepared.resolved,
         arguments=arguments,
-        data_files=[file for name in names for file in find_files(parse_dataset_spec(name).path)],
+        data_files=[file for name in names for file in find_files(parse_dataset_spec(name))],
         model_path=prepared.model_path,
         extra={
             "template": prepared.template.fingerprint,

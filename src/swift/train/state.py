@@ -35,6 +35,7 @@ class TrainState:
         step: optimizer steps done.
         epoch: index of the epoch that the next step belongs to.
         step_in_epoch: steps of that epoch already done; with ``epoch`` the data cursor.
+        position: of a stream: window, and micro-batches used of it, in ``epoch``.
         num_tokens: non-pad tokens the model has been trained on.
         seconds: time spent training, over all resumed parts.
         cursor_fingerprint: hash of what the cursor refers to; a checkpoint of other data is refused.
@@ -57,6 +58,7 @@ class TrainState:
     last_loss: float | None = None
     cursor_fingerprint: str = ""
     order_batch_size: int = 0
+    position: tuple[int, int] = (0, 0)
     window: LogWindow = field(default_factory=LogWindow)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,4 +66,5 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        return cls(**{**values, "window": LogWindow(**values["window"])})
+        position = tuple(values.get("position", (0, 0)))
+        return cls(**{**values, "position": position, "window": LogWindow(**values["window"])})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ from torch import nn
 
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ModelError
+from swift.models.quantised import num_weights
+from swift.tuners.adapter import OtherAdapter, adapter_of
+from swift.tuners.blocks import BLOCK_TYPES, attach_blocks
 from swift.tuners.freeze import freeze
+from swift.tuners.llamapro import add_layers
 from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, lora_layers
+from swift.tuners.peft_adapter import attach_with_peft
+from swift.tuners.registry import peft_method
 from swift.tuners.saved_module import SavedModule, saved_modules
-from swift.tuners.targets import find_saved, find_targets
+from swift.tuners.starts import keeps_start, needs_data, start_from_weights
+from swift.tuners.targets import find_saved, find_targets, short_names
 
 __all__ = ["TunedModel", "apply_tuner", "attach_adapter", "module_seed", "tuned_model"]
 
@@ -29,17 +37,21 @@ class TunedModel:
 
     Attributes:
         model: the model itself, changed in place.
-        kind: ``lora`` or ``full``.
-        switch: which adapter acts; None for ``full``.
+        kind: ``lora`` (our layer), ``other`` (another adapter) or ``full`` (weights of the model itself).
+        switch: which adapter acts; None but for ``lora``.
+        other: the adapter of kind ``other``.
     """
 
     model: nn.Module
-    kind: Literal["lora", "full"]
+    kind: Literal["lora", "other", "full"]
     switch: AdapterSwitch | None = None
+    other: OtherAdapter | None = None
 
     @property
     def adapter_names(self) -> list[str]:
         """The adapters in the order in which they were attached; empty for full training."""
+        if self.other is not None:
+            return [DEFAULT_ADAPTER]
         names: dict[str, None] = {}
         for layer in lora_layers(self.model).values():
             names.update(dict.fromkeys(layer.specs))
@@ -51,13 +63,13 @@ class TunedModel:
         """Name -> trained parameter, of one adapter or (None) of all of them."""
         named = self.model.named_parameters()
         trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-        if adapter is None or self.kind == "full":
+        if adapter is None or self.kind != "lora":
             return trained
         return {name: parameter for name, parameter in trained.items() if _adapter_of(name) == adapter}
 
     def parameter_sets(self) -> dict[str, dict[str, nn.Parameter]]:
-        """One named parameter set for each adapter; full training has a single one, ``default``."""
-        if self.kind == "full":
+        """One named parameter set for each adapter; all but our LoRA have a single one, ``default``."""
+        if self.kind != "lora":
             return {DEFAULT_ADAPTER: self.named_trainable()}
         return {name: self.named_trainable(name) for name in self.adapter_names}
 
@@ -68,7 +80,7 @@ class TunedModel:
     @property
     def num_total(self) -> int:
         """Parameters of the model, adapters included; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(num_weights(parameter) for parameter in self.model.parameters())
 
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
@@ -77,9 +89,9 @@ class TunedModel:
         Raises:
             ModelError: full training changed the base itself.
         """
-        if self.switch is None:
+        if self.switch is None and self.other is None:
             raise ModelError("full training leaves no base model to go back to")
-        with self.switch.use(None):
+        with self.other.disabled() if self.other else self.switch.use(None):  # type: ignore[union-attr]
             yield
 
 
@@ -94,6 +106,9 @@ def _adapter_of(parameter_name: str) -> str | None:
 
 def tuned_model(model: nn.Module) -> TunedModel:
     """The view on a model that may already carry adapters."""
+    other = adapter_of(model)
+    if other is not None:
+        return TunedModel(model, "other", other=other)
     wrappers: list[LoraLinear | SavedModule] = [*lora_layers(model).values(), *saved_modules(model).values()]
     if not wrappers:
         return TunedModel(model, "full")
@@ -157,6 +172,8 @@ def apply_tuner(
     seed: int = 42,
     param_dtype: torch.dtype | None = torch.float32,
     adapter_name: str = DEFAULT_ADAPTER,
+    total_steps: int | None = None,
+    restored: bool = False,
 ) -> TunedModel:
     """Prepare ``model`` (in place) for training as the options say.
 
@@ -167,14 +184,28 @@ def apply_tuner(
         param_dtype: storage precision of trained weights of the model itself (full training and
             ``modules_to_save``); None keeps the loaded one. LoRA matrices have their own option.
         adapter_name: the name under which a LoRA adapter is attached.
+        total_steps: of the run, for AdaLoRA.
+        restored: the values come from a checkpoint, so the start need not be computed; with LLaMA-Pro ``model`` is
+            the checkpoint and has its new layers.
 
     Raises:
         ConfigError: an option names modules or parameters that do not exist, or nothing is left to train.
     """
-    if section.tuner_type == "full":
-        freeze(model, section)
+    if section.trains_whole_model:
+        if section.tuner_type == "llamapro":
+            add_layers(model, section, grown=restored)
+        else:
+            freeze(model, section)
         _store_trained(model.parameters(), param_dtype)
         return TunedModel(model, "full")
+    if section.tuner_type in BLOCK_TYPES:
+        return TunedModel(model, "other", other=attach_blocks(model, section, seed=seed))
+    method = peft_method(section)
+    if method is not None:
+        named = find_targets(model, section.target_modules, section.target_regex)
+        targets = short_names(model, named)
+        other = attach_with_peft(model, method, section, targets, seed=seed, total_steps=total_steps)
+        return TunedModel(model, "other", other=other)
     saved = find_saved(model, section.modules_to_save)
     targets = find_targets(model, section.target_modules, section.target_regex, exclude=saved)
     spec = AdapterSpec(
@@ -183,8 +214,9 @@ def apply_tuner(
         dropout=section.lora_dropout,
         use_rslora=section.use_rslora,
         init=section.init_weights,
+        keeps_start=keeps_start(section.init_weights),
     )
-    return attach_adapter(
+    tuned = attach_adapter(
         model,
         dict.fromkeys(targets, spec),
         saved,
@@ -193,6 +225,9 @@ def apply_tuner(
         saved_dtype=param_dtype,
         seed=seed,
     )
+    if spec.keeps_start and not needs_data(spec.init) and not restored:
+        start_from_weights(model, adapter_name, spec.init, functools.partial(module_seed, seed))
+    return tuned
 
 
 def _store_trained(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:

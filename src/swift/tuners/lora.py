@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from swift.models.quantised import is_quantised_linear, linear_sizes
+
 __all__ = ["AdapterSpec", "AdapterSwitch", "LoraLinear", "is_linear", "lora_layers"]
 
 
@@ -34,8 +36,11 @@ class AdapterSpec:
             rsLoRA (arXiv 2312.03732).
         dropout: probability with which an input element of the adapter is dropped in training.
         use_rslora: rank-stabilised scaling.
-        init: start of A, ``default`` (Kaiming-uniform with a = sqrt(5), as PEFT) or ``gaussian`` (std 1 /
-            rank).
+        init: start of A, ``default`` (Kaiming-uniform with a = sqrt(5), as PEFT), ``gaussian`` (std 1 / rank),
+            or a start that `swift.tuners.starts` computes later.
+        keeps_start: A and B do not start at a zero update (PiSSA, OLoRA, LoRA-GA). What they start from is kept
+            and subtracted, where the papers subtract it from the weight: the model starts unchanged all the same,
+            and the weight stays what it is, for other adapters, for a quantised base, and for merging.
     """
 
     rank: int
@@ -43,6 +48,7 @@ class AdapterSpec:
     dropout: float = 0.0
     use_rslora: bool = False
     init: str = "default"
+    keeps_start: bool = False
 
     @property
     def scaling(self) -> float:
@@ -137,6 +143,47 @@ class _LoraFunction(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
+class _AdapterFunction(torch.autograd.Function):
+    """The adapter's part alone, added in place to what any frozen layer (a quantised one) computed.
+
+    Saves what ``_LoraFunction`` saves but the weight: the layer keeps that itself, in its few bits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float
+    ) -> Tensor:
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        noise = _draw_dropout(x, dropout) if dropout > 0 else None
+        kept = x if noise is None else x * _keep_mask(noise, dropout, x.dtype)
+        hidden = torch.mm(a, kept.t())  # [rank, tokens]
+        factor = scaling * _keep_scale(dropout)
+        ctx.save_for_backward(x, hidden, noise, lora_a, lora_b)
+        ctx.factor, ctx.dropout = factor, dropout
+        ctx.mark_dirty(y)
+        return y.addmm_(hidden.t(), b.t(), alpha=factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grads
+        x, hidden, noise, lora_a, lora_b = ctx.saved_tensors
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        mask = None if noise is None else _keep_mask(noise, ctx.dropout, x.dtype)
+        grad_a = grad_b = grad_x = None
+        grad_hidden = torch.mm(b.t(), grad_y.t())
+        if ctx.needs_input_grad[2]:
+            kept = x if mask is None else x * mask
+            grad_a = torch.mm(grad_hidden, kept).to(lora_a.dtype).mul_(ctx.factor)
+        if ctx.needs_input_grad[3]:
+            grad_b = torch.mm(hidden, grad_y).t().to(lora_b.dtype).contiguous().mul_(ctx.factor)
+        if ctx.needs_input_grad[1]:
+            grad_x = torch.mm(grad_hidden.t(), a).mul_(ctx.factor)
+            if mask is not None:
+                grad_x.mul_(mask)
+        return grad_y, grad_x, grad_a, grad_b, None, None
+
+
 _DROPOUT_STEPS = 2**16
 
 
@@ -171,8 +218,8 @@ def _keep_mask(noise: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True where an adapter fits: ``nn.Linear`` and GPT-2's ``Conv1D`` (its weight is ``[in, out]``)."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    """True where an adapter fits: linear layers, quantised ones too, and GPT-2's ``Conv1D`` (``[in, out]``)."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_quantised_linear(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -192,9 +239,11 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, switch: AdapterSwitch) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.is_transposed = not isinstance(base, nn.Linear)
+        self.is_quantised = is_quantised_linear(base)
+        self.is_transposed = not isinstance(base, nn.Linear) and not self.is_quantised
         self.switch = switch
         self.specs: dict[str, AdapterSpec] = {}
+        self.starts: dict[str, tuple[Tensor, Tensor]] = {}
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.training = base.training
@@ -214,10 +263,14 @@ class LoraLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
+        if self.is_quantised:
+            return linear_sizes(self.base)[1]
         return self.weight.shape[0 if self.is_transposed else 1]
 
     @property
     def out_features(self) -> int:
+        if self.is_quantised:
+            return linear_sizes(self.base)[0]
         return self.weight.shape[1 if self.is_transposed else 0]
 
     def add_adapter(
@@ -237,16 +290,29 @@ class LoraLinear(nn.Module):
         else:  # kaiming_uniform_(a=sqrt(5)) is uniform within 1 / sqrt(in)
             bound = 1 / math.sqrt(self.in_features)
             a.uniform_(-bound, bound, generator=generator)
-        device = self.weight.device
+        device = next(tensor.device for tensor in (*self.base.parameters(), *self.base.buffers()))
         self.lora_A[name] = nn.Parameter(a.to(device=device, dtype=dtype))
         self.lora_B[name] = nn.Parameter(
             torch.zeros(self.out_features, spec.rank, device=device, dtype=dtype)
         )
         self.specs[name] = spec
+        if spec.keeps_start:
+            self.set_start(name, torch.zeros_like(self.lora_A[name]), torch.zeros_like(self.lora_B[name]))
 
-    def remove_adapter(self, name: str) -> None:
-        """Forget an adapter."""
-        del self.specs[name], self.lora_A[name], self.lora_B[name]
+    @torch.no_grad()
+    def set_start(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Let A and B start at ``a [rank, in]`` and ``b [out, rank]``, which are kept and subtracted."""
+        self.lora_A[name].copy_(a)
+        self.lora_B[name].copy_(b)
+        self.starts[name] = (self.lora_A[name].detach().clone(), self.lora_B[name].detach().clone())
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update; where a start is kept, it is in the second half, of opposite sign."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        if name not in self.starts:
+            return a, b
+        start_a, start_b = self.starts[name]
+        return torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``; with ``switch.rows`` the first dimension holds the batch rows."""
@@ -266,10 +332,12 @@ class LoraLinear(nn.Module):
             output = self.base(x)
             assert isinstance(output, Tensor)
             return output
-        lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+        lora_a, lora_b = self.pair(name)
         dropout = spec.dropout if self.training else 0.0
         if torch.compiler.is_compiling():
             return self._compose(x, lora_a, lora_b, spec.scaling, dropout)
+        if self.is_quantised:
+            return self._add_to_quantised(x, lora_a, lora_b, spec.scaling, dropout)
         weight, bias = self.weight, self.bias
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
@@ -281,6 +349,16 @@ class LoraLinear(nn.Module):
         y: Tensor = _LoraFunction.apply(flat, wide, bias, lora_a, lora_b, spec.scaling, dropout)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _add_to_quantised(
+        self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float
+    ) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        flat = x.reshape(-1, x.shape[-1])
+        y = self.base(flat)
+        result: Tensor = _AdapterFunction.apply(y, flat.to(y.dtype), lora_a, lora_b, scaling, dropout)
+        return result.view(*x.shape[:-1], y.shape[-1])
+
     def _compose(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float) -> Tensor:
         """The same from plain operations, which torch.compile fuses itself."""
         y = self.base(x)
@@ -291,8 +369,9 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def delta(self, name: str) -> Tensor:
         """The update of the weight in fp32 (fp64 when the weight is), in the base layer's own layout."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        update = self.lora_B[name].to(dtype) @ self.lora_A[name].to(dtype) * self.specs[name].scaling
+        dtype = torch.float32 if self.is_quantised else torch.promote_types(self.weight.dtype, torch.float32)
+        lora_a, lora_b = self.pair(name)
+        update = lora_b.to(dtype) @ lora_a.to(dtype) * self.specs[name].scaling
         return update.t() if self.is_transposed else update
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,15 @@ def merge_adapter(model: nn.Module, name: str = DEFAULT_ADAPTER) -> None:
     Raises:
         ModelError: there is no such adapter, or it sits on a weight that another module shares (a tied output head).
     """
-    if name not in tuned_model(model).adapter_names:
+    tuned = tuned_model(model)
+    if name not in tuned.adapter_names:
         raise ModelError(f"the model has no adapter {name!r} to merge")
+    if tuned.other is not None:
+        tuned.other.merge()
+        return
     for key, layer in lora_layers(model).items():
         if name in layer.specs:
+            _refuse_quantised(model, key, layer)
             _refuse_shared(model, key, layer)
     for key, layer in lora_layers(model).items():
         if name in layer.specs:
@@ -103,6 +109,16 @@ def merge_adapter(model: nn.Module, name: str = DEFAULT_ADAPTER) -> None:
             for inner, value in module.copies[name].state_dict().items():
                 current[inner].copy_(value)
         model.set_submodule(key, module.base)
+
+
+def _refuse_quantised(model: Any, key: str, layer: LoraLinear) -> None:
+    if layer.is_quantised:
+        raise ModelError(
+            f"the adapter cannot be merged into {key}: its weights are quantised",
+            where=str(getattr(model, "name_or_path", "")) or None,
+            why="the sum would be rounded to the few values of the quantised format, and most of the update lost",
+            fix="merge into the full-precision model: swift merge-lora --adapters RUN --model FULL_PRECISION_FOLDER",
+        )
 
 
 def _refuse_shared(model: nn.Module, key: str, layer: LoraLinear) -> None:
@@ -139,7 +155,8 @@ def merge_to_folder(
     if probe is None:
         probe = probe_tokens(model.config.get_text_config().vocab_size)
     probe = probe.to(model.device)
-    with torch.no_grad(), _switch(model).use(name):
+    switch = tuned_model(model).switch
+    with torch.no_grad(), switch.use(name) if switch else contextlib.nullcontext():
         expected = model(input_ids=probe, use_cache=False).logits
     merge_adapter(model, name)
     model.config.use_cache = True  # switched off for training; stored, it would slow down every user
@@ -164,10 +181,3 @@ def merge_to_folder(
                 fix="merge in higher precision: --torch_dtype float32",
             )
     return difference
-
-
-def _switch(model: nn.Module) -> Any:
-    switch = tuned_model(model).switch
-    if switch is None:
-        raise ModelError("the model has no adapter to merge")
-    return switch

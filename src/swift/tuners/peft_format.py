@@ -3,8 +3,8 @@
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` with the tensors
 ``base_model.model.MODULE.lora_A.weight [rank, in]``, ``...lora_B.weight [out, rank]`` and, for modules
 trained in full, ``base_model.model.MODULE.weight``. Written as PEFT 0.21 writes it, but for keys of the
-configuration that older PEFT versions do not know and that would hold their default. Whatever the
-configuration asks for that our layer cannot do is refused by name.
+configuration that older PEFT versions do not know and that would hold their default. Other methods than LoRA
+are left to PEFT, and what neither can do is refused by name.
 
 Known limit: for mixture-of-experts models that have ``gate_proj``, ``up_proj`` or ``down_proj`` as linear layers too
 (DeepSeek's shared experts), PEFT 0.21 takes these names to mean the fused experts and cannot load the folder; we can.
@@ -13,9 +13,11 @@ Known limit: for mixture-of-experts models that have ``gate_proj``, ``up_proj`` 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,14 @@ from torch import Tensor, nn
 
 from swift.core.errors import ModelError
 from swift.runs.folder import RunFolder
+from swift.tuners.adapter import adapter_of
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, attach_adapter, tuned_model
+from swift.tuners.blocks import BLOCK_TYPES, load_blocks
 from swift.tuners.lora import AdapterSpec, LoraLinear, is_linear, lora_layers
+from swift.tuners.peft_adapter import load_with_peft
+from swift.tuners.registry import peft_method_of_folder
 from swift.tuners.saved_module import saved_modules
-from swift.tuners.targets import linear_names, module_names
+from swift.tuners.targets import linear_names, module_names, short_names
 
 __all__ = [
     "CONFIG_FILE",
@@ -130,6 +136,11 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
+    other = adapter_of(model)
+    if other is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        other.save(folder, _base_name(base_path))
+        return
     layers = {key: layer for key, layer in lora_layers(model).items() if name in layer.specs}
     saved = {
         key: module.copies[name] for key, module in saved_modules(model).items() if name in module.copies
@@ -138,8 +149,9 @@ def save_adapter(
         raise ModelError(f"the model has no adapter {name!r} to save", where=str(folder))
     tensors: dict[str, Tensor] = {}
     for key, layer in layers.items():
-        tensors[f"{_PREFIX}{key}.lora_A.weight"] = layer.lora_A[name]
-        tensors[f"{_PREFIX}{key}.lora_B.weight"] = layer.lora_B[name]
+        lora_a, lora_b = layer.pair(name)
+        tensors[f"{_PREFIX}{key}.lora_A.weight"] = lora_a
+        tensors[f"{_PREFIX}{key}.lora_B.weight"] = lora_b
     for key, module in saved.items():
         tensors.update({f"{_PREFIX}{key}.{inner}": value for inner, value in module.state_dict().items()})
     config = _config(model, layers, list(saved), name, base_path)
@@ -157,7 +169,7 @@ def _config(
     name: str,
     base_path: str | Path | None,
 ) -> dict[str, Any]:
-    specs = {key: layer.specs[name] for key, layer in layers.items()}
+    specs = {key: _stored(layer.specs[name]) for key, layer in layers.items()}
     rank = Counter(spec.rank for spec in specs.values()).most_common(1)[0][0]
     alpha = Counter(spec.alpha for spec in specs.values()).most_common(1)[0][0]
     first = next(iter(specs.values()))
@@ -182,7 +194,7 @@ def _config(
         "r": rank,
         "rank_pattern": {re.escape(k): s.rank for k, s in specs.items() if s.rank != rank},
         "revision": None,
-        "target_modules": _short_names(model, list(layers)),
+        "target_modules": short_names(model, list(layers)),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": first.use_rslora,
@@ -202,14 +214,11 @@ def _plain(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
-def _short_names(model: nn.Module, chosen: Sequence[str]) -> list[str]:
-    """The last parts of the names (``q_proj``) when they mean exactly ``chosen``, else the full names.
-
-    PEFT takes every module whose name is, or ends with a dot and, one of the targets.
-    """
-    leaves = {name.rpartition(".")[2] for name in chosen}
-    meant = {name for name in module_names(model) if name.rpartition(".")[2] in leaves}
-    return sorted(leaves) if meant == set(chosen) else list(chosen)
+def _stored(spec: AdapterSpec) -> AdapterSpec:
+    """With a kept start the stored adapter has twice the rank, and the same scale."""
+    if not spec.keeps_start:
+        return spec
+    return replace(spec, rank=2 * spec.rank, alpha=spec.alpha * (math.sqrt(2) if spec.use_rslora else 2))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -226,8 +235,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError("broken adapter configuration", where=str(path), why=str(error)) from None
     kind = config.get("peft_type")
+    if kind in BLOCK_TYPES.values() or peft_method_of_folder(config) is not None:
+        return dict(config)
     if kind != "LORA":
-        raise ModelError(f"adapters of type {kind} cannot be loaded, only LORA", where=str(path))
+        raise ModelError(f"adapters of type {kind} cannot be loaded", where=str(path))
     for key, value in config.items():
         if _is_refused(key, value):
             raise ModelError(
@@ -264,6 +275,15 @@ def load_adapter(
         ModelError: the folder is incomplete or needs what we do not have, or belongs to another base model.
     """
     config = read_adapter_config(folder)
+    other = adapter_of(model)
+    if other is not None:
+        other.restore(folder)
+        return TunedModel(model, "other", other=other)
+    if config["peft_type"] in BLOCK_TYPES.values():
+        return TunedModel(model, "other", other=load_blocks(model, folder, config, trainable=trainable))
+    if peft_method_of_folder(config) is not None:
+        _read_tensors(folder)
+        return TunedModel(model, "other", other=load_with_peft(model, folder, config, trainable=trainable))
     tensors = _read_tensors(folder)
     pairs, rest = _split(tensors, folder)
     saved = _saved_names(model, rest, config, folder)
@@ -433,15 +453,19 @@ def _refuse_tied(model: nn.Module, owner: str, folder: Path) -> None:
 def _check_same(
     model: nn.Module, specs: Mapping[str, AdapterSpec], saved: Mapping[str, Any], name: str, folder: Path
 ) -> None:
-    present = {key: layer.specs[name] for key, layer in lora_layers(model).items() if name in layer.specs}
+    layers = lora_layers(model).items()
+    present = {key: _stored(layer.specs[name]) for key, layer in layers if name in layer.specs}
     copies = {key for key, module in saved_modules(model).items() if name in module.copies}
-    sizes = {key: (spec.rank, spec.scaling) for key, spec in present.items()}
-    if sizes != {key: (spec.rank, spec.scaling) for key, spec in specs.items()} or copies != set(saved):
+    if _sizes(present) != _sizes(specs) or copies != set(saved):
         raise ModelError(
             f"adapter {name!r} was set up with other modules, ranks or scales than the stored one",
             where=str(folder),
             fix="keep the tuner options of the run that wrote it",
         )
+
+
+def _sizes(specs: Mapping[str, AdapterSpec]) -> dict[str, tuple[int, float]]:
+    return {key: (spec.rank, round(spec.scaling, 6)) for key, spec in specs.items()}
 
 
 @torch.no_grad()
@@ -455,8 +479,11 @@ def _copy_in(
     for key, pair in pairs.items():
         layer = model.get_submodule(key)
         assert isinstance(layer, LoraLinear)
-        layer.lora_A[name].copy_(pair["A"])
-        layer.lora_B[name].copy_(pair["B"])
+        rank = layer.specs[name].rank
+        if layer.specs[name].keeps_start:
+            layer.set_start(name, pair["A"][rank:], -pair["B"][:, rank:])
+        layer.lora_A[name].copy_(pair["A"][:rank])
+        layer.lora_B[name].copy_(pair["B"][:, :rank])
     for key, values in saved.items():
         clone = saved_modules(model)[key].copies[name]
         current = clone.state_dict()

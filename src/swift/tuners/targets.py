@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from swift.core.errors import ConfigError
+from swift.core.errors import ConfigError, ModelError
 from swift.core.logging import get_logger
 from swift.core.registry import closest
 from swift.tuners.lora import LoraLinear, is_linear
 from swift.tuners.saved_module import SavedModule
 
-__all__ = ["find_saved", "find_targets", "linear_names", "module_names", "output_head_name"]
+__all__ = [
+    "decoder_layers",
+    "find_saved",
+    "find_targets",
+    "linear_names",
+    "module_names",
+    "output_head_name",
+    "short_names",
+]
 
 ALL_LINEAR = "all-linear"
 logger = get_logger(__name__)
@@ -44,6 +53,29 @@ def output_head_name(model: nn.Module) -> str | None:
     if head is None:
         return None
     return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Name of the list of decoder layers, and the list.
+
+    Raises:
+        ModelError: no list of the model has as many entries as its configuration has layers.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ModelError(f"no list of {count} decoder layers is found in a {type(model).__name__}")
+
+
+def short_names(model: nn.Module, chosen: Sequence[str]) -> list[str]:
+    """The last parts of the names (``q_proj``) when they mean exactly ``chosen``, else the full names.
+
+    PEFT takes every module whose name is, or ends with a dot and, one of the targets.
+    """
+    leaves = {name.rpartition(".")[2] for name in chosen}
+    meant = {name for name in module_names(model) if name.rpartition(".")[2] in leaves}
+    return sorted(leaves) if meant == set(chosen) else list(chosen)
 
 
 def _ends_with(name: str, end: str) -> bool:

@@ -1,0 +1,200 @@
+"""The tuners as a table: what PEFT calls them, which of our options they read, what they cost.
+
+A PEFT method more is one row here (and one value of ``tuner_type``). Imports no torch: the planner counts from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from swift.config.sections.tuner import TunerSection
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "count_decoder_layer",
+    "count_layer",
+    "peft_method",
+    "peft_method_of_folder",
+]
+
+Count = Callable[[int, int, TunerSection], int]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One PEFT method.
+
+    Attributes:
+        config: PEFT's configuration class.
+        peft_type: how ``adapter_config.json`` calls it.
+        paper: arXiv number, or where it was published.
+        count: trained parameters of one linear layer, from its inputs and outputs.
+        options: PEFT's field -> our option.
+        fixed: PEFT's field -> value.
+    """
+
+    config: str
+    peft_type: str
+    paper: str
+    count: Count
+    options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def _lora(inputs: int, outputs: int, tuner: TunerSection) -> int:
+    """A [rank, inputs], B [outputs, rank] (arXiv 2106.09685), and DoRA's length of each row."""
+    return tuner.lora_rank * (inputs + outputs) + (outputs if tuner.use_dora else 0)
+
+
+def _oft(inputs: int, outputs: int, tuner: TunerSection) -> int:
+    """A skew-symmetric matrix for each block; sizes that do not divide the inputs become the nearest that do."""
+    size = tuner.oft_block_size
+    if inputs % size:
+        lower = next(number for number in range(size, 0, -1) if inputs % number == 0)
+        higher = next((number for number in range(size, inputs + 1) if inputs % number == 0), inputs)
+        size = inputs if size >= inputs else lower if size - lower <= higher - size else higher
+    return inputs // size * (size * (size - 1) // 2)
+
+
+def _boft(inputs: int, outputs: int, tuner: TunerSection) -> int:
+    """Butterfly factors of blocks [size, size], and a scale of each output."""
+    size = tuner.boft_block_size or inputs // tuner.boft_block_num
+    return tuner.boft_n_butterfly_factor * (inputs // size) * size * size + outputs
+
+
+def _factors(number: int) -> tuple[int, int]:
+    """The two factors of a number that are nearest to its root, the smaller one first."""
+    small = next(factor for factor in range(int(number**0.5), 0, -1) if number % factor == 0)
+    return small, number // small
+
+
+def _lokr(inputs: int, outputs: int, tuner: TunerSection) -> int:
+    """W1 [out1, in1] and W2 [out2, in2], the latter of two low-rank factors where that is smaller."""
+    (out1, out2), (in1, in2) = _factors(outputs), _factors(inputs)
+    rank = tuner.lora_rank
+    second = rank * (out2 + in2) if rank < max(out2, in2) / 2 else out2 * in2
+    return out1 * in1 + second
+
+
+_LORA = Method(
+    "LoraConfig",
+    "LORA",
+    "2106.09685",
+    _lora,
+    {
+        "r": "lora_rank",
+        "lora_alpha": "lora_alpha",
+        "lora_dropout": "lora_dropout",
+        "use_rslora": "use_rslora",
+        "use_dora": "use_dora",
+        "target_parameters": "target_parameters",
+    },
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "lora": _LORA,
+        "adalora": Method(
+            "AdaLoraConfig",
+            "ADALORA",
+            "2303.10512",
+            lambda inputs, outputs, tuner: tuner.adalora_init_r * (inputs + outputs + 1),
+            {
+                "init_r": "adalora_init_r",
+                "target_r": "adalora_target_r",
+                "tinit": "adalora_tinit",
+                "tfinal": "adalora_tfinal",
+                "deltaT": "adalora_delta_t",
+                "beta1": "adalora_beta1",
+                "beta2": "adalora_beta2",
+                "orth_reg_weight": "adalora_orth_reg_weight",
+                "lora_alpha": "lora_alpha",
+                "lora_dropout": "lora_dropout",
+            },
+        ),
+        "vera": Method(
+            "VeraConfig",
+            "VERA",
+            "2310.11454",
+            lambda inputs, outputs, tuner: tuner.vera_rank + outputs,
+            {
+                "r": "vera_rank",
+                "projection_prng_key": "vera_projection_prng_key",
+                "vera_dropout": "vera_dropout",
+                "d_initial": "vera_d_initial",
+            },
+        ),
+        "oft": Method("OFTConfig", "OFT", "2306.07280", _oft, {"oft_block_size": "oft_block_size"}, {"r": 0}),
+        "boft": Method(
+            "BOFTConfig",
+            "BOFT",
+            "2311.06243",
+            _boft,
+            {
+                name: name
+                for name in (
+                    "boft_block_size",
+                    "boft_block_num",
+                    "boft_n_butterfly_factor",
+                    "boft_dropout",
+                )
+            },
+        ),
+        "ia3": Method("IA3Config", "IA3", "2205.05638", lambda inputs, outputs, tuner: outputs),
+        "loha": Method(
+            "LoHaConfig",
+            "LOHA",
+            "2108.06098",
+            lambda inputs, outputs, tuner: 2 * tuner.lora_rank * (inputs + outputs),
+            {"r": "lora_rank", "alpha": "lora_alpha"},
+        ),
+        "lokr": Method("LoKrConfig", "LOKR", "2212.10650", _lokr, {"r": "lora_rank", "alpha": "lora_alpha"}),
+        "fourierft": Method(
+            "FourierFTConfig",
+            "FOURIERFT",
+            "2405.03003",
+            lambda inputs, outputs, tuner: tuner.fourier_n_frequency,
+            {"n_frequency": "fourier_n_frequency", "scaling": "fourier_scaling"},
+        ),
+        "bone": Method(
+            "MissConfig",
+            "MISS",
+            "2409.15371",
+            lambda inputs, outputs, tuner: tuner.lora_rank * outputs,
+            {"r": "lora_rank"},
+        ),
+    }
+)
+
+
+def peft_method(tuner: TunerSection) -> Method | None:
+    """The method that PEFT carries out; None where our own code does."""
+    own = tuner.tuner_type == "lora" and not tuner.use_dora and not tuner.target_parameters
+    return None if own else METHODS.get(tuner.tuner_type)
+
+
+def peft_method_of_folder(config: Mapping[str, Any]) -> Method | None:
+    """The method that PEFT has to load, from ``adapter_config.json``; None: our LoRA layer reads it, or nobody."""
+    kind = config.get("peft_type")
+    if kind == "LORA":
+        return _LORA if config.get("use_dora") or config.get("target_parameters") else None
+    return next((method for method in METHODS.values() if method.peft_type == kind), None)
+
+
+def count_layer(name: str, inputs: int, outputs: int, tuner: TunerSection) -> int:
+    """Trained parameters of the adapter on the linear layer ``name``."""
+    if tuner.tuner_type == "ia3" and name.rpartition(".")[2] in tuner.ia3_feedforward_modules:
+        return inputs
+    return METHODS[tuner.tuner_type].count(inputs, outputs, tuner)
+
+
+def count_decoder_layer(hidden_size: int, tuner: TunerSection) -> int:
+    """Trained parameters that ReFT or the bottleneck adapter puts behind one decoder layer."""
+    if tuner.tuner_type == "reft":  # R and W [rank, hidden], b [rank] (arXiv 2404.03592)
+        return tuner.reft_rank * (2 * hidden_size + 1)
+    width = tuner.adapter_length  # down [width, hidden] and up [hidden, width] with biases (arXiv 1902.00751)
+    return width * (2 * hidden_size + 1) + hidden_size
