@@ -116,15 +116,18 @@ class Services:
 
 
 def main():
+    from swift.experiments.scheduler import Policy
     from swift.experiments.service import serve
     from swift.experiments.types import Device, Inventory
 
-    slots = tuple(Device("cpu", number, "cpu", 2**34, 2**34) for number in range(4))
+    count = int(os.environ.get("SLOTS", "4"))
+    slots = tuple(Device("cpu", number, "cpu", 2**34, 2**34) for number in range(count))
     sys.exit(
         serve(
             Home.find(sys.argv[1]),
             build=build,
-            take=lambda *_: Inventory(slots, 4, 2**36),
+            take=lambda *_: Inventory(slots, count, 2**36),
+            schedule=Policy(preempt_after_seconds=float(os.environ.get("PREEMPT_AFTER", "300"))),
             warm=False,
             least_free_bytes=0,
         )

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from swift.cli.compare import _fitting
+from swift.cli.compare import table_lines
 from swift.cli.main import main
 from swift.core.errors import UsageError
 from swift.experiments.compare import collect
 from swift.experiments.home import Home
 from swift.experiments.outcome import job_of_folder
 from swift.experiments.report import table_of
+from swift.experiments.show import live_row
 from swift.experiments.store import Store
 from swift.experiments.types import Dependency, Job, JobSpec, Placement
 
@@ -141,14 +142,43 @@ def test_equal_values_are_ordered_by_eval_loss(make_run: MakeRun) -> None:
     assert [row.experiment for row in collect(jobs, metric="exact_match").rows] == ["b", "a"]
 
 
-def test_a_narrow_terminal_keeps_what_decides(make_run: MakeRun) -> None:
-    comparison = collect([job("a", make_run("a", eval_loss=1.0, answers=[1.0, 0.0]))], metric="exact_match")
-    columns, rows = table_of(comparison)
-    assert _fitting(columns, rows, 1000, "exact_match") == (list(range(len(columns))), [])
-    shown, hidden = _fitting(columns, rows, 80, "exact_match")
-    titles = [columns[place].title for place in shown]
-    assert {"experiment", "exact_match", "eval_loss"} <= set(titles) and hidden[0] == "best_eval_loss"
-    assert sum(max(len(columns[place].title), len(rows[0][place])) + 3 for place in shown) <= 80
+def test_few_experiments_stand_side_by_side_where_a_row_has_no_room(make_run: MakeRun) -> None:
+    jobs = [
+        job(
+            name,
+            make_run(name, [3.0, loss], eval_loss=loss, answers=[1.0, 0.0, loss]),
+            parameters={"lora_rank": rank},
+        )
+        for name, loss, rank in (("a", 1.0, 4), ("b", 0.0, 8))
+    ]
+    columns = table_of(collect(jobs, metric="exact_match"))
+    lines = table_lines(columns, None, "exact_match")
+    assert len(lines) == 3 and len(lines[0]) > 120 and "same for all" not in lines[-1]
+    lines = table_lines(columns, 60, "exact_match")
+    assert max(map(len, lines[:-1])) <= 60
+    assert lines[0].split() == ["experiment", "a", "b"]
+    assert lines[1].split() == ["lora_rank", "4", "8"]
+    assert lines[-1].startswith("same for all: state succeeded, ")
+    assert not any(line.startswith("best_eval_loss") for line in lines), "the same as eval_loss"
+
+
+def test_many_experiments_keep_what_decides(make_run: MakeRun) -> None:
+    runs = [make_run(f"run-{n}", [3.0, n], eval_loss=float(n), answers=[1.0, n % 2]) for n in range(8)]
+    columns = table_of(collect([job(run.name, run, parameters={"rank": run.name}) for run in runs]))
+    lines = table_lines(columns, 60, "eval_loss")
+    assert max(map(len, lines[:9])) <= 60 and len(lines) == 12
+    assert {"experiment", "rank", "eval_loss"} <= set(lines[0].split()) and "rouge" not in lines[0]
+    assert lines[-1].startswith("no room for eval_perplexity") or "--wide" in lines[-1]
+
+
+def test_cut_answers_are_told(make_run: MakeRun) -> None:
+    run = make_run("a", answers=[1.0, 0.0, 0.0, 0.0])
+    text = (run / "evaluation.jsonl").read_text().replace('"stop"', '"length"', 1)
+    (run / "evaluation.jsonl").write_text(text)
+    (run / "evaluation.json").write_text(json.dumps({"max_new_tokens": 22, "cut_off": 0.25}))
+    comparison = collect([job("a", run)])
+    assert "answers cut off at 22 tokens (max_new_tokens): a 25%" in comparison.notes
+    assert "max_new_tokens" not in comparison.rows[0].metrics()
 
 
 def test_a_small_lead_on_few_rows_is_called_chance(make_run: MakeRun) -> None:
@@ -234,12 +264,23 @@ def test_times_of_all_attempts_come_from_the_service_folder(make_run: MakeRun, t
     for attempt, (begin, end) in enumerate([(100.0, 130.0), (200.0, 260.0)], 1):
         folder = home.attempt_dir("j-a", attempt)
         folder.mkdir(parents=True)
-        (folder / "launch.json").write_text(json.dumps({"devices": [0, 1]}))
         (folder / "supervisor.json").write_text("{}")
         os.utime(folder / "supervisor.json", (begin, begin))
         (folder / "exit.json").write_text(json.dumps({"ended": end}))
-    (row,) = collect([job("a", make_run("a"), started=200.0, ended=260.0)], home=home).rows
-    assert (row.wall_seconds, row.device_seconds) == (90.0, 180.0)
+    folder = home.attempt_dir("j-a", 3)
+    folder.mkdir()
+    (folder / "supervisor.json").write_text("{}")  # lost with the machine, last heard of after 5 s
+    os.utime(folder / "supervisor.json", (300.0, 300.0))
+    (folder / "heartbeat").touch()
+    os.utime(folder / "heartbeat", (305.0, 305.0))
+    again = job(
+        "a", make_run("a"), started=300.0, ended=305.0, attempt=3, placement=Placement("cuda", (0, 1), 1, 1)
+    )
+    comparison = collect([again], home=home)
+    (row,) = comparison.rows
+    assert (row.wall_seconds, row.device_seconds) == (95.0, 190.0)
+    assert next(column.cells for column in table_of(comparison) if column.title == "time") == ["1m35s"]
+    assert live_row(again, {}, home)["time"] == "1m35s"
 
 
 def test_plain_run_folders_differ_in_what_was_set(make_run: MakeRun) -> None:

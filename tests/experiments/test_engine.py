@@ -9,6 +9,7 @@ import yaml
 from tests.experiments.engines import GIB, World
 
 from swift.core.errors import SwiftError, UsageError
+from swift.experiments.isolation import from_shell
 from swift.experiments.launch import Observation
 from swift.experiments.policies import Policies
 from swift.experiments.types import Device, Needs
@@ -383,3 +384,81 @@ def chat_sweep(tmp_path, tiny_model_dir):
         "parameters": {"learning_rate": {"min": 1e-5, "max": 1e-3, "log": True}},
     }
     return yaml.safe_dump({"name": "hunt", "defaults": options, "sweep": sweep}), tmp_path
+
+
+# The submitting shell
+
+
+def test_jobs_see_the_shell_they_were_submitted_from(world):
+    world.engine.base_env |= {"HF_TOKEN": "of the service", "WANDB_MODE": "offline", "EDITOR": "vi"}
+    shell = {
+        "HF_TOKEN": "hf_secret",
+        "https_proxy": "http://me:pw@proxy",
+        "CUDA_VISIBLE_DEVICES": "3",
+        "EDITOR": "ed",
+    }
+    world.engine.submit("g", "", [world.spec("a")], environment=from_shell(shell))
+    world.engine.clone(world.job("a").id)
+    world.submit(world.spec("b"), group="by-http")
+    world.tick()
+    world.end("a")
+    env = {job: launch.env for job, _, launch in world.runner.launched}
+    for name in ("a", "a-2"):
+        seen = env[world.job(name).id]
+        assert (seen["HF_TOKEN"], seen["https_proxy"], seen["EDITOR"]) == (
+            "hf_secret",
+            shell["https_proxy"],
+            "vi",
+        )
+        assert "WANDB_MODE" not in seen and "3" not in seen["CUDA_VISIBLE_DEVICES"]
+    assert env[world.job("b").id]["HF_TOKEN"] == "of the service"
+    shown = [world.job("a").to_dict(), world.job("a").spec.to_dict(), world.store.group("g").to_dict()]
+    assert "hf_secret" not in json.dumps([*shown, *(event.to_dict() for event in world.store.events())])
+    assert world.home.store.stat().st_mode & 0o077 == 0
+
+
+def test_the_time_of_all_attempts_is_added_up(tmp_path):
+    now = [100.0]
+    world = World(tmp_path)
+    world.store._clock = lambda: now[0]
+    world.submit(world.training("a"))
+    world.tick()
+    for seconds in (30.0, 12.0):
+        now[0] += seconds
+        world.end("a", reason="lost", code=None)
+    job = world.job("a")
+    assert (job.attempt, job.spent, job.to_dict()["spent_seconds"], job.started) == (3, 42.0, 42.0, 142.0)
+
+
+def test_what_earlier_attempts_left_in_the_run_folder(world):
+    """A retried training starts in a clean folder; a clone has its own. Old answers never pass for new ones."""
+    world.submit(world.training("a"))
+    run = Path(world.job("a").spec.run_dir)
+    (run / "merged").mkdir(parents=True)
+    for name in ("evaluation.jsonl", "evaluation.json", "metrics.jsonl", "merged/config.json"):
+        (run / name).write_text("old\n")
+    world.end("a", 2)
+    world.engine.clone(world.job("a").id)
+    assert not Path(world.job("a-2").spec.run_dir).exists()
+    world.engine.retry(world.job("a").id)
+    world.tick()
+    assert (world.state("a"), run.exists()) == ("starting", False)
+    kept = run.parent / "a.attempt-1"
+    assert (kept / "evaluation.jsonl").exists() and (kept / "merged" / "config.json").exists()
+
+
+def test_clones_of_stages_write_beside_what_is_there(world):
+    run = world.root / "out" / "a"
+    run.mkdir(parents=True)
+    answers, merged = run / "evaluation.jsonl", run / "merged"
+    answers.write_text("old\n")
+    merged.mkdir()
+    stages = {"result_path": ("infer", answers), "output_dir": ("merge-lora", merged)}
+    for number, (option, (command, path)) in enumerate(stages.items()):
+        spec = world.spec(f"a/s{number}", command=command, run_dir=str(run), options={option: str(path)})
+        world.submit(spec, group=f"g{number}")
+        world.engine.clone(world.job(f"a/s{number}").id)
+        copy = world.job(f"s{number}-2").spec
+        assert copy.options == {option: str(run / f"{path.stem}-2{path.suffix}")}
+        assert copy.run_dir is None
+        world.end(f"a/s{number}")  # two live submissions cannot share a run folder

@@ -13,7 +13,8 @@ import pytest
 
 from swift.config.bind import resolve
 from swift.core.errors import ConfigError, SwiftError, UsageError
-from swift.experiments.expand import changed_data, expand, single
+from swift.experiments.estimates import changed_data
+from swift.experiments.expand import expand, single
 from swift.experiments.fields import parse_duration, parse_size
 from swift.experiments.file import is_experiment_file, parse_experiments, read_experiments
 from swift.experiments.types import JobSpec, Needs
@@ -143,20 +144,20 @@ def test_any_command_and_needs(work: Path) -> None:
         }
     )  # fmt: skip
     assert jobs["check"].words == ["check", "train.jsonl"]
-    assert jobs["check"].options == {}
+    assert jobs["check"].options == {} and jobs["check"].estimate == {}
     assert jobs["ask"].options["adapters"] == [str(work / "out" / "a")]
     assert "max_steps" not in jobs["ask"].options
     assert [(need.job, need.condition) for need in jobs["ask"].after] == [("a", "success")]
 
 
 def test_later_edits_change_nothing_and_changed_data_is_found(work: Path) -> None:
-    job = jobs_of(work, experiments={"a": {"val_dataset": "val.jsonl"}})["a"]
-    assert changed_data(job) == []
+    prints = jobs_of(work, experiments={"a": {"val_dataset": "val.jsonl"}})["a"].fingerprints
+    assert changed_data(prints) == []
     text = (work / "train.jsonl").read_text()
     (work / "train.jsonl").write_text(text.replace("plus", "PLUS"))
-    assert changed_data(job) == [f"{work / 'train.jsonl'}: other content than when it was submitted"]
+    assert changed_data(prints) == [f"{work / 'train.jsonl'}: other content than when it was submitted"]
     (work / "val.jsonl").unlink()
-    assert len(changed_data(job)) == 2
+    assert len(changed_data(prints)) == 2
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_later_edits_change_nothing_and_changed_data_is_found(work: Path) -> Non
         ("experiments:\n  a: {}\n  A: {}", 3, "differ in capitals only", "rename"),
         ("experiments:\n  a: {run_name: b}", 2, "run_name b is not the experiment's name", "call the experiment b"),
         ("experiments:\n  a: {needs: b}\n  b: {needs: c}\n  c: {needs: b}", 3, "circle: b -> c -> b", "remove"),
-        ("experiments:\n  alpha: {needs: alpa}", 2, "needs alpa", "did you mean alpha?"),
+        ("experiments:\n  alpha: {}\n  b: {needs: alpa}", 3, "needs alpa", "did you mean alpha?"),
         ("experiments:\n  a: {command: sfft}", 2, "unknown command 'sfft'", "did you mean sft?"),
         ("experiments:\n  a: {command: deploy}", 2, "comes with a later version", "infer"),
         ("experiments:\n  a: {command: data, lora_rank: 8}", 2, "takes words, not options", "words:"),
@@ -199,8 +200,13 @@ def test_complaints(work: Path, text: str, line: int | None, says: str, fix: str
 
 
 def test_missing_model_and_data_name_the_experiment(work: Path) -> None:
-    with pytest.raises(SwiftError, match="experiment a: "):
-        jobs_of(work, experiments={"a": {"model": "modell"}})
+    (work / "e.yaml").write_text(
+        "experiments:\n  a: {}\ndefaults:\n  model: modell\n  dataset: train.jsonl\n"
+    )
+    with pytest.raises(SwiftError, match="experiment a: ") as caught:
+        expand(read_experiments(work / "e.yaml"), work)
+    assert caught.value.where == f"{work / 'e.yaml'}:4: model"
+    assert "--model" not in (caught.value.fix or "")
     with pytest.raises(SwiftError, match="experiment a: no such file") as caught:
         jobs_of(work, experiments={"a": {"dataset": "trian.jsonl"}})
     assert "train.jsonl" in (caught.value.fix or "")
@@ -245,8 +251,8 @@ def test_a_command_line_as_a_job(work: Path) -> None:
 def test_which_files_are_experiments(work: Path) -> None:
     (work / "a.yaml").write_text("experiments: {a: {}}\n")
     (work / "b.yaml").write_text("model: x\n")
-    assert is_experiment_file(work / "a.yaml")
-    assert not is_experiment_file(work / "b.yaml")
+    (work / "c.yaml").write_text("defaults: {}\nexperimnts: {a: {}}\n")
+    assert [is_experiment_file(work / f"{name}.yaml") for name in "abc"] == [True, False, True]
 
 
 def test_expanding_imports_no_torch(work: Path) -> None:
@@ -268,7 +274,7 @@ def test_recipes_expand(recipe: Path, tmp_path: Path) -> None:
     jobs = expand(file, tmp_path, planning=True)
     trainings = [job for job in jobs if job.command == "sft"]
     assert file.name == recipe.stem
-    assert len(trainings) == len(file.experiments)
+    assert len(trainings) == len(file.experiments) + (file.sweep.trials if file.sweep else 0)
     assert all(job.run_dir == str(tmp_path / "output" / file.name / job.name) for job in trainings)
 
 
@@ -279,7 +285,9 @@ def test_the_file_in_the_guide_expands(tmp_path: Path) -> None:
     for extra in ("", sweep):
         jobs = expand(parse_experiments(defaults + extra), tmp_path, planning=True)
         assert [job.name for job in jobs][:3] == ["small", "small/evaluate", "small/merge"]
-        assert [job.name for job in jobs][-2:] == ["full", "full/evaluate"]
+        trials = [job for job in jobs if job.experiment.startswith("trial-") and job.command == "sft"]
+        assert len(trials) == (20 if extra else 0)
+        assert all((job.max_parallel, job.options["lora_rank"]) == (2, 16) for job in trials)
     jobs = expand(
         parse_experiments(defaults.replace("after: [evaluate, merge]\n", after)), tmp_path, planning=True
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from swift.core.errors import ConfigError
-from swift.experiments.forecast import Choice, check_possible, forecast
+from swift.experiments.forecast import Choice, forecast, impossible
+from swift.experiments.submissions import Submission, check_machine
 from swift.experiments.types import Dependency, Device, Inventory, JobSpec, Needs, Placement
 
 GIB = 1 << 30
@@ -75,17 +77,25 @@ def test_stages_for_failures_do_not_start_and_impossible_jobs_are_named() -> Non
     rows = {row["name"]: row for row in forecast(specs, INVENTORY, one_a_device)["jobs"]}
     assert rows["sorry"]["order"] is None and rows["sorry"]["wait"] == "runs only when a fails"
     assert rows["huge"]["order"] is None
-    assert rows["huge"]["problems"] == ["asks for 8 devices, this machine has 2 (cuda)"]
+    assert rows["huge"]["problems"] == ["asks for 8 devices, this machine has 2 alike with 1.0 GiB"]
 
 
-def test_impossible_requests() -> None:
-    check_possible([job("a")], INVENTORY)
-    for needs, says in (
-        ({"devices": 8}, "asks for 8 devices, this machine has 2 (cuda)"),
+@pytest.mark.parametrize(
+    ("needs", "says"),
+    [
+        ({"devices": 8}, "asks for 8 devices, this machine has 2 alike"),
         ({"threads": 64}, "asks for 64 threads, this machine has 4 cores"),
-        ({"memory_bytes": 9 * GIB}, "asks for 9.0 GiB on a device, the largest here has 8.0 GiB"),
-    ):
-        with pytest.raises(ConfigError, match=re.escape(f"b: {says}")) as caught:
-            check_possible([job("a"), job("b", **needs)], INVENTORY)
-        assert "--wait" in (caught.value.fix or "")
-        assert check_possible([job("b", **needs)], INVENTORY, wait=True) == [f"b: {says}"]
+        # As the scheduler sees it: a part of the device's 8 GiB is never given away.
+        ({"memory_bytes": 8 * GIB}, "needs 8.0 GiB on a device, at most 7.6 GiB can be used here"),
+    ],
+)
+def test_impossible_requests_are_the_schedulers(needs: dict[str, int], says: str) -> None:
+    spec = job("b", **needs)
+    assert impossible(job("a"), INVENTORY) is None
+    assert says in forecast([spec], INVENTORY, one_a_device)["jobs"][0]["problems"][0]
+    submission = Submission("g", "", [job("a"), spec])
+    with pytest.raises(ConfigError, match=re.escape(f"b: {says}")) as caught:
+        check_machine(submission, INVENTORY)
+    assert "--wait" in (caught.value.fix or "")
+    (warning,) = check_machine(replace(submission, wait=True), INVENTORY)
+    assert warning.startswith(f"b: {says}")

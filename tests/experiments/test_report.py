@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -63,6 +64,12 @@ def experiment(folder: Path, name: str, loss: float, text: str = "fine", **field
         name, name, "sft", run_dir=str(run), parameters={"lora_rank": int(loss * 10), "kind": text}
     )
     return Job(**{"id": name, "group": "g", "spec": spec, "state": "succeeded", **fields})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def no_fanova(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its libraries take seconds to import; test_statistics runs it for real."""
+    monkeypatch.setitem(sys.modules, "sklearn", None)
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from swift.experiments.estimate import estimate_memory, memory_key, placed, queued
-from swift.experiments.forecast import forecast
-from swift.experiments.rehearsal import rehearse
 from swift.experiments.scheduler import (
     Decision,
     Placed,
@@ -276,17 +274,3 @@ def test_records_become_what_the_scheduler_sees() -> None:
     assert placed(record(placement=place, started=9.0)) == Placed("j7", "g", place, False, 9.0)
     unknown = placed(record(spec=JobSpec("a", "a", "data"), placement=place))
     assert unknown is not None and unknown.whole
-
-
-def test_a_file_is_rehearsed_with_the_real_decisions() -> None:
-    specs = [
-        JobSpec(name, name, "sft", needs=Needs(devices=devices, memory_bytes=10 * GIB), max_parallel=2)
-        for name, devices in (("a", 1), ("b", 2), ("c", 1))
-    ]
-    course = forecast(specs, machine(gpus(2)), rehearse(machine(gpus(2)), policy=EXACT))
-    assert [(row["name"], row["order"]) for row in course["jobs"]] == [("a", 1), ("b", 2), ("c", 3)]
-    assert "kept for b" in course["jobs"][2]["wait"]
-    assert course["jobs"][1]["wait"].startswith("waits for 1 more free device: 10.0 GiB needed on each")
-    taken = record(placement=Placement("cuda", (0, 1), 80 * GIB, 1), spec=JobSpec("x", "x", "sft"))
-    course = forecast(specs, machine(gpus(2)), rehearse(machine(gpus(2)), others=[taken]))
-    assert [row["order"] for row in course["jobs"]] == [None, None, None]

@@ -8,9 +8,10 @@ import pytest
 from fastapi.testclient import TestClient
 from tests.experiments.engines import World
 
-from swift.experiments.api import create_app
+from swift.experiments.api import _each, create_app
 from swift.experiments.home import Home
 from swift.experiments.service import HomeTaken, ServiceLock, read_token
+from swift.experiments.store import Store
 
 TOKEN = "secret"
 
@@ -97,6 +98,16 @@ def test_control_by_id_name_and_group(http, world):
     assert post(http, "/clone", job="c").json()["jobs"][0]["name"] == "c-2"
 
 
+def test_the_engine_is_woken_when_the_change_can_be_seen(http, world, monkeypatch):
+    submit(http, world, "a")
+    post(http, "/stop", jobs=["a"])
+    seen = []
+    other = Store(world.home.store)  # a connection of its own sees only what is committed
+    monkeypatch.setattr(world.engine, "wake", lambda: seen.append(other.job("a").state))
+    post(http, "/retry", jobs=["a"])
+    assert seen[-1] == "queued"
+
+
 def test_why(http, world):
     submit(http, world, "a", "b", "c")
     world.tick()
@@ -179,3 +190,16 @@ def test_one_engine_for_a_home(tmp_path):
         ServiceLock(home)
     lock.release()
     ServiceLock(home).release()
+
+
+def test_a_large_group_is_stopped_in_one_transaction(world):
+    group = world.engine.submit("g", "", [world.spec(f"n{number}") for number in range(300)])
+    world.tick()
+    statements = []
+    world.store._database._connection().set_trace_callback(statements.append)
+    answer = _each(world.engine, world.store.jobs(group="g"), lambda job: world.engine.stop(job.id))
+    assert tuple(job["id"] for job in answer["jobs"]) == group.jobs
+    assert {job["state"] for job in answer["jobs"][2:]} == {"cancelled"}
+    assert [entry[0] for entry in world.runner.stopped] == ["j1", "j2"]
+    # One for all that waited; two for each that runs: the wish, then its reason.
+    assert statements.count("COMMIT") == 1 + 2 * 2

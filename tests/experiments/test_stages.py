@@ -73,7 +73,7 @@ def test_full_training_is_evaluated_as_a_model_and_not_merged(work: Path) -> Non
     jobs = jobs_of(work, after=after, experiments={"a": {}, "full": {"tuner_type": "full"}})
     assert list(jobs) == ["a", "a/evaluate", "a/merge", "a/ask", "full", "full/evaluate"]
     assert jobs["full/evaluate"].options["model"] == str(work / "out" / "full")
-    with pytest.raises(ConfigError, match="experiment full: there is no adapter to merge"):
+    with pytest.raises(ConfigError, match="experiment full: there is no adapter that can be merged"):
         jobs_of(work, experiments={"full": {"tuner_type": "full", "after": ["merge"]}})
 
 
@@ -102,6 +102,7 @@ def test_a_graph(work: Path) -> None:
     assert jobs["a/ask"].options["model"] == str(run / "merged") and "adapters" not in jobs["a/ask"].options
     assert jobs["a/ask"].env == {"X": "1"}
     assert jobs["a/always"].words == ["check", f"{run}/a.jsonl"]
+    assert jobs["a/tell"].estimate == {"memory_bytes": 1 << 30}  # not a whole device for want of a figure
     for name in ("a/evaluate", "a/merge", "a/ask"):
         resolve(jobs[name].command, values=jobs[name].options)
 
@@ -167,6 +168,6 @@ def test_circles_are_named_whatever_the_graph() -> None:
     assert find_circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
     assert find_circle({"x": ["a"], "a": ["b"], "b": ["c"], "c": ["a"]}) == ["a", "b", "c", "a"]
     assert find_circle({"a": ["a"]}) == ["a", "a"]
-    chain = {str(i): [str(i + 1)] for i in range(5000)}
+    chain = {str(i): [str(i + 1)] for i in range(1500)}
     assert find_circle(chain) == []
-    assert find_circle({**chain, "5000": ["4998"]}) == ["4998", "4999", "5000", "4998"]
+    assert find_circle({**chain, "1500": ["1498"]}) == ["1498", "1499", "1500", "1498"]

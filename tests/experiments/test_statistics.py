@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -83,16 +84,25 @@ def test_a_difference_that_may_be_chance_holds_zero() -> None:
         paired_bootstrap(one, other[:-1])
 
 
+@pytest.mark.slow
 def test_importance_finds_the_parameter_that_matters() -> None:
     points = [
         {"rate": rate, "rank": rank, "kind": kind}
         for rate, rank, kind in itertools.product((1, 2), (4, 8), ("a", "b"))
     ]
     found = parameter_importance(points, [10.0 * point["rate"] + 0.1 * point["rank"] for point in points])
-    assert found is not None
+    assert found is not None and found.method == "fANOVA of Optuna"
     assert next(iter(found.shares)) == "rate" and found.shares["rate"] > 0.9
     assert found.shares["kind"] < 0.05
-    assert found.method
+    assert sum(found.shares.values()) == pytest.approx(1.0)
+
+
+def test_importance_without_scikit_learn_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    points = [{"rate": rate, "rank": rank} for rate, rank in itertools.product((1, 2), (4, 8))]
+    found = parameter_importance(points, [10.0 * point["rate"] for point in points])
+    assert found is not None and "swift-forge[sweep]" in found.method
+    assert found.shares == {"rate": 1.0, "rank": 0.0}
 
 
 def test_explained_variance_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sqlite3
 import threading
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from swift.core.errors import SwiftError, UsageError
-from swift.experiments.migrations import VERSION
-from swift.experiments.store import LEGAL, StateConflict, Store
-from swift.experiments.types import FINISHED, STATES, Dependency, JobSpec, Placement
+from swift.experiments.database import MIGRATIONS, VERSION
+from swift.experiments.store import StateConflict, Store
+from swift.experiments.types import FINISHED, LEGAL, STATES, Dependency, JobSpec, Placement
 
 
 def spec(name: str = "a", **changes: object) -> JobSpec:
@@ -429,3 +430,37 @@ def test_ten_thousand_finished_jobs_are_read_by_index(store: Store) -> None:
     for condition in ("state IN ('queued', 'running')", "name = 'job77'", "run_dir = '/a'", "seq IN (5, 7)"):
         plan = connection.execute(f"EXPLAIN QUERY PLAN SELECT * FROM jobs WHERE {condition}").fetchall()
         assert all("SEARCH" in row[3] for row in plan), plan
+
+
+def test_a_batch_is_one_transaction_in_which_a_refusal_undoes_itself_only(store: Store) -> None:
+    submit(store, "a", "b", "c")
+    with store.batch():
+        store.transition("j1", "queued", "cancelled", "stopped")
+        with pytest.raises(StateConflict):
+            store.transition("j1", "queued", "cancelled", "again")
+        store.transition("j2", "queued", "cancelled", "stopped")
+        assert Store(store.path).counts()["queued"] == 3, "nobody else sees a part of it"
+    assert Store(store.path).counts()["cancelled"] == 2
+    with pytest.raises(ZeroDivisionError), store.batch():
+        store.transition("j3", "queued", "cancelled", "stopped")
+        raise ZeroDivisionError
+    assert store.job("j3").state == "queued"
+
+
+def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite3"
+    with sqlite3.connect(path) as connection:
+        for statement in MIGRATIONS[0]:
+            connection.execute(statement)
+        connection.execute("INSERT INTO groups (name, source_text, submitted) VALUES ('g', '', 1.0)")
+        old = json.dumps(spec("a").to_dict() | {"needs": {"devices": 1}})
+        connection.execute(
+            "INSERT INTO jobs (group_seq, name, spec, state, reason, submitted, priority)"
+            " VALUES (1, 'a', ?, 'queued', 'submitted', 1.0, 0)",
+            (old,),
+        )
+        connection.execute("PRAGMA user_version = 1")
+    store = Store(path)
+    job = store.job("a")
+    assert (job.spent, job.preempted, job.spec.needs.preemption) == (0.0, None, True)
+    assert store.environment("g") is None

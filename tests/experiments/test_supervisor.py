@@ -102,7 +102,7 @@ def test_the_supervisor_is_small_and_nobodys_child(jobs):
 
 def test_a_stop_lets_the_job_save_and_end(jobs):
     jobs.begin("trap 'echo saved; exit 143' TERM; echo ready; while true; do sleep 0.05; done")
-    wait_for(lambda: "ready" in jobs.log())
+    wait_for(lambda: "\nready\n" in jobs.log())
     stop(jobs.home.job_dir("j1"), 1, grace_seconds=60)
     end = jobs.end()
     assert (end.exit_code, end.reason) == (143, "stopped")
@@ -111,7 +111,7 @@ def test_a_stop_lets_the_job_save_and_end(jobs):
 
 def test_a_job_that_ignores_sigterm_is_killed(jobs):
     jobs.begin("trap '' TERM; echo ready; while true; do sleep 0.05; done")
-    wait_for(lambda: "ready" in jobs.log())
+    wait_for(lambda: "\nready\n" in jobs.log())
     stop(jobs.home.job_dir("j1"), 1, grace_seconds=0.2)
     end = jobs.end()
     assert (end.signal, end.reason) == (signal.SIGKILL, "killed")
@@ -120,7 +120,7 @@ def test_a_job_that_ignores_sigterm_is_killed(jobs):
 
 def test_a_second_stop_shortens_the_grace_and_kill_ends_it(jobs):
     jobs.begin("trap '' TERM; echo ready; while true; do sleep 0.05; done")
-    wait_for(lambda: "ready" in jobs.log())
+    wait_for(lambda: "\nready\n" in jobs.log())
     stop(jobs.home.job_dir("j1"), 1, grace_seconds=3600)
     kill(jobs.home.job_dir("j1"), 1)
     end = jobs.end()
@@ -129,7 +129,7 @@ def test_a_second_stop_shortens_the_grace_and_kill_ends_it(jobs):
 
 def test_sigterm_to_the_supervisor_is_a_stop_and_sighup_nothing(jobs):
     jobs.begin("trap 'exit 143' TERM; echo ready; while true; do sleep 0.05; done")
-    wait_for(lambda: "ready" in jobs.log())
+    wait_for(lambda: "\nready\n" in jobs.log())
     jobs.supervisor().send_signal(signal.SIGHUP)
     jobs.supervisor().terminate()
     end = jobs.end()
@@ -147,7 +147,7 @@ def test_a_job_stopped_before_it_begins_never_runs(jobs):
 
 def test_an_unreadable_request_costs_nothing(jobs):
     jobs.begin("trap 'exit 143' TERM; echo ready; while true; do sleep 0.05; done")
-    wait_for(lambda: "ready" in jobs.log())
+    wait_for(lambda: "\nready\n" in jobs.log())
     (jobs.folder() / "control.json").write_text("{not json")
     jobs.supervisor().send_signal(signal.SIGUSR1)
     wait_for(lambda: "control.json" in (jobs.folder() / "supervisor.log").read_text())
@@ -183,7 +183,7 @@ def test_memory_above_the_limit_ends_only_that_job(jobs):
     jobs.begin(hungry, job="hungry", memory_bytes=150_000_000)
     end = jobs.end("hungry")
     assert (end.signal, end.reason) == (signal.SIGKILL, "memory_limit")
-    assert end.peak_memory_bytes > 300_000_000
+    assert end.peak_memory_bytes > 150_000_000  # seen somewhere on its way up
     assert jobs.observe("modest").state == "running"
 
 

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from tests.experiments.services import Services, wait_for
+from tests.experiments.services import DEADLINE_SECONDS, Services, wait_for
 
 from swift.core.errors import SwiftError
-from swift.experiments.client import Client, find_service
+from swift.experiments.client import Client, find_service, stop_service
 from swift.experiments.home import Home
 from swift.experiments.service import EXIT_LOCKED, ServiceLock
 from swift.experiments.store import Store
@@ -136,3 +137,38 @@ def test_a_home_that_cannot_be_written_is_named():
         Client(home)
     with pytest.raises(SwiftError, match="cannot be made"):
         Home.find("/proc/self/home")
+
+
+FILE = """
+name: calm
+experiments:
+  one: {command: config, words: [alias, lora_rank]}
+  two: {command: config, words: [alias, learning_rate]}
+  three: {command: config, words: [alias, nonsense], needs: one}
+resources: {max_parallel: 1, cold: true, memory: 1MiB}
+"""
+
+
+@pytest.mark.slow
+def test_following_goes_on_when_the_service_is_killed(services):
+    (services.root / "calm.yaml").write_text(FILE)
+    env = {**services.env, "SWIFT_HOME": str(services.home.root)}
+    following = subprocess.Popen(
+        [sys.executable, "-m", "swift", "run", "calm.yaml"],
+        cwd=services.root, env=env, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    first = wait_for(lambda: find_service(services.home), "the service")
+    services.process = psutil.Process(first["pid"])
+    wait_for(lambda: services.store.jobs(states=["starting", "running"]), "a job to start")
+    services.process.kill()
+    try:
+        output, _ = following.communicate(timeout=DEADLINE_SECONDS)
+        assert following.returncode == 1, output
+        assert services.states() == {
+            "one": "succeeded", "two": "succeeded", "three": "failed",
+        }  # fmt: skip
+        assert find_service(services.home)["pid"] != first["pid"]
+    finally:
+        following.kill()
+        stop_service(services.home)
+        services.process = None

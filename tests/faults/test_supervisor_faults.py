@@ -75,6 +75,7 @@ def test_the_next_attempt_finds_nothing_of_the_last_one_running(jobs):
 def test_a_frozen_supervisor_keeps_the_job(jobs):
     jobs.begin("sleep 600")
     supervisor = jobs.supervisor()
+    wait_for(lambda: jobs.observe().state == "running")
     supervisor.send_signal(signal.SIGSTOP)
     try:
         assert jobs.observe().state == "running"

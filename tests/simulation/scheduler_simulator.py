@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from swift.experiments.preemption import preempt
 from swift.experiments.scheduler import Decision, Placed, Policy, QueuedJob, decide
 from swift.experiments.types import Device, Inventory, Needs, Placement
 
 GIB = 1 << 30
+SAVE_SECONDS = 10.0
+RESTART_SECONDS = 20.0
+"""Assumptions: to save a checkpoint on being preempted, and to come back from it."""
 
 Decide = Callable[[Sequence[QueuedJob], Inventory, Sequence[Placed], float], list[Decision]]
 
@@ -47,6 +51,8 @@ class Outcome:
     """Part of all devices' time during which at least one job was on them."""
     heads: dict[int, float] = field(default_factory=dict)
     """Job -> time between its becoming the first that is blocked and its start."""
+    preemptions: list[tuple[int, int, float]] = field(default_factory=list)
+    """(who left, for whom, seconds since its last start)."""
 
     @property
     def mean_wait(self) -> float:
@@ -88,6 +94,8 @@ class _Run:
     placed: Placed
     left: float
     compute: float
+    later: float = 0.0
+    """What is left to do after a preemption."""
 
 
 def simulate(
@@ -95,11 +103,13 @@ def simulate(
     choose: Decide,
     inventory: Inventory | None = None,
     watch: Callable[[Sequence[Placed]], None] | None = None,
+    preemption: Policy | None = None,
 ) -> Outcome:
     """Let all jobs come, be placed by ``choose``, and end.
 
     Args:
         watch: called with everything that holds a place after each round of decisions.
+        preemption: let jobs make room as this policy says.
 
     Raises RuntimeError when jobs are left that are never started.
     """
@@ -110,11 +120,15 @@ def simulate(
     runs: dict[str, _Run] = {}
     waits = [0.0] * len(work)
     heads: dict[str, float] = {}
+    left = {f"j{number}": entry.seconds for number, entry in enumerate(work)}
+    made_room_for: dict[str, str] = {}
+    preemptions: list[tuple[int, int, float]] = []
+    started: set[str] = set()
     now = compute = busy = 0.0
     while coming or queue or runs:
         now_ends = _next_end(runs)
         arrival = work[coming[0]].arrival - now if coming else math.inf
-        step = max(0.0, min(now_ends, arrival))
+        step = max(0.0, min(now_ends, arrival, _next_preemption(queue, runs, preemption, now)))
         if math.isinf(step):
             raise RuntimeError(f"never started: {sorted(queue)}")
         shares = _device_shares(runs)
@@ -124,12 +138,23 @@ def simulate(
             run.left -= step * rate
         now += step
         for job_id in [job_id for job_id, run in runs.items() if run.left <= 1e-6]:
-            del runs[job_id]
+            run = runs.pop(job_id)
+            if run.placed.leaving:
+                queue[job_id], left[job_id] = replace(jobs[job_id], returned=now), run.later + RESTART_SECONDS
         while coming and work[coming[0]].arrival <= now:
             number = coming.pop(0)
             queue[f"j{number}"] = jobs[f"j{number}"]
         held = [run.placed for run in runs.values()]
-        decisions = choose(list(queue.values()), inventory, held, now)
+        claims = set(made_room_for.values())
+        waiting = [replace(job, first=job.job_id in claims) for job in queue.values()]
+        decisions = choose(waiting, inventory, held, now)
+        found = preempt(waiting, decisions, inventory, held, now, preemption) if preemption else None
+        for victim in found.victims if found else ():
+            run = runs[victim]
+            preemptions.append((run.number, int(found.job_id[1:]), now - run.placed.started))
+            made_room_for[victim] = found.job_id
+            run.placed = replace(run.placed, leaving=found.job_id)
+            run.later, run.left = run.left, SAVE_SECONDS
         for decision in decisions:
             if decision.placement is None:
                 if "kept free for it" in decision.reason:
@@ -138,9 +163,14 @@ def simulate(
             job = queue.pop(decision.job_id)
             entry = work[job.order]
             whole = entry.exclusive or entry.devices > 1
-            placed = Placed(job.job_id, job.group, decision.placement, whole, now)
-            runs[job.job_id] = _Run(job.order, placed, entry.seconds, entry.compute)
-            waits[job.order] = now - entry.arrival
+            placed = Placed(
+                job.job_id, job.group, decision.placement, whole, now, entry.priority, resumable=True
+            )
+            runs[job.job_id] = _Run(job.order, placed, left[job.job_id], entry.compute)
+            made_room_for.pop(job.job_id, None)
+            if job.job_id not in started:
+                started.add(job.job_id)
+                waits[job.order] = now - entry.arrival
         if watch is not None:
             watch([run.placed for run in runs.values()])
     count = len(inventory.devices)
@@ -150,7 +180,18 @@ def simulate(
         compute / (now * count) if now else 0.0,
         busy / (now * count) if now else 0.0,
         {int(key[1:]): work[int(key[1:])].arrival + waits[int(key[1:])] - at for key, at in heads.items()},
+        preemptions,
     )
+
+
+def _next_preemption(
+    queue: dict[str, QueuedJob], runs: dict[str, _Run], policy: Policy | None, now: float
+) -> float:
+    """Seconds until the next running job may be preempted, should anybody wait."""
+    if policy is None or not queue:
+        return math.inf
+    moments = (run.placed.started + policy.preempt_after_seconds - now for run in runs.values())
+    return min((moment for moment in moments if moment > 0), default=math.inf)
 
 
 def _queued(number: int, work: Work) -> QueuedJob:

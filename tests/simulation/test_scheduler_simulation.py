@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_simulator import (
     GIB,
+    RESTART_SECONDS,
+    SAVE_SECONDS,
     SCENARIOS,
     Outcome,
     Work,
@@ -81,6 +83,33 @@ def test_a_stream_of_small_jobs_does_not_starve_a_large_one(devices: int) -> Non
     assert outcome.heads[60] <= 2 * 100.0
     assert outcome.waits[60] <= in_front + 2 * 100.0
     assert max(outcome.waits[400:]) > outcome.waits[60]
+
+
+@settings(max_examples=30, deadline=None)
+@given(work=st.lists(jobs, min_size=2, max_size=30))
+def test_preemption_in_any_mix_is_calm_and_ends(work: list[Work]) -> None:
+    policy = Policy(preempt_after_seconds=30, ageing_seconds=20)
+    outcome = simulate(work, ours(policy), watch=watch_limits, preemption=policy)
+    for victim, by, ran in outcome.preemptions:
+        assert work[victim].priority < work[by].priority, "by what was asked for, not by age"
+        assert ran >= policy.preempt_after_seconds, "never at once again"
+
+
+def test_an_urgent_job_gets_its_devices_at_once_and_the_others_go_on() -> None:
+    """8 devices are full for four hours; after one, a short job of higher priority needs two of them whole."""
+    work = [Work(float(number), 4 * 3600.0, 70) for number in range(8)]
+    work += [Work(10.0, 3600.0, 70) for _ in range(4)]  # old by then: they must not take the room
+    work += [Work(3600.0, 600.0, 40, devices=2, priority=1)]
+    policy = Policy()
+    calm, urgent = simulate(work, ours(policy)), simulate(work, ours(policy), preemption=policy)
+    assert calm.preemptions == [] and calm.waits[-1] > 3 * 3600
+    assert urgent.waits[-1] == SAVE_SECONDS
+    # The two that ran shortest left, once. They came back behind the four that had waited longer by then.
+    assert sorted(entry[:2] for entry in urgent.preemptions) == [(6, 12), (7, 12)]
+    assert urgent.waits[8:12] == [4200.0, 4200.0, 7800.0, 7800.0]
+    back = 7800.0 + 10.0 + 3600.0
+    left = [4 * 3600.0 - ran + RESTART_SECONDS for _, _, ran in urgent.preemptions]
+    assert urgent.makespan == pytest.approx(back + max(left))
 
 
 def test_a_stream_of_urgent_jobs_does_not_starve_a_patient_one() -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
@@ -25,9 +25,9 @@ from swift.experiments.monitor import metrics_text
 from swift.experiments.progress import OUTPUT_LOG
 from swift.experiments.selection import select_jobs
 from swift.experiments.store import StateConflict
-from swift.experiments.types import FINISHED, STATES, Job, JobSpec, State
+from swift.experiments.types import ACTIVE, FINISHED, Job, JobSpec, State
 
-__all__ = ["create_app", "why"]
+__all__ = ["create_app"]
 
 POLL_SECONDS = 0.3
 _FOLLOW_BYTES = 65_536
@@ -41,6 +41,9 @@ class Submission(BaseModel):
     specs: list[dict[str, Any]] = Field(default_factory=list)
     sweep: dict[str, str] | None = Field(
         None, description="text, shown and cwd of a file whose trials depend on results."
+    )
+    environment: dict[str, str] | None = Field(
+        None, description="Variables of the submitting shell; kept private. None: the service's own."
     )
 
 
@@ -76,7 +79,6 @@ def create_app(engine: Engine, token: str, started: float | None = None) -> Fast
     """
     from importlib.metadata import version
 
-    store, began = engine.store, time.time() if started is None else started
     app = FastAPI(
         title="swift experiment service",
         version=version("swift-forge"),
@@ -91,30 +93,24 @@ def create_app(engine: Engine, token: str, started: float | None = None) -> Fast
     @app.exception_handler(SwiftError)
     async def explain(request: Request, error: SwiftError) -> JSONResponse:
         code = 409 if isinstance(error, StateConflict) else 422 if isinstance(error, UsageError) else 500
-        body = {
-            "message": error.message,
-            "where": error.where,
-            "why": error.why,
-            "fix": error.fix,
-            "exit_code": error.exit_code,
-        }
-        return JSONResponse(body, code)
+        fields = ("message", "where", "why", "fix", "exit_code")
+        return JSONResponse({name: getattr(error, name) for name in fields}, code)
 
     @app.get("/health", tags=["service"])
     def health() -> dict[str, Any]:
         """That the service lives, and which process it is."""
         return {"status": "ok", "pid": os.getpid(), "version": app.version}
 
-    secured = [Depends(authorise)]
+    for routes in (_reading(engine), _changing(engine), _watching(engine, started or time.time())):
+        app.include_router(routes, dependencies=[Depends(authorise)])
+    return app
 
-    @app.post("/submit", dependencies=secured, tags=["jobs"], status_code=201)
-    def submit(body: Submission) -> dict[str, Any]:
-        """Queue jobs. The answer comes after they are safely recorded."""
-        specs = [_spec(values) for values in body.specs]
-        group = engine.submit(body.name, body.source, specs, body.sweep)
-        return {"group": group.name, "jobs": [job.to_dict() for job in store.jobs(group=group.name)]}
 
-    @app.get("/jobs", dependencies=secured, tags=["jobs"])
+def _reading(engine: Engine) -> APIRouter:
+    """What there is to know about jobs."""
+    routes, store = APIRouter(tags=["jobs"]), engine.store
+
+    @routes.get("/jobs")
     def jobs(
         state: Annotated[list[State] | None, Query()] = None,
         group: str | None = None,
@@ -124,18 +120,25 @@ def create_app(engine: Engine, token: str, started: float | None = None) -> Fast
         found = store.jobs(states=state, group=group, limit=limit)
         return {"jobs": [job.to_dict() for job in found]}
 
-    @app.get("/jobs/{word}", dependencies=secured, tags=["jobs"])
+    @routes.get("/jobs/{word}")
     def job(word: str) -> dict[str, Any]:
         """One job with its snapshot, by id or name."""
         found = store.job(word)
         return {**found.to_dict(), "spec": found.spec.to_dict(), "overrides": found.overrides}
 
-    @app.get("/jobs/{word}/why", dependencies=secured, tags=["jobs"])
-    def why_(word: str) -> dict[str, Any]:
-        """Why the job is where it is: its reason, and every decision about it so far."""
-        return why(engine, store.job(word))
+    @routes.get("/jobs/{word}/why")
+    def why(word: str) -> dict[str, Any]:
+        """Why the job is where it is: its reason, what it needs, and every decision about it so far."""
+        job = store.job(word)
+        events = [event.to_dict() for event in store.events(job=job.id)]
+        return {
+            **job.to_dict(),
+            "needs": asdict(job.spec.needs),
+            "estimate": job.spec.estimate,
+            "events": events,
+        }
 
-    @app.get("/jobs/{word}/logs", dependencies=secured, tags=["jobs"])
+    @routes.get("/jobs/{word}/logs")
     def logs(word: str, tail: Annotated[int, Query(ge=0)] = 200, follow: bool = False) -> StreamingResponse:
         """The job's output as text; with ``follow`` until it ends."""
         found = store.job(word)
@@ -144,42 +147,65 @@ def create_app(engine: Engine, token: str, started: float | None = None) -> Fast
             _log(path, tail, follow, lambda: store.job(found.id).state in FINISHED), media_type="text/plain"
         )
 
-    def control(path: str, act: Callable[[Job, Words], Job], text: str) -> None:
-        def handler(body: Words) -> dict[str, Any]:
-            chosen = select_jobs(store, body.jobs)
-            if path == "stop":
-                for word in body.jobs:
-                    engine.sweeps.stop(word)
-            return _each(chosen, lambda job: act(job, body))
+    return routes
 
-        handler.__doc__ = text
-        app.post(f"/{path}", dependencies=secured, tags=["jobs"], name=path)(handler)
 
-    control(
-        "stop",
-        lambda job, body: engine.stop(job.id, grace_seconds=body.grace_seconds),
-        "Cancel jobs; running ones save a checkpoint first. A group's sweep brings no more trials.",
-    )
-    control(
-        "pause",
-        lambda job, body: engine.pause(job.id, grace_seconds=body.grace_seconds),
-        "Save a checkpoint and set aside until resumed.",
-    )
-    control("resume", lambda job, body: engine.resume(job.id), "Back to the queue, from the last checkpoint.")
-    control("retry", lambda job, body: engine.retry(job.id), "Queue failed or cancelled jobs again.")
+def _changing(engine: Engine) -> APIRouter:
+    """What can be asked of jobs."""
+    routes, store = APIRouter(tags=["jobs"]), engine.store
 
-    @app.post("/clone", dependencies=secured, tags=["jobs"], status_code=201)
+    def submitted(group: str) -> dict[str, Any]:
+        return {"group": group, "jobs": [job.to_dict() for job in store.jobs(group=group)]}
+
+    def each(words: list[str], act: Callable[[Job], Job]) -> dict[str, Any]:
+        return _each(engine, select_jobs(store, words), act)
+
+    @routes.post("/submit", status_code=201)
+    def submit(body: Submission) -> dict[str, Any]:
+        """Queue jobs. The answer comes after they are safely recorded."""
+        specs = [_spec(values) for values in body.specs]
+        return submitted(engine.submit(body.name, body.source, specs, body.sweep, body.environment).name)
+
+    @routes.post("/stop")
+    def stop(body: Words) -> dict[str, Any]:
+        """Cancel jobs; running ones save a checkpoint first. A group's sweep brings no more trials."""
+        for word in body.jobs:
+            engine.sweeps.stop(word)
+        return each(body.jobs, lambda job: engine.stop(job.id, grace_seconds=body.grace_seconds))
+
+    @routes.post("/pause")
+    def pause(body: Words) -> dict[str, Any]:
+        """Save a checkpoint and set aside until resumed."""
+        return each(body.jobs, lambda job: engine.pause(job.id, grace_seconds=body.grace_seconds))
+
+    @routes.post("/resume")
+    def resume(body: Words) -> dict[str, Any]:
+        """Back to the queue, from the last checkpoint."""
+        return each(body.jobs, lambda job: engine.resume(job.id))
+
+    @routes.post("/retry")
+    def retry(body: Words) -> dict[str, Any]:
+        """Queue failed or cancelled jobs again."""
+        return each(body.jobs, lambda job: engine.retry(job.id))
+
+    @routes.post("/priority")
+    def priority(body: Priority) -> dict[str, Any]:
+        """Change the priority of jobs; one that waits may then preempt jobs of a lower one."""
+        return each(body.jobs, lambda job: engine.set_priority(job.id, body.priority))
+
+    @routes.post("/clone", status_code=201)
     def clone(body: Clone) -> dict[str, Any]:
         """The same job once more, under another name."""
-        group = engine.clone(store.job(body.job).id, body.name)
-        return {"group": group.name, "jobs": [job.to_dict() for job in store.jobs(group=group.name)]}
+        return submitted(engine.clone(store.job(body.job).id, body.name).name)
 
-    @app.post("/priority", dependencies=secured, tags=["jobs"])
-    def priority(body: Priority) -> dict[str, Any]:
-        """Change the priority of waiting jobs."""
-        return _each(select_jobs(store, body.jobs), lambda job: engine.set_priority(job.id, body.priority))
+    return routes
 
-    @app.get("/events", dependencies=secured, tags=["service"])
+
+def _watching(engine: Engine, started: float) -> APIRouter:
+    """The service and the machine."""
+    routes, store = APIRouter(tags=["service"]), engine.store
+
+    @routes.get("/events")
     async def events(
         request: Request,
         after: Annotated[int, Query(description="Number of the last event that is known already.")] = 0,
@@ -187,40 +213,39 @@ def create_app(engine: Engine, token: str, started: float | None = None) -> Fast
     ) -> StreamingResponse:
         """Server-sent events from number ``after`` on; ``id`` is the number to go on from after a break."""
         known = request.headers.get("last-event-id", "")
-        start = int(known) if known.isdigit() else after
+        stream = _events(engine, int(known) if known.isdigit() else after, follow)
+        return StreamingResponse(stream, media_type="text/event-stream")
 
-        async def stream() -> AsyncIterator[str]:
-            at = start
-            while True:
-                for event in await asyncio.to_thread(store.events, at, None, 500):
-                    at = event.seq
-                    data = json.dumps(event.to_dict(), ensure_ascii=False)
-                    yield f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n"
-                if store.last_event() > at:
-                    continue
-                if not follow:
-                    return
-                await asyncio.sleep(POLL_SECONDS)
-
-        return StreamingResponse(stream(), media_type="text/event-stream")
-
-    @app.get("/inventory", dependencies=secured, tags=["service"])
+    @routes.get("/inventory")
     def inventory() -> dict[str, Any]:
         """Devices, cores and memory, as last looked at."""
         return asdict(engine.machine())
 
-    @app.get("/samples", dependencies=secured, tags=["service"])
+    @routes.get("/samples")
     def samples(since: float = 0.0, subject: str | None = None) -> dict[str, Any]:
         """Measurements of devices and host."""
         return {"samples": store.samples(since, subject)}
 
-    @app.get("/metrics", dependencies=secured, tags=["service"], response_class=PlainTextResponse)
+    @routes.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> str:
         """For Prometheus."""
-        counts = {state: store.counts()[state] for state in STATES}
-        return metrics_text(counts, store.samples(time.time() - 60), began)
+        return metrics_text(store.counts(), store.samples(time.time() - 60), started)
 
-    return app
+    return routes
+
+
+async def _events(engine: Engine, at: int, follow: bool) -> AsyncIterator[str]:
+    store = engine.store
+    while True:
+        for event in await asyncio.to_thread(store.events, at, None, 500):
+            at = event.seq
+            data = json.dumps(event.to_dict(), ensure_ascii=False)
+            yield f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n"
+        if store.last_event() > at:
+            continue
+        if not follow:
+            return
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def _spec(values: dict[str, Any]) -> JobSpec:
@@ -230,23 +255,36 @@ def _spec(values: dict[str, Any]) -> JobSpec:
         raise UsageError("not a job's snapshot", where="specs", why=str(error)) from None
 
 
-def _each(jobs: list[Job], act: Callable[[Job], Job]) -> dict[str, Any]:
-    """Act on every job. One job's refusal is an error, several jobs' refusals are listed beside what was done."""
-    done, refused = [], []
-    for job in jobs:
+def _each(engine: Engine, jobs: list[Job], act: Callable[[Job], Job]) -> dict[str, Any]:
+    """Act on every job. One job's refusal is an error, several jobs' refusals are listed beside what was done.
+
+    Those that wait or have ended are changed in one transaction. What has a process comes after it: a wish must be
+    on the disk before the process is told.
+    """
+    done: dict[str, Job] = {}
+    refused: dict[str, dict[str, str]] = {}
+
+    def try_one(job: Job) -> None:
         try:
-            done.append(act(job).to_dict())
+            done[job.id] = act(job)
         except UsageError as error:
             if len(jobs) == 1:
                 raise
-            refused.append({"id": job.id, "name": job.spec.name, "message": error.message})
-    return {"jobs": done, "refused": refused}
+            refused[job.id] = {"id": job.id, "name": job.spec.name, "message": error.message}
 
-
-def why(engine: Engine, job: Job) -> dict[str, Any]:
-    """The job, what it needs, and its events."""
-    events = [event.to_dict() for event in engine.store.events(job=job.id)]
-    return {**job.to_dict(), "needs": asdict(job.spec.needs), "estimate": job.spec.estimate, "events": events}
+    with engine.store.batch():
+        now = {job.id: job.state for job in engine.store.jobs(ids=[job.id for job in jobs])}
+        for job in jobs:
+            if now[job.id] not in ACTIVE:
+                try_one(job)
+    engine.wake()  # woken within the transaction, it may have looked too early
+    for job in jobs:
+        if now[job.id] in ACTIVE:
+            try_one(job)
+    return {
+        "jobs": [done[job.id].to_dict() for job in jobs if job.id in done],
+        "refused": list(refused.values()),
+    }
 
 
 async def _log(path: Path, tail: int, follow: bool, ended: Callable[[], bool]) -> AsyncIterator[bytes]:

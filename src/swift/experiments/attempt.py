@@ -17,7 +17,7 @@ from swift.core.files import atomic_write_text
 from swift.experiments.home import Home
 from swift.experiments.isolation import environment_for
 from swift.experiments.progress import OUTPUT_LOG
-from swift.experiments.types import Inventory, Job, Launch, Placement
+from swift.experiments.types import TRAINING, Inventory, Job, Launch, Placement
 from swift.runs.folder import RunFolder
 from swift.runs.status import read_status
 
@@ -29,7 +29,6 @@ __all__ = [
     "run_status",
 ]
 
-TRAINING = ("pt", "sft")
 _LOG_BYTES = 32_768
 _LEAST_HOST_BYTES = 2 * 2**30
 

@@ -21,7 +21,7 @@ from swift.config.names import Name, Names
 from swift.config.read import Written, from_python, read_file
 from swift.config.schema import SECTIONS, Resolved
 from swift.core.errors import ConfigError, SwiftError
-from swift.experiments.fields import Fields, fail
+from swift.experiments.fields import Fields, fail, mapping
 
 __all__ = [
     "TRAINING",
@@ -71,13 +71,9 @@ def bind_words(command: str, words: Sequence[str], cwd: Path) -> tuple[Resolved,
     files, flags = read_flags(words, binder.names.arity)
     environment: dict[str, str] = {}
     for name in files:
-        items = dict(read_file(cwd / name, name).items or {})
-        variables = items.pop("ENV", None)
-        if variables is not None:
-            entries = Fields(variables, "ENV").items
-            environment.update({key: str(value.text or "") for key, value in entries.items()})
-        plain = {key: value.value for key, value in items.items()}
-        binder.take_mapping(binder.new_layer("file"), Written(plain, plain, name, items))
+        fields = Fields(read_file(cwd / name, name), "the file")
+        environment |= fields.variables()
+        binder.take_mapping(binder.new_layer("file"), fields.without(("ENV",)))
     layer = binder.new_layer("flag")
     for flag in flags:
         binder.take_flag(layer, flag)
@@ -153,15 +149,10 @@ def only_for(command: str, written: Written) -> Written:
         section = alias_table().sections.get(key, key)
         if value.items is not None and section in SECTIONS:
             inner = {name: entry for name, entry in value.items.items() if is_taken(name, section, entry)}
-            items[key] = _mapping(inner, value.place)
+            items[key] = mapping(inner, value.place)
         elif is_taken(key, None, value):
             items[key] = value
-    return _mapping(items, written.place)
-
-
-def _mapping(items: dict[str, Written], place: str) -> Written:
-    plain = {key: value.value for key, value in items.items()}
-    return Written(plain, {key: value.text for key, value in items.items()}, place, items)
+    return mapping(items, written.place)
 
 
 def make_absolute(resolved: Resolved, cwd: Path) -> None:

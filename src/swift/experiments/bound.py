@@ -12,8 +12,8 @@ from swift.config.read import Written
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.experiments.binding import TRAINING, about, bind, make_absolute
-from swift.experiments.fields import fail
-from swift.experiments.file import Experiment, Resources, stage_resources
+from swift.experiments.fields import NOWHERE, fail, mapping
+from swift.experiments.file import Experiment, Resources, read_resources
 from swift.experiments.stages import Stage
 from swift.experiments.types import Dependency
 
@@ -23,9 +23,6 @@ _INHERITED = (
     "device", "attn_impl", "trust_remote_code", "num_threads", "seed", "columns", "on_bad_rows", "val_dataset",
 )  # fmt: skip
 """What a stage takes over from its experiment, where its command has it."""
-
-
-_NOWHERE = Written({}, {}, "", {})
 
 
 @dataclass
@@ -77,20 +74,20 @@ def stages_of(bound: Bound) -> dict[str, Stage]:
     # Pre-training data has no questions; its run reports the loss on val_dataset itself.
     wanted = bound.command == "sft" and bound.experiment.evaluate and bool(resolved.config.data.val_dataset)
     if wanted and not has_evaluation and "evaluate" not in stages:
-        stages = {"evaluate": Stage("evaluate", "evaluate", "infer", _NOWHERE), **stages}
-    if resolved.config.tuner.tuner_type != "lora":
+        stages = {"evaluate": Stage("evaluate", "evaluate", "infer", NOWHERE), **stages}
+    if not resolved.config.tuner.can_merge:
         _leave_out_merges(stages, bound)
     return stages
 
 
 def _leave_out_merges(stages: dict[str, Stage], bound: Bound) -> None:
-    """Full training has nothing to merge. A merge that the file asks of every experiment is left out there, with the
-    stages that need it; one that the experiment itself asks for is an error."""
+    """Full training has nothing to merge, and some adapters cannot be merged. A merge that the file asks of every
+    experiment is left out there, with the stages that need it; one that the experiment itself asks for is an error."""
     gone = {name for name, stage in stages.items() if stage.kind == "merge"}
     own = [stages[name] for name in gone if not stages[name].shared]
     if own:
         raise about(
-            fail("there is no adapter to merge: this trains the whole model", own[0].written, own[0].name),
+            fail("there is no adapter that can be merged", own[0].written, own[0].name),
             bound.name,
         )
     while gone:
@@ -120,16 +117,16 @@ def _bind_stage(bound: Bound, stage: Stage, cwd: Path, planning: bool) -> Bound:
         name=f"{bound.name}/{stage.name}",
         command=stage.command,
         resolved=None,
-        resources=stage_resources(stage, bound.experiment),
+        resources=read_resources(stage.resources, bound.experiment.resources),
         after=[Dependency(need, stage.when) for need in needs],
         words=[_filled(word, words) for word in stage.words],
-        environment={**bound.environment, **_variables(stage)},
+        environment={**bound.environment, **stage.environment},
         values=bound.values,
         place=stage.written.place,
     )
     if COMMANDS[stage.command].own_arguments:
         return made
-    options = _filled_mapping(stage.options or _NOWHERE, words)
+    options = _filled_mapping(stage.options, words)
     made.resolved = bind(stage.command, [_stage_defaults(bound, stage, options), options], planning=planning)
     _check_stage(bound, stage, made.resolved)
     make_absolute(made.resolved, cwd)
@@ -137,11 +134,6 @@ def _bind_stage(bound: Bound, stage: Stage, cwd: Path, planning: bool) -> Bound:
         check_run_name(made.resolved, f"{bound.name}-{stage.name}")
         take_run_folder(made, f"{bound.name}-{stage.name}")
     return made
-
-
-def _variables(stage: Stage) -> dict[str, str]:
-    items = (stage.environment.items or {}) if stage.environment is not None else {}
-    return {key: "" if value.text is None else str(value.text) for key, value in items.items()}
 
 
 def _stage_defaults(bound: Bound, stage: Stage, options: Written) -> dict[str, Any]:
@@ -160,8 +152,8 @@ def _stage_defaults(bound: Bound, stage: Stage, options: Written) -> dict[str, A
     if run is None:
         return values
     if "adapters" in taken and not named & {"model", "adapters"}:
-        is_lora = trained.config.tuner.tuner_type == "lora"
-        values |= {"adapters": [str(run)]} if is_lora else {"model": str(run)}
+        whole = trained.config.tuner.trains_whole_model
+        values |= {"model": str(run)} if whole else {"adapters": [str(run)]}
     if stage.command == "merge-lora":
         values["output_dir"] = str(run / "merged")
     elif "result_path" in taken:
@@ -198,5 +190,4 @@ def _filled_mapping(written: Written, words: Mapping[str, str]) -> Written:
         else Written(fill(entry.value), fill(entry.text), entry.place)
         for key, entry in (written.items or {}).items()
     }
-    plain = {key: entry.value for key, entry in items.items()}
-    return Written(plain, {key: entry.text for key, entry in items.items()}, written.place, items)
+    return mapping(items, written.place)

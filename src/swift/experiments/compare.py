@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from swift.experiments.outcome import ANSWER_METRICS, Outcome, checkpoint_of, re
 from swift.experiments.statistics import Importance, Interval, paired_bootstrap, parameter_importance
 from swift.experiments.types import Job
 
-__all__ = ["Comparison", "Winner", "collect", "smaller_is_better"]
+__all__ = ["TRAINING_METRICS", "Comparison", "Winner", "collect", "smaller_is_better"]
 
 _DEFAULT_METRICS = ("eval_loss", "evaluation.loss", "loss")
+TRAINING_METRICS = ("eval_loss", "best_eval_loss", "eval_token_accuracy", "eval_perplexity")
 _NAMES_OF_RUNS = ("run_name", "output_dir", "resume_from_checkpoint", "result_path")
 
 
@@ -62,9 +64,15 @@ class Comparison:
     why: str
     rows: list[Outcome]
     winner: Winner | None
-    importance: Importance | None
     created: float
     notes: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def importance(self) -> Importance | None:
+        """Found when it is first asked for: fANOVA's libraries take seconds to import."""
+        points = [(row.parameters, row.value(self.metric)) for row in self.rows if row.state == "succeeded"]
+        known = [(parameters, value) for parameters, value in points if value is not None]
+        return parameter_importance([parameters for parameters, _ in known], [value for _, value in known])
 
     @property
     def num_finished(self) -> int:
@@ -88,43 +96,17 @@ class Comparison:
 
     def _row(self, row: Outcome, rank: int, curves: bool) -> dict[str, Any]:
         value = row.value(self.metric)
-        shown = {
+        left_out = {"options", "explicit", "answers", "device_seconds"}
+        left_out |= set() if curves else {"losses", "eval_losses"}
+        lean = asdict(replace(row, answers=[]))
+        return {
             "rank": rank if value is not None else None,
-            "experiment": row.experiment,
-            "group": row.group or None,
-            "id": row.id,
-            "state": row.state,
-            "finished": row.finished,
-            "reason": row.reason,
-            "command": row.command,
-            "run_dir": row.run_dir,
-            "parameters": row.parameters,
+            **{name: entry for name, entry in lean.items() if name not in left_out},
             "value": value,
-            "step": row.step,
-            "total_steps": row.total_steps,
-            "last_loss": row.last_loss,
-            "best_loss": row.best_loss,
-            "best_loss_step": row.best_loss_step,
-            **{name: row.training.get(name) for name in _TRAINING_COLUMNS},
-            "training": row.training,
-            "evaluation": row.evaluation,
-            "intervals": {name: interval.to_dict() for name, interval in row.intervals.items()},
-            "against_best": {name: interval.to_dict() for name, interval in row.against_best.items()},
-            "num_tokens": row.num_tokens,
-            "seconds": row.seconds,
-            "wall_seconds": row.wall_seconds,
+            "group": row.group or None,
+            **{name: row.training.get(name) for name in TRAINING_METRICS},
             "device_hours": row.device_seconds / 3600 if row.device_seconds is not None else None,
-            "peak_memory_bytes": row.peak_memory_bytes,
-            "estimated_memory_bytes": row.estimated_memory_bytes,
-            "attempts": row.attempts,
-            "retries": row.retries,
-            "failures": row.failures,
-            "problems": row.problems,
         }
-        if curves:
-            shown["losses"] = [asdict(point) for point in row.losses]
-            shown["eval_losses"] = [asdict(point) for point in row.eval_losses]
-        return shown
 
     def to_csv(self) -> str:
         """One line per experiment, nested values in columns of their own (``parameters.lora_rank``)."""
@@ -137,24 +119,17 @@ class Comparison:
         return text.getvalue()
 
 
-_TRAINING_COLUMNS = ("eval_loss", "best_eval_loss", "eval_token_accuracy", "eval_perplexity")
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
+def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Mappings become columns with dotted names, lists of records their number."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
-        if name in ("training", "problems"):
-            continue
-        if name in ("retries", "failures"):
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif name in ("retries", "failures"):
             flat[name] = len(value)
-        elif name in ("intervals", "against_best"):
-            for metric, interval in value.items():
-                flat |= {f"{name}.{metric}.{key}": interval[key] for key in ("mean", "low", "high")}
-        elif isinstance(value, dict):
-            flat |= {f"{name}.{key}": entry for key, entry in value.items()}
-        else:
-            flat[name] = value
-    return flat
+        elif name != "problems":
+            flat[prefix + name] = value
+    return {name: value for name, value in flat.items() if not name.startswith("training.")}
 
 
 def smaller_is_better(metric: str) -> bool:
@@ -202,8 +177,6 @@ def collect(
     minimize = declared[1] if declared and declared[0] == chosen else smaller_is_better(chosen)
     rows = _ranked(rows, chosen, minimize)
     winner = _winner(rows, chosen)
-    points = [(row.parameters, row.value(chosen)) for row in rows if row.state == "succeeded"]
-    known = [(parameters, value) for parameters, value in points if value is not None]
     return Comparison(
         name or ", ".join(sorted(filter(None, groups))) or "runs",
         chosen,
@@ -211,7 +184,6 @@ def collect(
         why,
         rows,
         winner,
-        parameter_importance([parameters for parameters, _ in known], [value for _, value in known]),
         now,
         notes=_notes(rows),
     )
@@ -241,7 +213,7 @@ def _choose_metric(
 ) -> tuple[str, str]:
     known = list(dict.fromkeys(name for row in rows for name in row.metrics()))
     if asked is not None:
-        expected = (*known, *_DEFAULT_METRICS, *_TRAINING_COLUMNS, *ANSWER_METRICS)
+        expected = (*known, *_DEFAULT_METRICS, *TRAINING_METRICS, *ANSWER_METRICS)
         if asked not in expected and asked.removeprefix("evaluation.") not in expected:
             near = closest(asked, known)
             raise UsageError(
@@ -338,15 +310,23 @@ def _next_commands(best: Outcome, by_answers: bool) -> list[str]:
     return commands
 
 
-def _notes(rows: Iterable[Outcome]) -> list[str]:
+def _notes(rows: Sequence[Outcome]) -> list[str]:
     """What a reader of the table must know about its figures."""
-    rows = list(rows)
     notes = []
-    counts = {len(row.answers) for row in rows if row.answers}
-    if len(counts) > 1:
+    if len({len(row.answers) for row in rows if row.answers}) > 1:
         notes.append(
             "the experiments have not answered the same number of rows: differences use the shared ones"
         )
+    cut = [
+        f"{row.experiment} {sum(answer.is_cut for answer in row.answers) / len(row.answers):.0%}"
+        for row in rows
+        if any(answer.is_cut for answer in row.answers)
+    ]
+    if cut:
+        limits = sorted({row.evaluation.get("max_new_tokens", 0) for row in rows} - {0})
+        at = f" at {' or '.join(f'{limit:.0f}' for limit in limits)} tokens" if limits else ""
+        more = f" and {len(cut) - 8} more" if len(cut) > 8 else ""
+        notes.append(f"answers cut off{at} (max_new_tokens): {', '.join(cut[:8])}{more}")
     if any(row.intervals for row in rows):
         notes.append(
             "intervals: 95 %, bootstrap over the rows of data; other seeds of training are not in them"

@@ -10,7 +10,7 @@ import abc
 import itertools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,23 @@ from typing import Any
 from swift.core.errors import UsageError
 from swift.experiments.dependencies import dependents
 from swift.experiments.home import Home
-from swift.experiments.runner import Runner
+from swift.experiments.launch import Runner
 from swift.experiments.store import Group, StateConflict, Store
 from swift.experiments.sweeps import Sweeps
-from swift.experiments.types import ACTIVE, FINISHED, Job, JobSpec, State
+from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec, State
 from swift.runs.folder import RunFolder
 
 __all__ = ["Control", "intent_of"]
 
 _WAITING: tuple[State, ...] = ("queued", "waiting", "paused")
+_OUTPUTS = ("result_path", "output_dir")
+"""Options of commands without a run folder that name what they write."""
 _ATTEMPTS = 10
 """A job may change its state while it is being changed; so often it is looked at again."""
 
 
 def intent_of(store: Store, job: Job) -> dict[str, Any] | None:
-    """What was last asked of the job's attempt: ``action`` (cancel, pause, prune, stall) and ``reason``."""
+    """What was last asked of the job's attempt: ``action`` (cancel, pause, preempt, prune, stall) and ``reason``."""
     wishes = [
         event.data
         for event in store.events(job=job.id)
@@ -45,6 +47,7 @@ class Control(abc.ABC):
     """The part of the engine that changes jobs on request. Safe to call from any thread."""
 
     sweeps: Sweeps
+    clock: Callable[[], float]
 
     def __init__(self, home: Home, store: Store, runner: Runner, grace_seconds: float) -> None:
         self.home, self.store, self.runner = home, store, runner
@@ -56,18 +59,24 @@ class Control(abc.ABC):
         """Let the engine look again at once."""
 
     def submit(
-        self, name: str, source_text: str, specs: Sequence[JobSpec], sweep: dict[str, str] | None = None
+        self,
+        name: str,
+        source_text: str,
+        specs: Sequence[JobSpec],
+        sweep: dict[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Group:
         """Queue jobs, all or none.
 
         Args:
             sweep: ``{"text", "shown", "cwd"}`` of a file whose trials depend on results; its first trials are added.
+            environment: of the submitting shell (`isolation.from_shell`).
         """
         with self._submitting:
             if sweep is None:
-                group = self.store.add_group(name, source_text, specs)
+                group = self.store.add_group(name, source_text, specs, environment)
             else:
-                group = self.sweeps.submit(name, source_text, specs, sweep)
+                group = self.sweeps.submit(name, source_text, specs, sweep, environment)
         self.wake()
         return group
 
@@ -107,6 +116,22 @@ class Control(abc.ABC):
             return changed
         raise UsageError(f"{job_id} changes faster than it can be paused", fix="try again")
 
+    def preempt(self, job_id: str, by: str, reason: str) -> bool:
+        """Have a running job checkpoint and wait until ``by`` has its place. False when it is about to end anyway."""
+        job = self.store.job(job_id)
+        if job.state != "running" or intent_of(self.store, job) is not None:
+            return False
+        mark = {"by": by, "at": self.clock()}
+        self._wish(job, "preempt", f"preempted: {reason}")
+        try:
+            self.store.transition(
+                job_id, "running", "pausing", f"preempted: {reason}; saves a checkpoint", preempted=mark
+            )
+        except StateConflict:
+            return False
+        self.runner.stop(job.id, job.attempt, self.grace_seconds)
+        return True
+
     def resume(self, job_id: str) -> Job:
         """Back to the queue. A job that is still being paused goes on after its checkpoint."""
         job = self.store.job(job_id)
@@ -142,7 +167,10 @@ class Control(abc.ABC):
         job = self.store.job(job_id)
         with self._submitting:
             spec = self._copy(job, name)
-            group = self.store.add_group(spec.name.replace("/", "-"), f"clone of {job.id}", [spec])
+            environment = self.store.environment(job.group)
+            group = self.store.add_group(
+                spec.name.replace("/", "-"), f"clone of {job.id}", [spec], environment
+            )
         self.wake()
         return group
 
@@ -187,12 +215,24 @@ class Control(abc.ABC):
         elif name in taken:
             raise UsageError(f"there is a job called {name}", fix="choose another --name")
         options, run_dir = dict(spec.options), spec.run_dir
-        if run_dir is not None:
+        if spec.command not in TRAINING:
+            # A stage: it must neither go on with the answers of its original nor find its folder taken.
+            run_dir = None
+            for option in _OUTPUTS:
+                if options.get(option):
+                    options[option] = str(_free_path(Path(spec.cwd) / str(options[option])))
+        elif run_dir is not None:
             folder = Path(run_dir).with_name(name)
             if RunFolder(folder).holds_run():
                 raise UsageError("this folder holds a run already", where=str(folder), fix="another --name")
             run_dir, options["run_name"] = str(folder), name
         return replace(spec, name=name, experiment=name, options=options, run_dir=run_dir, after=[])
+
+
+def _free_path(path: Path) -> Path:
+    """``evaluation-2.jsonl``, ``evaluation-3.jsonl``...: beside ``path``, and not there yet."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(other for other in numbered if not other.exists())
 
 
 def _ready(job: Job) -> State:

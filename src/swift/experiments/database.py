@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -11,9 +12,78 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from swift.core.errors import SwiftError
-from swift.experiments.migrations import MIGRATIONS, VERSION
 
-__all__ = ["Database"]
+__all__ = ["MIGRATIONS", "VERSION", "Database"]
+
+# The tables, as steps from one version to the next. A released step is never edited: add one.
+_VERSION_1 = (
+    """CREATE TABLE groups (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL UNIQUE,
+        source_text TEXT NOT NULL,
+        submitted REAL NOT NULL
+    )""",
+    # jN is the job with seq N. Numbers order everything: the wall clock may jump.
+    """CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        group_seq INTEGER NOT NULL REFERENCES groups (seq),
+        name TEXT NOT NULL,
+        run_dir TEXT,
+        spec TEXT NOT NULL,
+        state TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        attempt INTEGER NOT NULL DEFAULT 0,
+        placement TEXT,
+        exit_code INTEGER,
+        retries TEXT NOT NULL DEFAULT '[]',
+        overrides TEXT NOT NULL DEFAULT '{}',
+        submitted REAL NOT NULL,
+        started REAL,
+        ended REAL,
+        priority INTEGER NOT NULL,
+        UNIQUE (group_seq, name)
+    )""",
+    "CREATE INDEX jobs_by_state ON jobs (state, seq)",
+    "CREATE INDEX jobs_by_name ON jobs (name, seq)",
+    "CREATE INDEX jobs_by_folder ON jobs (run_dir) WHERE run_dir IS NOT NULL",
+    """CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL,
+        job_seq INTEGER REFERENCES jobs (seq),
+        kind TEXT NOT NULL,
+        data TEXT NOT NULL
+    )""",
+    "CREATE INDEX events_by_job ON events (job_seq, seq)",
+    """CREATE TRIGGER events_stay BEFORE UPDATE ON events
+        BEGIN SELECT RAISE (ABORT, 'events are append-only'); END""",
+    """CREATE TRIGGER events_remain BEFORE DELETE ON events
+        BEGIN SELECT RAISE (ABORT, 'events are append-only'); END""",
+    """CREATE TABLE samples (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL,
+        subject TEXT NOT NULL,
+        data TEXT NOT NULL
+    )""",
+    "CREATE INDEX samples_by_time ON samples (at)",
+    """CREATE TABLE memory (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        key TEXT NOT NULL,
+        estimate INTEGER NOT NULL,
+        actual INTEGER NOT NULL
+    )""",
+    "CREATE INDEX memory_by_key ON memory (key, seq)",
+)
+
+_VERSION_2 = (
+    "ALTER TABLE groups ADD COLUMN environment TEXT",
+    "ALTER TABLE jobs ADD COLUMN spent REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE jobs ADD COLUMN preempted TEXT",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
+"""Statements of step N lead from version N to N + 1."""
+
+VERSION = len(MIGRATIONS)
 
 _BUSY_SECONDS = 20.0
 _CAUSES = {
@@ -50,6 +120,9 @@ class Database:
         self._local = threading.local()
         self._pid = os.getpid()
         self._inherited: list[threading.local] = []
+        with contextlib.suppress(OSError):  # SQLite says below what is wrong
+            self.path.touch(mode=0o600)
+            self.path.chmod(self.path.stat().st_mode & 0o700)  # accounts of submitting shells stand in it
         with self._explained():
             connection = self._connect()
             self._set_mode(connection)
@@ -62,16 +135,21 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, alone among all writers from its first line; undone when the block raises."""
+        """A transaction, alone among all writers from its first line; undone when the block raises.
+
+        Within another one of this thread it is a part of that: undone alone, but kept only with the whole.
+        """
         with self._explained():
             connection = self._connection()
-            connection.execute("BEGIN IMMEDIATE")
+            inner = connection.in_transaction
+            connection.execute("SAVEPOINT part" if inner else "BEGIN IMMEDIATE")
             try:
                 yield connection
-                connection.execute("COMMIT")
+                connection.execute("RELEASE part" if inner else "COMMIT")
             except BaseException:
                 if connection.in_transaction:  # a full disk may have rolled back already
-                    connection.execute("ROLLBACK")
+                    for undo in ("ROLLBACK TO part", "RELEASE part") if inner else ("ROLLBACK",):
+                        connection.execute(undo)
                 raise
 
     def run(self, statement: str) -> None:

@@ -41,7 +41,7 @@ def settle_waiting(store: Store) -> None:
     """Move every waiting job on whose dependencies are settled; repeated until nothing changes."""
     waiting = store.jobs(states=["waiting"])
     while waiting:
-        changed = False
+        changes: list[tuple[str, State, str]] = []
         reasons: dict[str, str] = {}
         for group in dict.fromkeys(job.group for job in waiting):
             states = {job.spec.name: job.state for job in store.jobs(group=group)}
@@ -51,13 +51,15 @@ def settle_waiting(store: Store) -> None:
                     if to == "waiting":
                         reasons[job.id] = reason
                         continue
-                    with contextlib.suppress(StateConflict):  # somebody stopped it just now
-                        store.transition(job.id, "waiting", to, reason)
+                    changes.append((job.id, to, reason))
                     states[job.spec.name] = to
-                    changed = True
         store.explain(reasons)
-        if not changed:
+        if not changes:
             return
+        with store.batch():
+            for job_id, to, reason in changes:
+                with contextlib.suppress(StateConflict):  # somebody stopped it just now
+                    store.transition(job_id, "waiting", to, reason)
         waiting = store.jobs(states=["waiting"])
 
 

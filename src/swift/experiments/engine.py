@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,12 @@ from swift.experiments.estimate import estimate_memory, memory_key, placed, queu
 from swift.experiments.estimates import changed_data
 from swift.experiments.home import Home
 from swift.experiments.inventory import take_inventory
-from swift.experiments.launch import AlreadyRunning, Exit, Observation
+from swift.experiments.isolation import as_submitted
+from swift.experiments.launch import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.monitor import Monitor
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
+from swift.experiments.preemption import Preemption, preempt
 from swift.experiments.progress import OUTPUT_LOG, median_step_seconds
-from swift.experiments.runner import Runner, Supervisors
 from swift.experiments.scheduler import Decision, Policy, decide
 from swift.experiments.store import StateConflict, Store
 from swift.experiments.sweeps import Sweeps
@@ -108,6 +110,7 @@ class Engine(Control):
         self._launching: set[str] = set()
         self._not_before: dict[str, float] = {}
         self._watched: dict[tuple[str, int], int] = {}
+        self._met: set[tuple[str, int]] = set()
         self._progress: dict[tuple[str, int], tuple[Any, float]] = {}
         self._stall_checked = self._scheduled_at = float("-inf")
         self._scheduled_event = -1
@@ -194,6 +197,10 @@ class Engine(Control):
             return
         if seen.state in ("starting", "running"):
             self._watch(job)
+            if (job.id, job.attempt) not in self._met:
+                self._met.add((job.id, job.attempt))
+                if intent_of(self.store, job) is not None:  # an engine killed in between may not have told it
+                    self.runner.stop(job.id, job.attempt, self.grace_seconds)
             if seen.state == "running" and job.state == "starting":
                 self._move(job, "running", f"on {_place(job.placement)}")
             return
@@ -215,6 +222,7 @@ class Engine(Control):
         if descriptor is not None:
             os.close(descriptor)
         self._progress.pop((job.id, job.attempt), None)
+        self._met.discard((job.id, job.attempt))
 
     def _conclude(self, job: Job, seen: Observation) -> None:
         """An attempt is over: what the job becomes."""
@@ -228,6 +236,9 @@ class Engine(Control):
             self._move(job, "cancelled", str((intent or {})["reason"]), exit_code=code)
         elif action == "pause":
             self._move(job, "paused", str((intent or {})["reason"]), exit_code=code, placement=None)
+        elif action == "preempt":
+            reason = f"{(intent or {})['reason']}; goes on from its checkpoint when there is room"
+            self._move(job, "queued", reason, exit_code=code)
         elif exit is None:
             self._move(job, "queued", "the service ended before the job was started")
         else:
@@ -323,18 +334,38 @@ class Engine(Control):
         active = self.store.jobs(states=ACTIVE)
         self.inventory = self._look(active)
         correction = lru_cache(maxsize=None)(self.store.correction)
-        waiting = [queued(job, correction) for job in jobs.values()]
+        claims = {job.preempted["by"] for job in [*jobs.values(), *active] if job.preempted}
+        waiting = [replace(queued(job, correction), first=job.id in claims) for job in jobs.values()]
         running = [entry for entry in map(placed, active) if entry is not None]
+        now, policy = self.clock(), self.schedule_policy
+        decisions = decide(waiting, self.inventory, running, now, policy)
+        found = preempt(waiting, decisions, self.inventory, running, now, policy)
+        making_room = [(entry.leaving, entry.job_id) for entry in running if entry.leaving]
+        if found is not None:
+            making_room += [(found.job_id, job_id) for job_id in self._make_room(found)]
         reasons = {}
-        for decision in decide(waiting, self.inventory, running, self.clock(), self.schedule_policy):
+        for decision in decisions:
             if decision.placement is None:
                 fix = f"; {decision.fix}" if decision.fix else ""
-                reasons[decision.job_id] = decision.reason + fix
+                leaving = [job_id for by, job_id in making_room if by == decision.job_id]
+                reasons[decision.job_id] = (
+                    f"waits until {', '.join(leaving)} of lower priority {'has' if len(leaving) == 1 else 'have'}"
+                    " saved a checkpoint"
+                    if leaving
+                    else decision.reason + fix
+                )
             else:
                 self._begin(
                     jobs[decision.job_id], decision, estimate_memory(jobs[decision.job_id], correction).reason
                 )
         self.store.explain(reasons)
+
+    def _make_room(self, found: Preemption) -> list[str]:
+        """Preempt what was chosen; returns the jobs that leave."""
+        left = [job_id for job_id in found.victims if self.preempt(job_id, found.job_id, found.reason)]
+        if left:
+            self.store.event(found.job_id, "preempts", {"reason": found.reason, "jobs": left})
+        return left
 
     def _look(self, active: list[Job]) -> Inventory:
         pids = [pid for job in active for pid in processes_of(self.home, job)]
@@ -369,7 +400,11 @@ class Engine(Control):
             if changed:
                 self._report_changes(job, changed)
             launch = self._build(
-                self.home, job, self.base_env, self.inventory, grace_seconds=self.grace_seconds
+                self.home,
+                job,
+                as_submitted(self.base_env, self.store.environment(job.group)),
+                self.inventory,
+                grace_seconds=self.grace_seconds,
             )
             self.runner.launch(job.id, job.attempt, launch, self.warm and not job.spec.cold)
         except AlreadyRunning:

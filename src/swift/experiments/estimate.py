@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from swift.core.format import format_bytes
 from swift.experiments.scheduler import Placed, QueuedJob, is_whole
-from swift.experiments.types import Job
+from swift.experiments.types import TRAINING, Job, JobSpec
 
 __all__ = ["Estimate", "estimate_memory", "memory_key", "placed", "queued"]
 
@@ -90,6 +90,7 @@ def queued(job: Job, correction: Correction) -> QueuedJob:
         memory_bytes=estimate_memory(job, correction).memory_bytes,
         priority=job.priority,
         submitted=job.submitted,
+        returned=job.preempted["at"] if job.preempted else None,
         max_parallel=job.spec.max_parallel,
     )
 
@@ -102,4 +103,13 @@ def placed(job: Job) -> Placed | None:
     known = job.spec.needs.memory_bytes or job.spec.estimate.get("memory_bytes")
     known = known or any(retry.get("memory_bytes") for retry in job.retries)
     whole = is_whole(job.spec.needs, 1 if known else None)
-    return Placed(job.id, job.group, job.placement, whole, job.started or 0.0)
+    leaving = str((job.preempted or {}).get("by", "")) if job.state == "pausing" else None
+    resumable = job.state == "running" and job.spec.needs.preemption and can_resume(job.spec)
+    return Placed(
+        job.id, job.group, job.placement, whole, job.started or 0.0, job.priority, resumable, leaving
+    )
+
+
+def can_resume(spec: JobSpec) -> bool:
+    """Whether a stopped attempt goes on where it was: trainings, unless their checkpoints hold the model only."""
+    return spec.command in TRAINING and spec.run_dir is not None and not spec.options.get("save_only_model")

@@ -11,8 +11,10 @@ from typing import Any
 from swift.config.bind import dump
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
+from swift.data.hub import is_here, with_hub
 from swift.data.sources import find_files, parse_dataset_spec
-from swift.models.facts import check_model_folder, resolve_model_path
+from swift.models.facts import check_model_folder
+from swift.models.locate import find_model
 from swift.runs.record import data_fingerprint
 
 __all__ = ["Estimator", "changed_data"]
@@ -41,22 +43,28 @@ class Estimator:
         """Raise ModelError or DataError for a model, adapter or data file that is not there."""
         model = resolved.config.model.model
         if model is not None and not self._comes_later(model):
-            folder = resolve_model_path(model)
-            if (folder / "config.json").is_file() or resolved.command in ("pt", "sft"):
+            found = find_model(resolved.config.model)
+            folder = None if found is None else found.folder  # None: the job downloads it
+            if folder is not None and (
+                (folder / "config.json").is_file() or resolved.command in ("pt", "sft")
+            ):
                 check_model_folder(folder)
         for adapter in resolved.config.model.adapters:
             if not self._comes_later(adapter) and not Path(adapter).exists():
                 raise SwiftError("no such folder", where=adapter, fix="name a run, or one of its checkpoints")
         for name in self._data(resolved):
-            find_files(parse_dataset_spec(name).path)
+            find_files(parse_dataset_spec(name))
 
     def _data(self, resolved: Resolved) -> list[str]:
         names = [*resolved.config.data.dataset, *resolved.config.data.val_dataset]
-        return [name for name in names if not self._comes_later(parse_dataset_spec(name).path)]
+        here = [name for name in names if not self._comes_later(parse_dataset_spec(name).path)]
+        # A data set of a hub that is not on this machine is the job's to download.
+        named = [with_hub(name, resolved.config.model) for name in here]
+        return [name for name in named if is_here(parse_dataset_spec(name))]
 
     def fingerprints(self, resolved: Resolved, cwd: Path) -> list[dict[str, Any]]:
         """Path, bytes and hash of every data file, and of the files that options name (template, callbacks)."""
-        files = [file for name in self._data(resolved) for file in find_files(parse_dataset_spec(name).path)]
+        files = [file for name in self._data(resolved) for file in find_files(parse_dataset_spec(name))]
         template, report = resolved.config.template, resolved.config.report
         named = [
             template.system,

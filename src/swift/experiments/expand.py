@@ -12,8 +12,8 @@ from typing import Any
 
 from swift.config.commands import COMMANDS
 from swift.config.read import Written, from_python
+from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError, UsageError
-from swift.core.registry import closest
 from swift.experiments.binding import (
     TRAINING,
     about,
@@ -27,18 +27,20 @@ from swift.experiments.binding import (
 )
 from swift.experiments.bound import Bound, bind_stages, check_run_name, stages_of, take_run_folder
 from swift.experiments.estimates import Estimator
-from swift.experiments.estimates import changed_data as _changed_data
-from swift.experiments.fields import fail
+from swift.experiments.fields import NOWHERE, fail, mapping, suggest
 from swift.experiments.file import Experiment, ExperimentFile, Resources, read_resources
 from swift.experiments.search import Parameter, Sweep, candidates
-from swift.experiments.stages import check_command, check_name
+from swift.experiments.stages import check_name, known_command
 from swift.experiments.types import Dependency, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.record import code_version
 
-__all__ = ["changed_data", "expand", "single", "trial_specs"]
+__all__ = ["expand", "single", "trial_specs"]
 
 _METRICS = ("loss", "eval_loss", "eval_token_accuracy", "eval_perplexity")
+_LIGHT = ("config", "doctor", "plan")
+_LIGHT_BYTES = 1 << 30
+"""Commands that load no model, and twice what their imports take (see ``plan.analytic.FRAMEWORK_BYTES``)."""
 _ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity")
 
 
@@ -46,7 +48,7 @@ def expand(file: ExperimentFile, cwd: str | Path, *, planning: bool = False) -> 
     """All jobs that can be known before anything ran: experiments, grid and random trials, and their stages.
 
     Trials of a sweep that depend on results (``file.sweep.is_controlled``) come from ``SweepController``; here their
-    options are only checked.
+    options are only checked. Planning shows each with the largest values.
 
     Args:
         cwd: what relative paths are relative to.
@@ -59,11 +61,18 @@ def expand(file: ExperimentFile, cwd: str | Path, *, planning: bool = False) -> 
     sweep = file.sweep
     if sweep is not None:
         _check_sweep(file, sweep, cwd, planning)
+        points: Iterable[Mapping[str, Any]] = () if sweep.is_controlled else candidates(sweep)
+        if sweep.is_controlled and planning:
+            points = [{entry.name: _largest(entry) for entry in sweep.parameters}] * sweep.trials
+        trials = [
+            _bind_experiment(file, _trial(file, sweep, number), cwd, values, planning)
+            for number, values in enumerate(points)
+        ]
+        specs = _specs(file, bound + trials, cwd, planning)
         if not sweep.is_controlled:
-            bound += [
-                _bind_experiment(file, _trial(file, sweep, number), cwd, values, planning)
-                for number, values in enumerate(candidates(sweep))
-            ]
+            return specs
+        names, limit = {trial.name for trial in trials}, sweep.limit(file.resources.max_parallel)
+        return [replace(spec, max_parallel=limit) if spec.experiment in names else spec for spec in specs]
     return _specs(file, bound, cwd, planning)
 
 
@@ -96,8 +105,7 @@ def single(
     cwd = Path(cwd).absolute()
     if not words:
         raise UsageError("which command?", fix="swift submit -- sft --model PATH --dataset FILE")
-    command = words[0] if words[0] in COMMANDS else words[0].replace("_", "-")
-    check_command(command, Written(command, command, ""), "")
+    command = known_command(words[0], NOWHERE, "")
     asked = read_resources(from_python(resources) if resources else None, Resources())
     rest = list(words[1:])
     bound = Bound(_EXPERIMENT, name or "", command, None, asked, [], rest, {})
@@ -114,20 +122,14 @@ def single(
         bound.name = given or name or _timed(command)
         if command in TRAINING and not options.resume_from_checkpoint:
             take_run_folder(bound, bound.name)
-    check_name(bound.name, Written(bound.name, bound.name, ""), "a job")
+    check_name(bound.name, NOWHERE, "a job")
     bound.experiment = replace(_EXPERIMENT, name=bound.name)
     _check_folders([bound], False)
     made = [bound.run_dir] if bound.run_dir else []
     return _spec(bound, Estimator(made), cwd, None, False)
 
 
-def changed_data(spec: JobSpec) -> list[str]:
-    """The data files of a job that changed since it was submitted, as ``PATH: what happened``."""
-    return _changed_data(spec.fingerprints)
-
-
-_NOWHERE = Written({}, {}, "", {})
-_EXPERIMENT = Experiment("", "sft", _NOWHERE, Resources(), {})
+_EXPERIMENT = Experiment("", "sft", NOWHERE, Resources(), {})
 
 
 def _timed(command: str) -> str:
@@ -142,8 +144,7 @@ def _values(sweep: Sweep, values: Mapping[str, Any]) -> Written:
     """The values of a trial as if they stood in the file, each at its parameter's line."""
     places = {parameter.name: parameter.place for parameter in sweep.parameters}
     items = {name: Written(value, _as_text(value), places[name]) for name, value in values.items()}
-    plain = {name: item.value for name, item in items.items()}
-    return Written(plain, {name: item.text for name, item in items.items()}, sweep.written.place, items)
+    return mapping(items, sweep.written.place)
 
 
 def _as_text(value: Any) -> Any:
@@ -203,29 +204,25 @@ def _check_sweep(file: ExperimentFile, sweep: Sweep, cwd: Path, planning: bool) 
         )
     seen: dict[str, str] = {}
     for parameter in sweep.parameters:
-        name = option_name(command, parameter.name, Written(None, None, parameter.place))
+        written = Written(None, None, parameter.place)
+        name = option_name(command, parameter.name, written)
         if name in seen:
-            raise fail(
-                f"is the same option as {seen[name]}", Written(None, None, parameter.place), parameter.name
-            )
+            raise fail(f"is the same option as {seen[name]}", written, parameter.name)
         if name in ("run_name", "output_dir"):
-            raise fail(
-                "names the folders of the trials", Written(None, None, parameter.place), parameter.name
-            )
+            raise fail("names the folders of the trials", written, parameter.name)
         seen[name] = parameter.name
-    first = {parameter.name: _ends(parameter)[0] for parameter in sweep.parameters}
+    first = {parameter.name: parameter.ends()[0] for parameter in sweep.parameters}
     trial = _trial(file, sweep, 0)
     bound = _bind_experiment(file, trial, cwd, first, planning)
     for parameter in sweep.parameters if sweep.is_controlled else ():
-        for value in _ends(parameter)[1:]:
+        for value in parameter.ends()[1:]:
             _bind_experiment(file, trial, cwd, {**first, parameter.name: value}, planning)
     _check_metric(sweep, bound)
 
 
-def _ends(parameter: Parameter) -> list[Any]:
-    if parameter.choices is not None:
-        return list(parameter.choices)
-    return [parameter.low, parameter.high]
+def _largest(parameter: Parameter) -> Any:
+    values = parameter.ends()
+    return max(values) if all(isinstance(value, int | float) for value in values) else values[-1]
 
 
 def _check_metric(sweep: Sweep, bound: Bound) -> None:
@@ -235,14 +232,8 @@ def _check_metric(sweep: Sweep, bound: Bound) -> None:
     metric = sweep.metric
     if not metric.startswith("eval_") and metric not in (*_METRICS, *_ANSWER_METRICS):
         known = (*_METRICS, *_ANSWER_METRICS)
-        near = closest(metric, known)
-        raise fail(
-            f"unknown metric {metric!r}",
-            place,
-            "metric",
-            why=f"known: {', '.join(known)}",
-            fix=f"did you mean {near}?" if near else None,
-        )
+        why = f"known: {', '.join(known)}"
+        raise fail(f"unknown metric {metric!r}", place, "metric", why=why, fix=suggest(metric, known))
     if metric != "loss" and not data.val_dataset and not data.split_dataset_ratio:
         raise fail(
             f"{metric} needs validation data", place, "metric", fix="val_dataset: [FILE], or metric: loss"
@@ -270,7 +261,8 @@ def _specs(file: ExperimentFile, bound: list[Bound], cwd: Path, planning: bool) 
     for job in everything:
         like = trained.get(job.experiment.name)
         spec = _spec(job, estimator, cwd, file.resources.max_parallel, planning, like)
-        trained.setdefault(job.experiment.name, spec.estimate)
+        if job.command in TRAINING:
+            trained.setdefault(job.experiment.name, spec.estimate)
         parameters = {**differences.get(job.experiment.name, {}), **(job.values or {})}
         specs.append(replace(spec, parameters=parameters))
     return specs
@@ -322,6 +314,16 @@ def _check_folders(jobs: Iterable[Bound], planning: bool) -> None:
             )
 
 
+def _at_its_line(error: SwiftError, resolved: Resolved) -> SwiftError:
+    """The same error at the line of the file that set the option, where it names the option's flag."""
+    flag = error.where or ""
+    option = flag.removeprefix("--")
+    if option == flag or option not in resolved.sources or resolved.sources[option].kind != "file":
+        return error
+    fix = error.fix.replace(f"{flag} ", f"{option}: ") if error.fix else None
+    return type(error)(error.message, where=f"{resolved.sources[option]}: {option}", why=error.why, fix=fix)
+
+
 def _spec(
     job: Bound,
     estimator: Estimator,
@@ -339,6 +341,7 @@ def _spec(
             estimator.check_inputs(job.resolved)
             fingerprints = estimator.fingerprints(job.resolved, cwd)
         except SwiftError as error:
+            error = _at_its_line(error, job.resolved)
             if not planning:
                 raise about(error, job.name) from None
             problems.append(error.render())
@@ -347,12 +350,9 @@ def _spec(
         except SwiftError as error:
             raise about(error, job.name) from None
         problems += job.resolved.warnings if planning else []
-    if (
-        planning
-        and job.run_dir is not None
-        and job.command in TRAINING
-        and RunFolder(job.run_dir).holds_run()
-    ):
+    elif job.command in _LIGHT:
+        estimate = {"memory_bytes": _LIGHT_BYTES}
+    if planning and job.command in TRAINING and job.run_dir and RunFolder(job.run_dir).holds_run():
         problems.append(f"{job.run_dir} already holds a run")
     if problems:
         estimate["problems"] = problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from swift.config.kinds import is_none_word, parse_bool
@@ -12,7 +12,10 @@ from swift.config.read import Written
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
 
-__all__ = ["Fields", "fail", "parse_duration", "parse_size"]
+__all__ = ["NOWHERE", "Fields", "as_number", "fail", "mapping", "parse_duration", "parse_size", "suggest"]
+
+NOWHERE = Written({}, {}, "", {})
+"""An empty mapping that stands in no file."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtKMGT])(i?)[bB]?|[bB])?")
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
@@ -24,6 +27,18 @@ def fail(
     """The error for one value: ``file.yaml:12: key: message``."""
     where = ": ".join(part for part in (written.place, key) if part)
     return ConfigError(message, where=where or None, why=why, fix=fix)
+
+
+def suggest(word: str, known: Iterable[str], otherwise: str | None = None) -> str | None:
+    """The fix for an unknown word: the nearest known one, else ``otherwise``."""
+    near = closest(word, known)
+    return f"did you mean {near}?" if near else otherwise
+
+
+def mapping(items: dict[str, Written], place: str) -> Written:
+    """Entries as one mapping, as if they stood at ``place``."""
+    values = {key: entry.value for key, entry in items.items()}
+    return Written(values, {key: entry.text for key, entry in items.items()}, place, items)
 
 
 def parse_size(text: str) -> int | None:
@@ -75,15 +90,9 @@ class Fields:
         self.items: dict[str, Written] = dict(written.items or {})
         for key, value in self.items.items():
             if known is not None and key not in known:
-                hint = (hints or {}).get(key)
-                near = closest(key, known)
-                raise fail(
-                    f"unknown key in {what}",
-                    value,
-                    key,
-                    why=None if hint or near else f"known: {', '.join(known)}",
-                    fix=hint or (f"did you mean {near}?" if near else None),
-                )
+                fix = (hints or {}).get(key) or suggest(key, known)
+                why = None if fix else f"known: {', '.join(known)}"
+                raise fail(f"unknown key in {what}", value, key, why=why, fix=fix)
 
     def __contains__(self, key: str) -> bool:
         return key in self.items and self.items[key].value is not None
@@ -113,10 +122,7 @@ class Fields:
         for choice in choices:
             if word.lower() == choice:
                 return choice
-        near = closest(word, choices)
-        raise self.fail(
-            f"{word!r} is not one of {', '.join(choices)}", key, fix=f"did you mean {near}?" if near else None
-        )
+        raise self.fail(f"{word!r} is not one of {', '.join(choices)}", key, fix=suggest(word, choices))
 
     def boolean(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -178,6 +184,19 @@ class Fields:
         if not all(isinstance(value, str) for value in values):
             raise self.fail("needs a list of words", key)
         return list(values)
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables under ``ENV``: for the jobs, not for the process that reads the file."""
+        variables = Fields(self.get("ENV") or NOWHERE, "ENV")
+        for key, value in variables.items.items():
+            if value.items is not None or value.entries is not None:
+                raise variables.fail("needs one value", key)
+        return {key: "" if value.text is None else str(value.text) for key, value in variables.items.items()}
+
+    def without(self, keys: Iterable[str]) -> Written:
+        """The other entries."""
+        left = {key: value for key, value in self.items.items() if key not in keys}
+        return mapping(left, self.written.place)
 
 
 def as_number(value: Any) -> float | None:

@@ -12,21 +12,19 @@ from typing import Any
 
 import yaml
 
-from swift.config.commands import COMMANDS
 from swift.config.read import Written, read_file, read_text
 from swift.config.schema import SECTIONS, options
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
-from swift.experiments.fields import Fields, fail
+from swift.experiments.fields import NOWHERE, Fields, fail, mapping, suggest
 from swift.experiments.search import Sweep, read_sweep
 from swift.experiments.stages import (
     Stage,
-    check_command,
+    check_graph,
     check_name,
-    check_stages,
-    find_circle,
+    known_command,
     merge_stages,
     read_stages,
+    split_command,
 )
 from swift.experiments.types import Needs
 
@@ -38,12 +36,11 @@ __all__ = [
     "parse_experiments",
     "read_experiments",
     "read_resources",
-    "stage_resources",
 ]
 
 _KEYS = ("name", "defaults", "experiments", "sweep", "resources", "after", "evaluate", "ENV")
 _OWN_KEYS = ("command", "after", "needs", "resources", "evaluate", "words", "ENV")
-_RESOURCES = ("devices", "memory", "threads", "time_limit", "priority", "exclusive", "cold")
+_RESOURCES = ("devices", "memory", "threads", "time_limit", "priority", "exclusive", "cold", "preemption")
 _FILE_RESOURCES = (*_RESOURCES, "max_parallel", "wait")
 
 
@@ -56,6 +53,7 @@ class Resources:
         max_parallel: jobs of this file at a time; None: as many as fit.
         wait: jobs that ask for more than this machine has are queued instead of refused.
         cold: start in a fresh process, not in a warm worker.
+        preemption: jobs may preempt those of lower priority, and be preempted.
     """
 
     devices: int | None = None
@@ -65,6 +63,7 @@ class Resources:
     priority: int = 0
     exclusive: bool = False
     cold: bool = False
+    preemption: bool = True
     max_parallel: int | None = None
     wait: bool = False
 
@@ -76,6 +75,7 @@ class Resources:
             threads=self.threads,
             time_limit_seconds=self.time_limit_seconds,
             exclusive=self.exclusive,
+            preemption=self.preemption,
         )
 
 
@@ -125,9 +125,8 @@ class ExperimentFile:
 
 
 def is_experiment_file(path: Path) -> bool:
-    """True for a file with ``experiments`` or ``sweep``; other configuration files are for one command."""
-    items = read_file(path, str(path)).items or {}
-    return "experiments" in items or "sweep" in items
+    """True for a file with a key that only a file of experiments has; others are for one command."""
+    return bool({"experiments", "sweep", "defaults", "after"} & set(read_file(path, str(path)).items or {}))
 
 
 def read_experiments(path: str | Path) -> ExperimentFile:
@@ -166,19 +165,17 @@ def _read(written: Written, shown: str, text: str, stem: str) -> ExperimentFile:
     fields = Fields(written, "the file", _KEYS, _misplaced(written))
     name = fields.text("name") or stem
     check_name(name, fields.get("name") or written, "the file")
-    defaults = Fields(fields.get("defaults") or _empty(written), "defaults")
+    defaults = Fields(fields.get("defaults") or NOWHERE, "defaults")
+    _refuse_record(defaults)
     command = _command(defaults, "sft")
-    environment = {**_environment(defaults), **_environment(fields)}
-    resources = _resources(fields.get("resources"), Resources(), _FILE_RESOURCES)
-    stages = read_stages(fields.get("after"))
-    stages = merge_stages(stages, {})
-    check_stages(stages, name)
+    environment = {**defaults.variables(), **fields.variables()}
+    resources = read_resources(fields.get("resources"), Resources(), _FILE_RESOURCES)
     base = Experiment(
         name="",
         command=command,
-        options=_empty(written),
+        options=mapping({}, written.place),
         resources=resources,
-        stages=stages,
+        stages=merge_stages(read_stages(fields.get("after")), {}),
         words=tuple(defaults.words("words")),
         evaluate=fields.boolean("evaluate", defaults.boolean("evaluate", True)),
         environment=environment,
@@ -188,7 +185,7 @@ def _read(written: Written, shown: str, text: str, stem: str) -> ExperimentFile:
             raise defaults.fail(
                 "does not belong under defaults", key, fix=f"write {key}: at the top of the file"
             )
-    entries = Fields(fields.get("experiments") or _empty(written), "experiments")
+    entries = Fields(fields.get("experiments") or NOWHERE, "experiments")
     experiments = tuple(_experiment(key, value, base) for key, value in entries.items.items())
     _check_experiments(experiments, entries)
     sweep = read_sweep(fields.get("sweep"))
@@ -206,7 +203,7 @@ def _read(written: Written, shown: str, text: str, stem: str) -> ExperimentFile:
         shown=shown,
         text=text,
         command=command,
-        defaults=_without(defaults, (*_OWN_KEYS,)),
+        defaults=defaults.without(_OWN_KEYS),
         experiments=experiments,
         base=base,
         resources=resources,
@@ -223,72 +220,43 @@ def _misplaced(written: Written) -> dict[str, str]:
     }
 
 
-def _empty(written: Written) -> Written:
-    return Written({}, {}, written.place, {})
-
-
-def _without(fields: Fields, keys: tuple[str, ...]) -> Written:
-    """The options of a mapping. ``explicit`` marks the record of a run, which is not what an experiment wants."""
+def _refuse_record(fields: Fields) -> None:
+    """``explicit`` marks the record of a run, which is not what an experiment wants."""
     if "explicit" in fields.items:
-        raise fields.fail(
-            "belongs to the config.yaml of a run",
-            "explicit",
-            fix="copy only the options that you mean to set",
-        )
-    items = {key: value for key, value in fields.items.items() if key not in keys}
-    plain = {key: value.value for key, value in items.items()}
-    return Written(plain, {key: value.text for key, value in items.items()}, fields.written.place, items)
+        fix = "copy only the options that you mean to set"
+        raise fields.fail("belongs to the config.yaml of a run", "explicit", fix=fix)
 
 
 def _command(fields: Fields, default: str) -> str:
     command = fields.text("command")
-    if command is None:
-        return default
-    command = command if command in COMMANDS else command.replace("_", "-")
-    check_command(command, fields.items["command"])
-    return command
+    return default if command is None else known_command(command, fields.items["command"])
 
 
 def _experiment(name: str, written: Written, base: Experiment) -> Experiment:
     check_name(name, written, "an experiment")
     fields = Fields(written, name)
     command = _command(fields, base.command)
-    rest = _without(fields, _OWN_KEYS)
-    own = COMMANDS[command].own_arguments
-    if own and rest.items:
-        key, value = next(iter(rest.items.items()))
-        raise fail(f"swift {command} takes words, not options", value, key, fix=f"words: [--{key}, ...]")
-    if "words" in fields and not own:
-        raise fields.fail(f"swift {command} takes options, not words", "words", fix="write NAME: value")
+    _refuse_record(fields)
+    options, words = split_command(fields, command, _OWN_KEYS)
     # The stages of the file follow its trainings; an infer or a doctor beside them has only its own.
-    stages = merge_stages(base.stages if command in ("pt", "sft") else {}, read_stages(fields.get("after")))
-    check_stages(stages, name)
+    common = base.stages if command in ("pt", "sft") else {}
     return Experiment(
         name=name,
         command=command,
-        options=rest,
-        resources=_resources(fields.get("resources"), base.resources, _RESOURCES),
-        stages=stages,
-        words=tuple(fields.words("words")) or (base.words if own else ()),
+        options=options,
+        resources=read_resources(fields.get("resources"), base.resources),
+        stages=merge_stages(common, read_stages(fields.get("after"))),
+        words=words or (base.words if command == base.command else ()),
         needs=tuple(fields.words("needs")),
         evaluate=fields.boolean("evaluate", base.evaluate),
-        environment={**base.environment, **_environment(fields)},
+        environment={**base.environment, **fields.variables()},
     )
 
 
-def _environment(fields: Fields) -> dict[str, str]:
-    """The variables under ``ENV``: for the jobs, not for the process that reads the file."""
-    written = fields.get("ENV")
-    if written is None:
-        return {}
-    variables = Fields(written, "ENV")
-    for key, value in variables.items.items():
-        if value.items is not None or value.entries is not None:
-            raise variables.fail("needs one value", key)
-    return {key: "" if value.text is None else str(value.text) for key, value in variables.items.items()}
-
-
-def _resources(written: Written | None, inherited: Resources, known: tuple[str, ...]) -> Resources:
+def read_resources(
+    written: Written | None, inherited: Resources, known: tuple[str, ...] = _RESOURCES
+) -> Resources:
+    """A ``resources:`` on top of those of the file or the experiment. Raises ConfigError."""
     if written is None:
         return inherited
     hints = {
@@ -309,20 +277,11 @@ def _resources(written: Written | None, inherited: Resources, known: tuple[str, 
         "exclusive": fields.boolean("exclusive", False),
         "cold": fields.boolean("cold", False),
         "wait": fields.boolean("wait", False),
+        "preemption": fields.boolean("preemption", True),
     }
     named = {"memory": "memory_bytes", "time_limit": "time_limit_seconds"}
     given = {named.get(key, key) for key in known if key in fields}
     return replace(inherited, **{key: value for key, value in changes.items() if key in given})
-
-
-def read_resources(written: Written | None, inherited: Resources) -> Resources:
-    """One job's ``resources:`` on top of others."""
-    return _resources(written, inherited, _RESOURCES)
-
-
-def stage_resources(stage: Stage, experiment: Experiment) -> Resources:
-    """A stage's own resources on top of its experiment's."""
-    return _resources(stage.resources, experiment.resources, _RESOURCES)
 
 
 def _check_experiments(experiments: tuple[Experiment, ...], entries: Fields) -> None:
@@ -336,23 +295,8 @@ def _check_experiments(experiments: tuple[Experiment, ...], entries: Fields) -> 
                 experiment.name,
                 fix="rename one of them",
             )
-    names = [experiment.name for experiment in experiments]
-    for experiment in experiments:
-        for need in experiment.needs:
-            if need not in names:
-                near = closest(need, names)
-                raise entries.fail(
-                    f"needs {need}, which is no experiment",
-                    experiment.name,
-                    fix=f"did you mean {near}?" if near else f"one of {', '.join(names)}",
-                )
-    circle = find_circle({experiment.name: experiment.needs for experiment in experiments})
-    if circle:
-        raise entries.fail(
-            f"the experiments wait for each other in a circle: {' -> '.join(circle)}",
-            circle[0],
-            fix=f"remove needs: {circle[1]} from {circle[0]}",
-        )
+    graph = {experiment.name: experiment.needs for experiment in experiments}
+    check_graph(graph, entries.items, "experiment")
 
 
 def _sweep_base(sweep: Sweep, experiments: tuple[Experiment, ...], base: Experiment) -> Experiment:
@@ -361,13 +305,10 @@ def _sweep_base(sweep: Sweep, experiments: tuple[Experiment, ...], base: Experim
     for experiment in experiments:
         if experiment.name == sweep.base:
             return experiment
-    near = closest(sweep.base, [experiment.name for experiment in experiments])
-    raise fail(
-        f"there is no experiment {sweep.base!r} to start from",
-        (sweep.written.items or {})["base"],
-        "base",
-        fix=f"did you mean {near}?" if near else "leave base out: trials then start from the defaults",
-    )
+    others = [experiment.name for experiment in experiments]
+    fix = suggest(sweep.base, others, "leave base out: trials then start from the defaults")
+    place = (sweep.written.items or {})["base"]
+    raise fail(f"there is no experiment {sweep.base!r} to start from", place, "base", fix=fix)
 
 
 def _check_trial_names(sweep: Sweep, experiments: tuple[Experiment, ...], entries: Fields) -> None:

@@ -68,7 +68,7 @@ def _follow_table(home: Home, store: Store, group: str, pause: Callable[[float],
     with Live(auto_refresh=False) as live:
         while True:
             jobs = store.jobs(group=group)
-            live.update(live_table(jobs, newest_samples(store), title=group), refresh=True)
+            live.update(live_table(jobs, newest_samples(store), home, title=group), refresh=True)
             if is_over(home, group, jobs):
                 return jobs
             pause(REFRESH_SECONDS)
@@ -79,7 +79,7 @@ def newest_samples(store: Store) -> dict[str, dict[str, Any]]:
     return {sample["subject"]: sample for sample in store.samples(time.time() - 30)}
 
 
-def live_table(jobs: Sequence[Job], samples: dict[str, dict[str, Any]], title: str = "") -> Any:
+def live_table(jobs: Sequence[Job], samples: dict[str, dict[str, Any]], home: Home, title: str = "") -> Any:
     """A rich table: active jobs first, then those that wait, then the newest that ended."""
     from rich import box
     from rich.table import Table
@@ -87,7 +87,7 @@ def live_table(jobs: Sequence[Job], samples: dict[str, dict[str, Any]], title: s
 
     order = dict.fromkeys(ACTIVE, 0) | {"queued": 1, "waiting": 1, "paused": 1}
     shown = sorted(jobs, key=lambda job: order.get(job.state, 2))[:_ROWS]
-    cells = [live_row(job, samples) for job in shown]
+    cells = [live_row(job, samples, home) for job in shown]
     used = [name for name in _COLUMNS if any(row[name] for row in cells)] or ["id", "name", "state"]
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for name in used:
@@ -104,9 +104,9 @@ def live_table(jobs: Sequence[Job], samples: dict[str, dict[str, Any]], title: s
     return table
 
 
-def print_summary(group: str, jobs: Sequence[Job]) -> None:
+def print_summary(group: str, jobs: Sequence[Job], home: Home) -> None:
     """The table at the end, and what one may want to do now."""
-    header, rows = summary_rows(jobs)
+    header, rows = summary_rows(jobs, home)
     print()
     print(table_text(header, rows, terminal_width(sys.stdout)))
     commands = next_commands(group, jobs)

@@ -8,14 +8,31 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from swift.core.errors import ConfigError
-from swift.core.format import format_bytes
-from swift.experiments.types import Inventory, JobSpec, Placement
+from swift.core.format import format_bytes, format_count, format_duration
+from swift.experiments.estimate import Correction, placed, queued
+from swift.experiments.expand import expand
+from swift.experiments.file import ExperimentFile
+from swift.experiments.home import Home
+from swift.experiments.scheduler import Decision, QueuedJob, check_possible, decide
+from swift.experiments.show import table_text
+from swift.experiments.store import Store
+from swift.experiments.types import Inventory, Job, JobSpec, Placement
+from swift.runs.metrics import read_metrics
 
-__all__ = ["Choice", "Decide", "check_possible", "forecast", "memory_of"]
+__all__ = [
+    "Choice",
+    "Decide",
+    "forecast",
+    "forecast_file",
+    "forecast_text",
+    "impossible",
+    "memory_of",
+    "speeds_of",
+]
 
 
 @dataclass(frozen=True)
@@ -53,37 +70,41 @@ def memory_of(spec: JobSpec) -> int | None:
     return spec.needs.memory_bytes or spec.estimate.get("memory_bytes")
 
 
-def check_possible(specs: Sequence[JobSpec], inventory: Inventory, *, wait: bool = False) -> list[str]:
-    """Sentences about jobs that this machine can never run. Raises ConfigError for the first unless ``wait``."""
-    problems = []
-    for spec in specs:
-        problem = _impossible(spec, inventory)
-        if problem is None:
-            continue
-        if not wait:
-            raise ConfigError(
-                f"{spec.name}: {problem}",
-                fix="lower it under resources:, or set wait: true (--wait) to queue it anyway",
-            )
-        problems.append(f"{spec.name}: {problem}")
-    return problems
+def impossible(spec: JobSpec, inventory: Inventory) -> Decision | None:
+    """The scheduler's decision that this machine, even empty, cannot run the job; None when it can."""
+    return check_possible(QueuedJob(spec.name, "", 0, spec.needs, memory_of(spec)), inventory)
 
 
-def _impossible(spec: JobSpec, inventory: Inventory) -> str | None:
-    kinds = {device.kind for device in inventory.devices}
-    most = max((sum(device.kind == kind for device in inventory.devices) for kind in kinds), default=0)
-    named = ", ".join(sorted(kinds)) or "device"
-    if spec.needs.devices > most:
-        return f"asks for {spec.needs.devices} devices, this machine has {most} ({named})"
-    threads = spec.needs.threads
-    if threads is not None and threads > inventory.cores:
-        return f"asks for {threads} threads, this machine has {inventory.cores} cores"
-    needed = memory_of(spec)
-    largest = max((device.memory_bytes for device in inventory.devices), default=0)
-    if needed is not None and needed > largest:
-        asked = "asks for" if spec.needs.memory_bytes else "needs about"
-        return f"{asked} {format_bytes(needed)} on a device, the largest here has {format_bytes(largest)}"
-    return None
+def forecast_file(file: ExperimentFile, cwd: Path, inventory: Inventory, home: Home) -> dict[str, Any]:
+    """What the file would do on this machine, with what finished jobs have taught. Nothing is written."""
+    specs = expand(file, cwd, planning=True)
+    store = Store(home.store) if home.store.exists() else None
+    choose = _decider(inventory, store.correction if store is not None else lambda key: (1.0, 0))
+    result = {**forecast(specs, inventory, choose, speeds_of(store)), "name": file.name}
+    if file.sweep is not None and file.sweep.is_controlled:
+        result["sweep"] = "the values of the trials depend on earlier results; shown are the largest"
+    return result
+
+
+def _decider(inventory: Inventory, correction: Correction) -> Decide:
+    """The real decisions, on this inventory, as if one group were submitted now."""
+
+    def choose(
+        ready: Sequence[JobSpec], running: Sequence[tuple[JobSpec, Placement]], now: float
+    ) -> list[Choice]:
+        queue = [
+            replace(queued(_job(spec, number), correction), job_id=spec.name)
+            for number, spec in enumerate(ready)
+        ]
+        held = [placed(replace(_job(spec, 0), placement=place)) for spec, place in running]
+        decisions = decide(queue, inventory, [entry for entry in held if entry], now)
+        return [Choice(entry.job_id, entry.placement, entry.reason) for entry in decisions]
+
+    return choose
+
+
+def _job(spec: JobSpec, number: int) -> Job:
+    return Job(f"j{number}", "this file", spec, "queued", priority=spec.priority)
 
 
 def forecast(
@@ -104,8 +125,7 @@ def forecast(
     """
     lines = {spec.name: _line(spec, speeds or {}) for spec in specs}
     _simulate(lines, decide)
-    impossible = {spec.name: _impossible(spec, inventory) for spec in specs}
-    jobs = [_row(line, impossible[name]) for name, line in lines.items()]
+    jobs = [_row(line, impossible(line.spec, inventory)) for line in lines.values()]
     ends = [line.end for line in lines.values() if line.end is not None]
     known = all(
         line.start_known and line.seconds is not None for line in lines.values() if line.order is not None
@@ -151,12 +171,8 @@ def _simulate(lines: dict[str, _Line], decide: Decide) -> None:
                 _remember(line, choice.reason)
                 continue
             started += 1
-            line.order, line.placement, line.start, line.end = (
-                started,
-                choice.placement,
-                now,
-                now + line.length,
-            )
+            line.order, line.placement = started, choice.placement
+            line.start, line.end = now, now + line.length
             heapq.heappush(ending, (line.end, started, choice.name))
         if not ending:
             return
@@ -187,7 +203,7 @@ def _remember(line: _Line, reason: str) -> None:
         line.reasons.append(reason)
 
 
-def _row(line: _Line, impossible: str | None) -> dict[str, Any]:
+def _row(line: _Line, refused: Decision | None) -> dict[str, Any]:
     spec, place = line.spec, line.placement
     starts_at_once = line.order is not None and line.start == 0
     return {
@@ -208,6 +224,51 @@ def _row(line: _Line, impossible: str | None) -> dict[str, Any]:
         "wait": None if starts_at_once else "; ".join(line.reasons) or None,
         "after": [{"job": need.job, "condition": need.condition} for need in spec.after],
         "run_dir": spec.run_dir,
-        "problems": [*([impossible] if impossible else []), *spec.estimate.get("problems", [])],
+        "problems": [*([refused.reason] if refused else []), *spec.estimate.get("problems", [])],
         "warnings": spec.estimate.get("warnings", []),
     }
+
+
+def speeds_of(store: Store | None, newest: int = 200) -> dict[str, float]:
+    """Tokens per second of jobs that succeeded: ``estimate["memory_key"]`` -> the newest speed seen."""
+    speeds: dict[str, float] = {}
+    for job in store.jobs(states=["succeeded"], limit=newest) if store is not None else ():
+        key = job.spec.estimate.get("memory_key")
+        if key and job.spec.run_dir and (Path(job.spec.run_dir) / "metrics.jsonl").exists():
+            rows = read_metrics(Path(job.spec.run_dir) / "metrics.jsonl")
+            seen = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+            if seen:
+                speeds[key] = sorted(seen)[len(seen) // 2]
+    return speeds
+
+
+def forecast_text(result: dict[str, Any]) -> str:
+    """The forecast as a table and what needs attention."""
+    rows = []
+    for job in sorted(result["jobs"], key=lambda job: job["order"] or 10**9):
+        place = job["placement"]
+        rows.append(
+            [
+                str(job["order"] or "-"),
+                job["name"],
+                job["command"],
+                "" if job["steps"] is None else str(job["steps"]),
+                "" if job["tokens"] is None else format_count(job["tokens"]),
+                "" if job["memory_bytes"] is None else format_bytes(job["memory_bytes"]),
+                "" if job["seconds"] is None else format_duration(job["seconds"]),
+                "" if job["start_seconds"] is None else f"+{format_duration(job['start_seconds'])}",
+                "" if place is None else f"{place['kind']}:{','.join(map(str, place['devices']))}",
+                job["wait"] or "",
+            ]
+        )
+    header = ["#", "NAME", "COMMAND", "STEPS", "TOKENS", "MEMORY", "TIME", "START", "PLACE", "WAITS BECAUSE"]
+    lines = [f"{result['name']}: {len(rows)} jobs; nothing runs", "", table_text(header, rows)]
+    if result.get("sweep"):
+        lines.append(result["sweep"])
+    total = result["seconds"]
+    known = f"about {format_duration(total)} in all" if total is not None else None
+    lines += ["", known or "no time is shown: no job like these has run here yet"]
+    for job in result["jobs"]:
+        lines += [f"problem: {job['name']}: {text}" for text in job["problems"]]
+        lines += [f"warning: {job['name']}: {text}" for text in job["warnings"]]
+    return "\n".join(lines)

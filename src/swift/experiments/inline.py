@@ -35,7 +35,9 @@ def run_inline(
     lock = ServiceLock(home)
     engine = Engine(home, Store(home.store), **settings)
     try:
-        group = engine.submit(submission.name, submission.source, submission.specs, submission.sweep)
+        group = engine.submit(
+            submission.name, submission.source, submission.specs, submission.sweep, submission.environment
+        )
 
         def work(seconds: float) -> None:
             engine.wait(min(seconds, engine.tick()))

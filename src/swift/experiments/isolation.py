@@ -10,7 +10,17 @@ from swift.core.errors import SwiftError
 from swift.experiments.inventory import VISIBLE_VARIABLES, visible_devices
 from swift.experiments.types import Placement
 
-__all__ = ["environment_for", "free_port"]
+__all__ = ["as_submitted", "environment_for", "free_port", "from_shell"]
+
+_FROM_SHELL = (
+    "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "USE_HF", "MODELSCOPE_", "WANDB_", "SWANLAB_", "MLFLOW_", "COMET_",
+    "NCCL_", "GLOO_", "CUDA_", "CUBLAS_", "TORCH", "PYTORCH_", "XDG_CACHE_HOME", "PYTHONPATH", "LD_LIBRARY_PATH",
+    "SSL_CERT_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+)  # fmt: skip
+"""Beginnings of the names of variables that jobs take from the shell they were submitted from."""
+_PROXY = "_proxy"
+_PLACED = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "TORCHELASTIC_")
+"""Exceptions: what the placement decides, and what a launcher leaves to its ranks."""
 
 _THREADS = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS",
@@ -28,6 +38,25 @@ _OF_A_PARENT = (
     "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "OMP_THREAD_LIMIT",
 )  # fmt: skip
 """Left by a launcher that the service was started under: a job must not believe to be one of its ranks."""
+
+
+def from_shell(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the submitting shell that its jobs shall see: accounts, caches, proxies, libraries."""
+    return {
+        name: value
+        for name, value in env.items()
+        if (name.startswith(_FROM_SHELL) and not name.startswith(_PLACED)) or name.lower().endswith(_PROXY)
+    }
+
+
+def as_submitted(service_env: Mapping[str, str], shell: Mapping[str, str] | None) -> dict[str, str]:
+    """The service's environment with those variables as the submitting shell had them, the missing ones too.
+
+    ``shell`` None: nothing was recorded at submit, so the service's hold.
+    """
+    if shell is None:
+        return dict(service_env)
+    return {**{name: service_env[name] for name in service_env.keys() - from_shell(service_env)}, **shell}
 
 
 def environment_for(placement: Placement, base_env: Mapping[str, str], job_dir: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
@@ -24,7 +24,17 @@ from swift.experiments.processes import send_signal
 from swift.experiments.supervisor import EXIT_LOCKED, clear_leftovers, read_json, take_lock, write_exit
 from swift.experiments.types import Launch
 
-__all__ = ["AlreadyRunning", "Exit", "Observation", "kill", "launch", "observe", "stop"]
+__all__ = [
+    "AlreadyRunning",
+    "Exit",
+    "Observation",
+    "Runner",
+    "Supervisors",
+    "kill",
+    "launch",
+    "observe",
+    "stop",
+]
 
 DEADLINE_SECONDS = 10.0
 STARTING_SECONDS = 30.0
@@ -100,6 +110,7 @@ def launch(
     """
     folder = home.attempt_dir(job_id, attempt)
     folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # launch.json holds the whole environment of the job
     if not (folder / "supervisor.json").exists():
         atomic_write_json(folder / "launcher.json", ProcessIdentity.of().to_dict(), durable=False)
         atomic_write_json(folder / "launch.json", launch.to_dict())
@@ -272,3 +283,52 @@ def _control(folder: Path, wish: dict[str, Any]) -> None:
     supervisor = _supervisor(folder)
     if supervisor is not None:
         send_signal(supervisor, signal.SIGUSR1)  # else it reads the file with its next heartbeat
+
+
+class Runner(Protocol):
+    """Starts, watches and stops attempts: what the engine needs; tests put a fake in its place."""
+
+    def launch(self, job_id: str, attempt: int, launch: Launch, warm: bool) -> None:
+        """Begin an attempt; returns when somebody is responsible for it. Raises SwiftError."""
+
+    def observe(self, job_id: str, attempt: int) -> Observation:
+        """How the attempt goes."""
+
+    def stop(self, job_id: str, attempt: int, grace_seconds: float) -> None:
+        """Ask it to end; returns at once. Zero seconds: kill it."""
+
+    def watch(self, job_id: str, attempt: int) -> int | None:
+        """A descriptor that becomes readable when the attempt has ended; None where there is no such thing."""
+
+
+class Supervisors:
+    """The real one: a supervisor process for each attempt."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    def launch(self, job_id: str, attempt: int, launch_: Launch, warm: bool) -> None:
+        launch(self.home, job_id, attempt, launch_, warm)
+
+    def observe(self, job_id: str, attempt: int) -> Observation:
+        return observe(self.home.job_dir(job_id), attempt)
+
+    def stop(self, job_id: str, attempt: int, grace_seconds: float) -> None:
+        if grace_seconds > 0:
+            stop(self.home.job_dir(job_id), attempt, grace_seconds)
+        else:
+            kill(self.home.job_dir(job_id), attempt)
+
+    def watch(self, job_id: str, attempt: int) -> int | None:
+        record = read_json(self.home.attempt_dir(job_id, attempt) / "supervisor.json")
+        if record is None or not hasattr(os, "pidfd_open"):
+            return None
+        identity = ProcessIdentity(**record["identity"])
+        try:
+            descriptor = os.pidfd_open(identity.pid)
+        except OSError:
+            return None
+        if identity.is_alive():  # asked after opening: the descriptor pins the process
+            return descriptor
+        os.close(descriptor)
+        return None

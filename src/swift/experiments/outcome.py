@@ -12,6 +12,7 @@ import yaml
 
 from swift.core.errors import DataError
 from swift.experiments.home import Home
+from swift.experiments.progress import attempts_of, read_json
 from swift.experiments.statistics import Interval, bootstrap, is_number
 from swift.experiments.types import FINISHED, Job, JobSpec
 from swift.runs.folder import RunFolder
@@ -41,7 +42,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Answer:
-    """One row of an evaluation: ``key`` names the row, the same for all experiments that answered it."""
+    """One row of an evaluation: ``key`` names the row, the same for all experiments that answered it.
+
+    ``is_cut``: max_new_tokens ended the answer.
+    """
 
     key: str
     question: str
@@ -49,6 +53,7 @@ class Answer:
     response: str
     metrics: dict[str, float]
     num_loss_tokens: int
+    is_cut: bool = False
 
 
 @dataclass
@@ -121,7 +126,7 @@ class Outcome:
         ]  # fmt: skip
 
 
-_COUNTS = ("num_rows", "num_references")
+_COUNTS = ("num_rows", "num_references", "num_bad_rows", "max_new_tokens")
 
 
 def job_of_folder(path: Path) -> Job:
@@ -167,30 +172,15 @@ def read_outcome(jobs: Sequence[Job], home: Home | None, now: float) -> Outcome:
 
 def _read_attempts(outcome: Outcome, main: Job, jobs: Iterable[Job], home: Home | None, now: float) -> None:
     for job in jobs:
-        devices = len(job.placement.devices) if job.placement else 1
-        times = _attempt_times(home.job_dir(job.id), devices, now) if home is not None and job.id else []
-        if not times and job.started is not None:
-            times = [((job.ended or now) - job.started, devices, None)]
-        if not times:
+        attempts = attempts_of(job, home, now)
+        if not attempts:
             continue
-        outcome.device_seconds = (outcome.device_seconds or 0.0) + sum(time * many for time, many, _ in times)
+        spent = sum(attempt.seconds * attempt.num_devices for attempt in attempts)
+        outcome.device_seconds = (outcome.device_seconds or 0.0) + spent
         if job is main:
-            outcome.wall_seconds = sum(time for time, _, _ in times)
-            outcome.peak_memory_bytes = max((peak for _, _, peak in times if peak), default=None)
-
-
-def _attempt_times(job_dir: Path, devices: int, now: float) -> list[tuple[float, int, int | None]]:
-    """(seconds, devices, peak bytes of host memory) of each attempt."""
-    times = []
-    for attempt in sorted(job_dir.glob("attempt-*")):
-        begun, ended = attempt / "supervisor.json", _read_json(attempt / "exit.json")
-        try:
-            seconds = max(0.0, float(ended.get("ended", now)) - begun.stat().st_mtime)
-        except OSError:  # never started
-            continue
-        many = len(_read_json(attempt / "launch.json").get("devices") or ()) or devices
-        times.append((seconds, many, ended.get("peak_memory_bytes")))
-    return times
+            outcome.wall_seconds = sum(attempt.seconds for attempt in attempts)
+            peaks = [attempt.peak_memory_bytes for attempt in attempts if attempt.peak_memory_bytes]
+            outcome.peak_memory_bytes = max(peaks, default=None)
 
 
 def _read_run(outcome: Outcome, folder: Path) -> None:
@@ -199,7 +189,7 @@ def _read_run(outcome: Outcome, folder: Path) -> None:
     config.pop("command", None)
     for section in config.values():
         outcome.options |= section if isinstance(section, dict) else {}
-    status, summary = read_status(folder) or {}, _read_json(folder / "summary.json")
+    status, summary = read_status(folder) or {}, read_json(folder / "summary.json")
     outcome.step, outcome.total_steps = status.get("step"), status.get("total_steps") or outcome.total_steps
     try:
         rows = read_metrics(folder / "metrics.jsonl")
@@ -266,7 +256,7 @@ def _read_evaluation(outcome: Outcome, path: Path) -> None:
         if interval is not None and is_number(interval.mean):
             outcome.intervals[name] = interval
             outcome.evaluation[name] = interval.mean
-    summary = _read_json(path.with_suffix(".json"))  # absent while rows are still being answered
+    summary = read_json(path.with_suffix(".json"))  # absent while rows are still being answered
     outcome.evaluation |= {name: value for name, value in summary.items() if is_number(value)}
     outcome.evaluation["num_rows"] = len(results)
 
@@ -286,6 +276,7 @@ def _answers(results: Sequence[dict[str, Any]]) -> list[Answer]:
                 response=result["response"],
                 metrics={name: result[name] for name in ANSWER_METRICS if is_number(result.get(name))},
                 num_loss_tokens=int(result.get("num_loss_tokens") or 0),
+                is_cut=result.get("finish_reason") == "length",
             )
         )
     return answers
@@ -307,15 +298,6 @@ def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{folder / 'config.yaml'} cannot be read: {error}")
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty when the file is not there (yet) or is not whole."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def checkpoint_of(outcome: Outcome, *, best: bool) -> Path | None:

@@ -9,12 +9,12 @@ from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
 from swift.experiments.charts import PALETTE, Series, line_chart, point_chart
-from swift.experiments.compare import Comparison
+from swift.experiments.compare import TRAINING_METRICS, Comparison
 from swift.experiments.outcome import ANSWER_METRICS, Outcome, Point
 from swift.experiments.statistics import Interval, is_number
 from swift.runs.curves import smooth
 
-__all__ = ["format_value", "render_html", "table_of"]
+__all__ = ["Column", "format_value", "render_html", "split_common", "table_of"]
 
 _POINTS = 20_000
 """Of all lines of one chart together; more is cut evenly, for the size of the file."""
@@ -30,10 +30,10 @@ _AXES: tuple[tuple[str, Callable[[Point], float]], ...] = (
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: how it is called, what it says of a row ("" for nothing), and whether it holds text."""
+    """A column of the table: how it is called, what it says of each row ("" for nothing), and whether it is text."""
 
     title: str
-    text: Callable[[Outcome], str]
+    cells: list[str]
     is_text: bool = False
 
 
@@ -46,51 +46,55 @@ def format_value(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def table_of(comparison: Comparison) -> tuple[list[Column], list[list[str]]]:
-    """The columns that have anything to say, and the cells of each row."""
-    parameters = list(dict.fromkeys(name for row in comparison.rows for name in row.parameters))
-    metrics = [name for name in ANSWER_METRICS if any(name in row.evaluation for row in comparison.rows)]
+def table_of(comparison: Comparison) -> list[Column]:
+    """The columns that have anything to say."""
+    rows = comparison.rows
+    parameters = dict.fromkeys(name for row in rows for name in row.parameters)
     columns = [
-        Column("experiment", lambda row: row.experiment, True),
-        Column("state", _state, True),
-        *(_parameter(name) for name in parameters),
-        Column("last loss", lambda row: format_value(row.last_loss)),
-        Column("best loss", lambda row: format_value(row.best_loss)),
+        Column("experiment", [row.experiment for row in rows], True),
+        Column("state", [_state(row) for row in rows], True),
+        *(Column(name, [format_value(row.parameters.get(name)) for row in rows]) for name in parameters),
+        Column("last loss", [format_value(row.last_loss) for row in rows]),
+        Column("best loss", [format_value(row.best_loss) for row in rows]),
+        *(Column(name, [format_value(row.training.get(name)) for row in rows]) for name in TRAINING_METRICS),
         *(
-            _trained(name)
-            for name in ("eval_loss", "best_eval_loss", "eval_token_accuracy", "eval_perplexity")
+            Column(
+                "evaluation.loss" if name == "loss" else name,
+                [_with_interval(row.evaluation.get(name), row.intervals.get(name)) for row in rows],
+            )
+            for name in ANSWER_METRICS
         ),
-        *(_answered(name) for name in metrics),
-        Column("tokens", lambda row: "" if row.num_tokens is None else format_count(row.num_tokens)),
-        Column("time", lambda row: "" if row.seconds is None else format_duration(row.seconds)),
+        Column("tokens", [_unless_none(format_count, row.num_tokens) for row in rows]),
+        Column("time", [_unless_none(format_duration, row.wall_seconds or row.seconds) for row in rows]),
         Column(
-            "device-hours",
-            lambda row: "" if row.device_seconds is None else format_value(row.device_seconds / 3600),
+            "device-hours", [_unless_none(lambda s: f"{s / 3600:.2g}", row.device_seconds) for row in rows]
         ),
-        Column("memory (estimate)", _memory),
-        Column("retries", lambda row: str(len(row.retries) or "")),
+        Column("memory (estimate)", [_memory(row) for row in rows]),
+        Column("retries", [str(len(row.retries) or "") for row in rows]),
     ]
-    kept = [
-        column for column in columns if any(column.text(row) for row in comparison.rows) or column.is_text
-    ]
-    return kept, [[column.text(row) for column in kept] for row in comparison.rows]
+    return [column for column in columns if any(column.cells)]
 
 
-def _parameter(name: str) -> Column:
-    return Column(name, lambda row: format_value(row.parameters.get(name)))
+def split_common(columns: Sequence[Column], keep: str) -> tuple[list[Column], list[Column]]:
+    """(columns that tell the rows apart, columns that say the same of all); what repeats another column is in neither.
+
+    Args:
+        keep: title of a column that stays among the first whatever it says.
+    """
+    apart: list[Column] = []
+    common: list[Column] = []
+    for column in columns:
+        if column.title in ("experiment", keep) or len(column.cells) < 2:
+            apart.append(column)
+        elif len(set(column.cells)) == 1:
+            common.append(column)
+        elif not (column.title.startswith("best") and column.cells in [other.cells for other in apart]):
+            apart.append(column)
+    return apart, common
 
 
-def _trained(name: str) -> Column:
-    return Column(name, lambda row: format_value(row.training.get(name)))
-
-
-def _answered(name: str) -> Column:
-    title = "evaluation.loss" if name == "loss" else name
-
-    def text(row: Outcome) -> str:
-        return _with_interval(row.evaluation.get(name), row.intervals.get(name))
-
-    return Column(title, text)
+def _unless_none(form: Callable[[Any], str], value: Any) -> str:
+    return "" if value is None else form(value)
 
 
 def _with_interval(value: float | None, interval: Interval | None) -> str:
@@ -125,7 +129,8 @@ def render_html(comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    columns, cells = table_of(comparison)
+    columns, common = split_common(table_of(comparison), comparison.metric)
+    cells = list(zip(*(column.cells for column in columns), strict=True))
     colours = {id(row): PALETTE[place % len(PALETTE)] for place, row in enumerate(comparison.rows)}
     curves = {
         title: [(label, Markup(chart)) for label, chart in charts]
@@ -137,6 +142,7 @@ def render_html(comparison: Comparison) -> str:
         created=datetime.datetime.fromtimestamp(comparison.created).isoformat(" ", "seconds"),
         value=format_value(comparison.winner.value) if comparison.winner else "",
         columns=columns,
+        common=common,
         table=[
             (row, colours[id(row)], row_cells) for row, row_cells in zip(comparison.rows, cells, strict=True)
         ],
@@ -258,8 +264,8 @@ def _samples(comparison: Comparison) -> list[dict[str, Any]]:
             "question": _cut(answer.question),
             "reference": _cut(answer.reference or ""),
             "answers": [
-                (_cut(known[answer.key].response), known[answer.key].metrics.get("exact_match") == 1.0)
-                for known in answers
+                (_cut(said.response), said.metrics.get("exact_match") == 1.0, said.is_cut)
+                for said in (known[answer.key] for known in answers)
             ],
         }
         for answer in shared[:_SAMPLES]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from swift.experiments.follow import follow, is_over
 from swift.experiments.home import Home
+from swift.experiments.progress import read_json, seconds_of
 from swift.experiments.store import Store
 from swift.experiments.submissions import check_machine, from_file, from_mapping
 from swift.experiments.types import Job
@@ -52,13 +53,11 @@ def run_experiments(
     if inline:
         from swift.experiments.inline import run_inline
 
-        return result_rows(run_inline(place, submission, watch)[1])
-    import time
-
+        return result_rows(run_inline(place, submission, watch)[1], place)
     from swift.experiments.client import Client
 
     group = Client(place).submit(submission)["group"]
-    return result_rows(watch(place, Store(place.store), group, time.sleep))
+    return result_rows(watch(place, Store(place.store), group, time.sleep), place)
 
 
 def _wait_quietly(home: Home, store: Store, group: str, pause: Callable[[float], None]) -> list[Job]:
@@ -67,7 +66,7 @@ def _wait_quietly(home: Home, store: Store, group: str, pause: Callable[[float],
     return jobs
 
 
-def result_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def result_rows(jobs: Sequence[Job], home: Home) -> list[dict[str, Any]]:
     """One row for each experiment among the jobs of a group."""
     rows = []
     for job in jobs:
@@ -85,7 +84,7 @@ def result_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
                 **job.spec.parameters,
                 **_read(job, "summary.json"),
                 **{f"evaluate_{name}": value for name, value in _read(job, "evaluation.json").items()},
-                "seconds": None if job.ended is None or job.started is None else job.ended - job.started,
+                "seconds": seconds_of(job, home, time.time()),
                 "retries": len(job.retries),
                 "reason": job.reason,
                 "stages": {other.spec.name.rpartition("/")[2]: other.state for other in stages},
@@ -96,11 +95,6 @@ def result_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 def _read(job: Job, name: str) -> dict[str, Any]:
     """Plain values of a JSON file in the run folder; nothing when it is not there."""
-    if job.spec.run_dir is None:
-        return {}
-    try:
-        record = json.loads((Path(job.spec.run_dir) / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    record = read_json(Path(job.spec.run_dir) / name) if job.spec.run_dir is not None else {}
     skipped = ("folder", "command", "evaluation")
     return {key: value for key, value in record.items() if key not in skipped and not isinstance(value, dict)}

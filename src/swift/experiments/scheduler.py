@@ -36,7 +36,8 @@ class QueuedJob:
     Attributes:
         order: grows with submission (the number of the job's id).
         memory_bytes: on each device; None: not known, so it gets whole devices (or its slots' share on the CPU).
-        submitted: wall clock, for ageing only.
+        submitted: wall clock, for ageing only; returned: when it was preempted, from which its age counts then.
+        first: room is being made for it by preemption, so it goes before everybody.
     """
 
     job_id: str
@@ -46,6 +47,8 @@ class QueuedJob:
     memory_bytes: int | None
     priority: int = 0
     submitted: float = 0.0
+    returned: float | None = None
+    first: bool = False
     max_parallel: int | None = None
 
 
@@ -55,6 +58,9 @@ class Placed:
 
     Attributes:
         whole: its devices are its own; `is_whole` tells for a queued one.
+        started: wall clock, of this attempt.
+        resumable: it runs, and would lose nothing but its start by being preempted.
+        leaving: None: it stays; else the job that it is preempted for ("": it was paused by the user).
     """
 
     job_id: str
@@ -62,6 +68,9 @@ class Placed:
     placement: Placement
     whole: bool = False
     started: float = 0.0
+    priority: int = 0
+    resumable: bool = False
+    leaving: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +82,16 @@ class Policy:
         usable: share of a device's memory that is given away.
         jobs_per_device: at most so many jobs beside each other on one accelerator.
         max_jobs: at most so many jobs at once in all; None: no limit.
+        preemption: jobs of a higher priority may have others checkpointed and queued again (`preemption.preempt`).
+        preempt_after_seconds: not before a job has run so long.
     """
 
     ageing_seconds: float = 600.0
     usable: float = 0.95
     jobs_per_device: int = 4
     max_jobs: int | None = None
+    preemption: bool = True
+    preempt_after_seconds: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,7 @@ class Decision:
 
     Attributes:
         impossible: this machine can never run it; ``fix`` says what would help.
+        blocked: it does not fit beside what runs.
     """
 
     job_id: str
@@ -94,6 +108,7 @@ class Decision:
     reason: str
     impossible: bool = False
     fix: str | None = None
+    blocked: bool = False
 
 
 def is_whole(needs: Needs, memory_bytes: int | None) -> bool:
@@ -111,8 +126,8 @@ def schedule_order(queue: Iterable[QueuedJob], now: float, ageing_seconds: float
     jobs = sorted(queue, key=lambda job: job.order)
     for job in reversed(jobs):
         earliest = min(earliest, job.submitted)
-        since[job.job_id] = min(earliest, now)
-    return sorted(jobs, key=lambda job: since[job.job_id] - job.priority * ageing_seconds)
+        since[job.job_id] = min(earliest if job.returned is None else job.returned, now)
+    return sorted(jobs, key=lambda job: (not job.first, since[job.job_id] - job.priority * ageing_seconds))
 
 
 def check_possible(job: QueuedJob, inventory: Inventory, policy: Policy | None = None) -> Decision | None:
@@ -157,7 +172,7 @@ def decide(
             decisions.append(Decision(job.job_id, None, reason))
         else:
             placement, reason = machine.place(job.job_id, request)
-            decisions.append(Decision(job.job_id, placement, reason))
+            decisions.append(Decision(job.job_id, placement, reason, blocked=placement is None))
             if placement is not None:
                 in_group[job.group] += 1
                 num_running += 1
@@ -210,7 +225,11 @@ class _Machine:
     def impossible(self, request: Request) -> tuple[str, str] | None:
         if request not in self._impossible:
             side = self._host if self._on_host(request) else self._accelerators
-            self._impossible[request] = side.impossible(request)
+            problem = side.impossible(request)
+            if problem is None and (request.threads or 0) > self._cores:
+                threads = f"asks for {request.threads} threads, this machine has {self._cores} cores"
+                problem = threads, f"threads: {self._cores}"
+            self._impossible[request] = problem
         return self._impossible[request]
 
     def place(self, job_id: str, request: Request) -> tuple[Placement | None, str]:

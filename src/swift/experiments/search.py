@@ -56,6 +56,10 @@ class Parameter:
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         return [self._value(self.low + index * self.step) for index in range(count)]
 
+    def ends(self) -> list[Any]:
+        """The values between which, or of which, it chooses."""
+        return list(self.choices) if self.choices is not None else [self.low, self.high]
+
     def draw(self, numbers: random.Random) -> Any:
         """One value at random."""
         if self.choices is not None:
@@ -103,6 +107,10 @@ class Sweep:
     early_stop: EarlyStop | None = None
     seed: int = 0
     base: str | None = None
+
+    def limit(self, max_parallel: int | None) -> int:
+        """Trials at a time: ``parallel``, else the file's, else one for TPE, which learns from each."""
+        return self.parallel or max_parallel or (1 if self.method == "tpe" else self.trials)
 
     @property
     def is_controlled(self) -> bool:

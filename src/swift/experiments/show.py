@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
-from swift.experiments.progress import last_metrics
+from swift.experiments.home import Home
+from swift.experiments.progress import last_metrics, seconds_of
 from swift.experiments.types import ACTIVE, FINISHED, Job
 from swift.runs.status import read_status
 
@@ -21,13 +22,22 @@ COLOURS = {
 }  # fmt: skip
 
 
-def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
-    """Columns under a header; the last one is cut to the width of the terminal (None: not cut)."""
-    columns = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def table_text(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int | None = None,
+    *,
+    numeric: Collection[int] = (),
+) -> str:
+    """Columns under a header, those in ``numeric`` to the right; lines are cut at ``width`` (None: not cut)."""
+    sizes = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for row in (header, *rows):
-        cells = [cell.ljust(size) for cell, size in zip(row[:-1], columns, strict=False)]
-        line = "  ".join([*cells, row[-1]]).rstrip()
+        cells = [
+            cell.rjust(size) if place in numeric else cell.ljust(size)
+            for place, (cell, size) in enumerate(zip(row, sizes, strict=True))
+        ]
+        line = "  ".join(cells).rstrip()
         lines.append(line[: width - 1] + "…" if width is not None and len(line) > width else line)
     return "\n".join(lines)
 
@@ -43,12 +53,8 @@ def progress_of(job: Job) -> dict[str, Any]:
         return {}
     return {
         **(read_status(Path(job.spec.run_dir)) or {}),
-        **{f"last_{k}": v for k, v in _metrics(job).items()},
+        **{f"last_{name}": value for name, value in last_metrics(job.spec.run_dir).items()},
     }
-
-
-def _metrics(job: Job) -> dict[str, Any]:
-    return last_metrics(job.spec.run_dir)
 
 
 def place_of(job: Job) -> str:
@@ -58,25 +64,17 @@ def place_of(job: Job) -> str:
     return f"{job.placement.kind}:{','.join(map(str, job.placement.devices))}"
 
 
-def seconds_of(job: Job, now: float) -> float | None:
-    """How long it has run, or ran in its last attempt."""
-    if job.started is None:
-        return None
-    end = job.ended if job.ended is not None else now if job.state in ACTIVE else None
-    return None if end is None else max(0.0, end - job.started)
-
-
 def _number(value: Any, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def live_row(job: Job, samples: dict[str, dict[str, Any]], now: float | None = None) -> dict[str, str]:
+def live_row(job: Job, samples: dict[str, dict[str, Any]], home: Home) -> dict[str, str]:
     """The cells of ``swift top`` for one job, by column.
 
     Args:
         samples: newest sample of each subject, for the utilisation of its devices.
+        home: for the time of all attempts.
     """
-    now = time.time() if now is None else now
     seen = progress_of(job) if job.state not in ("queued", "waiting") else {}
     step = f"{seen['step']}/{seen['total_steps']}" if seen.get("total_steps") else ""
     stage = str(seen.get("stage") or "")
@@ -87,7 +85,7 @@ def live_row(job: Job, samples: dict[str, dict[str, Any]], now: float | None = N
         for name in devices
         if samples.get(name, {}).get("utilisation_percent") is not None
     ]
-    seconds = seconds_of(job, now)
+    seconds = seconds_of(job, home, time.time())
     return {
         "id": job.id,
         "name": job.spec.name,
@@ -106,13 +104,13 @@ def live_row(job: Job, samples: dict[str, dict[str, Any]], now: float | None = N
     }
 
 
-def summary_rows(jobs: Sequence[Job]) -> tuple[list[str], list[list[str]]]:
+def summary_rows(jobs: Sequence[Job], home: Home) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table shown when all jobs have ended."""
     header = ["NAME", "STATE", "STEPS", "LOSS", "EVAL LOSS", "TIME", "RETRIES", "NOTE"]
     rows = []
     for job in jobs:
         seen = progress_of(job)
-        seconds = seconds_of(job, time.time())
+        seconds = seconds_of(job, home, time.time())
         changes = "; ".join(str(entry.get("change", "")) for entry in job.retries)
         rows.append(
             [

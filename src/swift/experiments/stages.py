@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from swift.config.commands import COMMANDS, LATER_COMMANDS
 from swift.config.read import Written
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
-from swift.experiments.fields import Fields, fail
+from swift.experiments.fields import NOWHERE, Fields, fail, suggest
 from swift.experiments.types import Condition
 
 __all__ = [
     "KINDS",
     "Stage",
-    "check_command",
+    "check_graph",
     "check_name",
-    "check_stages",
     "find_circle",
+    "known_command",
     "merge_stages",
     "read_stages",
+    "split_command",
 ]
 
 KINDS: dict[str, str] = {"evaluate": "infer", "merge": "merge-lora", "infer": "infer"}
@@ -56,7 +56,8 @@ class Stage:
         words: for commands with words of their own.
         when: how the jobs in ``needs`` must have ended.
         needs: other stages, or nothing for the experiment itself.
-        resources, environment: its own, or None for the experiment's.
+        resources: its own, or None for the experiment's.
+        environment: variables beside the experiment's.
         written: where it stands.
         shared: it stands at the top of the file, for all experiments.
         removed: an experiment takes a stage of the file away with ``NAME: false``.
@@ -66,12 +67,12 @@ class Stage:
     kind: str
     command: str
     written: Written
-    options: Written | None = None
+    options: Written = NOWHERE
     words: tuple[str, ...] = ()
     when: Condition = "success"
     needs: tuple[str, ...] = ()
     resources: Written | None = None
-    environment: Written | None = None
+    environment: dict[str, str] = field(default_factory=dict)
     shared: bool = False
     removed: bool = False
 
@@ -87,28 +88,31 @@ def check_name(name: str, written: Written, what: str) -> None:
         )
 
 
-def check_command(command: str, written: Written, key: str = "command") -> None:
-    """Raise ConfigError unless the command can be a job."""
+def known_command(word: str, written: Written, key: str = "command") -> str:
+    """The command of this name (``merge_lora`` is ``merge-lora``). Raises ConfigError unless it can be a job."""
+    command = word.replace("_", "-")
     known = [name for name, entry in COMMANDS.items() if not entry.own_arguments or name in _WITH_WORDS]
     if command in known:
-        return
+        return command
     if command in COMMANDS:
         raise fail(f"swift {command} cannot be a job", written, key, fix=f"one of {', '.join(known)}")
     if command in LATER_COMMANDS or command in _LATER:
-        raise fail(
-            f"{command} comes with a later version",
-            written,
-            key,
-            fix=LATER_COMMANDS.get(command, "leave it out"),
-        )
-    near = closest(command, known)
-    raise fail(
-        f"unknown command {command!r}",
-        written,
-        key,
-        why=f"known: {', '.join(known)}",
-        fix=f"did you mean {near}?" if near else None,
-    )
+        fix = LATER_COMMANDS[command].instead if command in LATER_COMMANDS else "leave it out"
+        raise fail(f"{command} comes with a later version", written, key, fix=fix)
+    why = f"known: {', '.join(known)}"
+    raise fail(f"unknown command {word!r}", written, key, why=why, fix=suggest(command, known))
+
+
+def split_command(fields: Fields, command: str, own_keys: Iterable[str]) -> tuple[Written, tuple[str, ...]]:
+    """(options, words) of an experiment or stage. Raises ConfigError for those that its command does not take."""
+    options, words = fields.without(own_keys), tuple(fields.words("words"))
+    own = COMMANDS[command].own_arguments
+    if own and options.items:
+        key, value = next(iter(options.items.items()))
+        raise fail(f"swift {command} takes words, not options", value, key, fix=f"words: [--{key}, ...]")
+    if "words" in fields and not own:
+        raise fields.fail(f"swift {command} takes options, not words", "words", fix="write NAME: value")
+    return options, words
 
 
 def read_stages(written: Written | None) -> dict[str, Stage]:
@@ -155,99 +159,78 @@ def _read_stage(name: str | None, written: Written) -> Stage:
     check_name(name, written, "a stage")
     command = fields.text("command")
     if command is not None:
-        command = command.replace("_", "-") if command.replace("_", "-") in COMMANDS else command
-        check_command(command, fields.items["command"])
-        kind = "command"
+        kind, command = "command", known_command(command, fields.items["command"])
     elif name in KINDS:
         kind, command = name, KINDS[name]
     else:
         raise _unknown_stage(name, written)
-    own = COMMANDS[command].own_arguments
-    rest = {key: value for key, value in fields.items.items() if key not in _OWN_KEYS}
-    if own and rest:
-        key = next(iter(rest))
-        raise fail(f"swift {command} takes words, not options", rest[key], key, fix=f"words: [--{key}, ...]")
-    if "words" in fields and not own:
-        raise fields.fail(f"swift {command} takes options, not words", "words", fix="write NAME: value")
+    options, words = split_command(fields, command, _OWN_KEYS)
     return Stage(
         name=name,
         kind=kind,
         command=command,
         written=written,
-        options=_mapping(rest, written),
-        words=tuple(fields.words("words")),
+        options=options,
+        words=words,
         when=fields.choice("when", _CONDITIONS, "success"),  # type: ignore[arg-type]
         needs=tuple(fields.words("needs")),
         resources=fields.get("resources"),
-        environment=fields.get("ENV"),
+        environment=fields.variables(),
     )
 
 
 def _unknown_stage(name: str, written: Written) -> ConfigError:
     if name in _LATER or name in LATER_COMMANDS:
-        return fail(
-            f"the stage {name} comes with a later version",
-            written,
-            "after",
-            why="export and deploy come with a later version; this one has " + ", ".join(KINDS),
-            fix="leave it out",
-        )
-    near = closest(name, KINDS)
-    return fail(
-        f"unknown stage {name!r}",
-        written,
-        "after",
-        why=f"known: {', '.join(KINDS)}; any other needs a command:",
-        fix=f"did you mean {near}?" if near else f"{name}: {{command: infer, ...}}",
-    )
-
-
-def _mapping(items: dict[str, Written], written: Written) -> Written:
-    plain = {key: value.value for key, value in items.items()}
-    return Written(plain, {key: value.text for key, value in items.items()}, written.place, items)
+        why = f"this one has {', '.join(KINDS)}"
+        message = f"the stage {name} comes with a later version"
+        return fail(message, written, "after", why=why, fix="leave it out")
+    why = f"known: {', '.join(KINDS)}; any other needs a command:"
+    fix = suggest(name, KINDS, f"{name}: {{command: infer, ...}}")
+    return fail(f"unknown stage {name!r}", written, "after", why=why, fix=fix)
 
 
 def merge_stages(common: Mapping[str, Stage], own: Mapping[str, Stage]) -> dict[str, Stage]:
-    """The file's stages with those of one experiment on top; a removed one goes, and nothing waits for it."""
+    """The file's stages with those of one experiment on top; a removed one goes, and nothing waits for it.
+
+    Raises ConfigError for stages that need one that is not there, or each other in a circle.
+    """
     merged = {name: replace(stage, shared=True) for name, stage in common.items()}
     for name, stage in own.items():
         if stage.removed and name not in common:
-            near = closest(name, common)
-            raise fail(
-                f"there is no stage {name} to leave out",
-                stage.written,
-                name,
-                fix=f"did you mean {near}?" if near else "remove the line",
-            )
+            fix = suggest(name, common, "remove the line")
+            raise fail(f"there is no stage {name} to leave out", stage.written, name, fix=fix)
         merged[name] = stage
     gone = {name for name, stage in merged.items() if stage.removed}
-    return {
+    left = {
         name: replace(stage, needs=tuple(need for need in stage.needs if need not in gone))
         for name, stage in merged.items()
         if name not in gone
     }
+    graph = {name: stage.needs for name, stage in left.items()}
+    check_graph(graph, {name: stage.written for name, stage in left.items()}, "stage")
+    return left
 
 
-def check_stages(stages: Mapping[str, Stage], experiment: str) -> None:
-    """Raise ConfigError for a stage that needs one that is not there, and for a circle, which it names."""
-    for stage in stages.values():
-        for need in stage.needs:
-            if need not in stages:
-                near = closest(need, stages)
-                raise fail(
-                    f"the stage {stage.name} of {experiment} needs {need}, which is no stage",
-                    stage.written,
-                    "needs",
-                    fix=f"did you mean {near}?" if near else f"one of {', '.join(stages)}",
-                )
-    circle = find_circle({name: stage.needs for name, stage in stages.items()})
+def check_graph(graph: Mapping[str, Iterable[str]], places: Mapping[str, Written], what: str) -> None:
+    """Raise ConfigError for an entry that needs one that is not there, and for a circle, which it names.
+
+    Args:
+        graph: name -> the names it needs.
+        places: where each stands.
+        what: "experiment" or "stage".
+    """
+    for name, needs in graph.items():
+        others = [other for other in graph if other != name]
+        for need in needs:
+            if need not in graph:
+                message = f"the {what} {name} needs {need}, which is no {what}"
+                fix = suggest(need, others, f"one of {', '.join(others)}" if others else "leave needs out")
+                raise fail(message, places[name], name, fix=fix)
+    circle = find_circle(graph)
     if circle:
-        raise fail(
-            f"the stages wait for each other in a circle: {' -> '.join(circle)}",
-            stages[circle[0]].written,
-            "needs",
-            fix=f"remove needs: {circle[1]} from {circle[0]}",
-        )
+        message = f"the {what}s wait for each other in a circle: {' -> '.join(circle)}"
+        fix = f"remove needs: {circle[1]} from {circle[0]}"
+        raise fail(message, places[circle[0]], circle[0], fix=fix)
 
 
 def find_circle(graph: Mapping[str, Iterable[str]]) -> list[str]:

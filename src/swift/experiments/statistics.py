@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ class Interval:
     low: float
     high: float
     num_rows: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def parameter_importance(
     shares = {name: _explained([point[name] for point in points], values) for name in names}
     return Importance(
         _ordered(shares),
-        "share of variance explained by each parameter alone (fANOVA needs optuna and sklearn)",
+        "share of variance explained by each parameter alone (fANOVA needs pip install 'swift-forge[sweep]')",
     )
 
 
@@ -182,7 +179,8 @@ def _fanova(
         chosen = {n: point[n] if isinstance(space[n], numeric) else repr(point[n]) for n in names}
         study.add_trial(optuna.trial.create_trial(params=chosen, distributions=space, value=value))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+    shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {name: float(share) for name, share in shares.items()}
 
 
 def _explained(column: Sequence[Any], values: Sequence[float]) -> float:

@@ -8,7 +8,8 @@ import re
 import sqlite3
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,20 @@ from swift.core.errors import SwiftError, UsageError
 from swift.core.registry import closest
 from swift.experiments.database import Database
 from swift.experiments.submission import check_specs, free_name, run_folder
-from swift.experiments.types import FINISHED, STATES, Job, JobSpec, Placement, State
+from swift.experiments.types import ACTIVE, FINISHED, LEGAL, STATES, Job, JobSpec, Placement, State
 
-__all__ = ["LEGAL", "Event", "Group", "StateConflict", "Store"]
+__all__ = ["Event", "Group", "StateConflict", "Store"]
 
-LEGAL: dict[State, tuple[State, ...]] = {
-    "queued": ("starting", "waiting", "paused", "failed", "cancelled"),
-    "waiting": ("queued", "paused", "failed", "cancelled"),
-    "starting": ("running", "pausing", "queued", "succeeded", "failed", "cancelled"),
-    "running": ("pausing", "queued", "succeeded", "failed", "cancelled"),
-    "pausing": ("paused", "queued", "running", "succeeded", "failed", "cancelled"),
-    "paused": ("queued", "waiting", "failed", "cancelled"),
-    "succeeded": (),
-    "failed": ("queued", "waiting"),
-    "cancelled": ("queued", "waiting"),
-}
-"""state -> where it may lead. Back to ``queued``: preempted, retried, or found dead after a reboot."""
-
-_FIELDS = ("attempt", "placement", "exit_code", "retries", "overrides", "started", "ended", "priority")
-_JSON_FIELDS = ("placement", "retries", "overrides")
+_FIELDS = (
+    "attempt", "placement", "exit_code", "retries", "overrides", "started", "ended", "priority",
+    "spent", "preempted",
+)  # fmt: skip
+_JSON_FIELDS = ("placement", "retries", "overrides", "preempted")
 _KEPT_SAMPLES = 500_000
 _KEPT_OBSERVATIONS = 20
 _ID = re.compile(r"j([1-9]\d{0,17})")
 _SIZE = re.compile(r"[\d.]+ (?:[KMGT]i)?B\b")
-_GROUPS = """SELECT groups.*, (SELECT group_concat('j' || seq, ' ') FROM
+_GROUPS = """SELECT name, source_text, submitted, (SELECT group_concat('j' || seq, ' ') FROM
     (SELECT seq FROM jobs WHERE group_seq = groups.seq ORDER BY seq)) AS ids FROM groups"""
 _SELECT = "SELECT jobs.*, groups.name AS group_name FROM jobs JOIN groups ON groups.seq = jobs.group_seq "
 
@@ -95,8 +86,16 @@ class Store:
 
     # Submitting
 
-    def add_group(self, name: str, source_text: str, specs: Sequence[JobSpec]) -> Group:
+    def add_group(
+        self,
+        name: str,
+        source_text: str,
+        specs: Sequence[JobSpec],
+        environment: Mapping[str, str] | None = None,
+    ) -> Group:
         """Record a submission, all of it or nothing. A name that is taken gets ``-2``, ``-3``, ...
+
+        ``environment``: variables of the submitting shell (`environment` reads them; nothing else shows them).
 
         Raises UsageError for names that are missing, double or in a circle, and for a run folder that a live job of
         another experiment owns.
@@ -108,7 +107,8 @@ class Store:
             for spec in specs:
                 self._check_owner(connection, spec)
             group = connection.execute(
-                "INSERT INTO groups (name, source_text, submitted) VALUES (?, ?, ?)", (name, source_text, now)
+                "INSERT INTO groups (name, source_text, submitted, environment) VALUES (?, ?, ?, ?)",
+                (name, source_text, now, None if environment is None else json.dumps(dict(environment))),
             ).lastrowid
             ids = [self._insert_job(connection, int(group or 0), name, spec, now) for spec in specs]
         return Group(name, source_text, now, tuple(ids))
@@ -136,19 +136,11 @@ class Store:
     ) -> str:
         state: State = "waiting" if spec.after else "queued"
         reason = f"waits for {', '.join(entry.job for entry in spec.after)}" if spec.after else "submitted"
+        row = (group_seq, spec.name, run_folder(spec), json.dumps(spec.to_dict()), state, reason, now)
         seq = connection.execute(
             "INSERT INTO jobs (group_seq, name, run_dir, spec, state, reason, submitted, priority)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                group_seq,
-                spec.name,
-                run_folder(spec),
-                json.dumps(spec.to_dict()),
-                state,
-                reason,
-                now,
-                spec.priority,
-            ),
+            (*row, spec.priority),
         ).lastrowid
         self._insert_event(connection, seq, "submitted", {"state": state, "group": group, "name": spec.name})
         return f"j{seq}"
@@ -228,6 +220,11 @@ class Store:
         rows = self._database.read(f"{_GROUPS} WHERE name = ?", (name,))
         return _group(rows[0]) if rows else None
 
+    def environment(self, group: str) -> dict[str, str] | None:
+        """Variables of the shell that the group was submitted from; None when none were recorded. May hold secrets."""
+        rows = self._database.read("SELECT environment FROM groups WHERE name = ?", (group,))
+        return json.loads(rows[0]["environment"]) if rows and rows[0]["environment"] else None
+
     def counts(self) -> dict[State, int]:
         """Number of jobs in each state."""
         rows = self._database.read("SELECT state, count(*) AS n FROM jobs GROUP BY state")
@@ -235,6 +232,12 @@ class Store:
         return {state: found.get(state, 0) for state in STATES}
 
     # Changing
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Everything this thread changes in the block is one transaction: many changes at the price of one."""
+        with self._database.write():
+            yield
 
     def transition(
         self, job_id: str, from_states: State | Collection[State], to: State, reason: str, **fields: Any
@@ -245,7 +248,7 @@ class Store:
         decision taken before somebody else's attempt is void. ``started`` and ``ended`` are set here, unless given.
 
         Args:
-            fields: attempt, placement, exit_code, retries, overrides, started, ended, priority.
+            fields: attempt, placement, exit_code, retries, overrides, started, ended, priority, preempted.
 
         Raises StateConflict when the job is in another state or the way is not in ``LEGAL``, UsageError for an
         unknown job or when its run folder has another live owner by now.
@@ -273,15 +276,23 @@ class Store:
     def _changes(self, job: Job, to: State, fields: dict[str, Any]) -> dict[str, Any]:
         now = self._clock()
         changes: dict[str, Any] = {}
+        if job.state in ACTIVE and to not in ACTIVE and job.started is not None:
+            changes["spent"] = job.spent + max(0.0, now - job.started)
         if to == "starting":
             attempt = fields.get("attempt", job.attempt + 1)
             if attempt <= job.attempt:
                 raise StateConflict(f"attempt {attempt} of {job.id} was started already", job.state)
-            changes = {"attempt": attempt, "started": now, "ended": None, "exit_code": None}
+            changes |= {
+                "attempt": attempt,
+                "started": now,
+                "ended": None,
+                "exit_code": None,
+                "preempted": None,
+            }
         elif to in FINISHED:
-            changes = {"ended": max(now, job.started or now)}  # a clock set back makes no negative times
+            changes["ended"] = max(now, job.started or now)  # a clock set back makes no negative times
         elif to in ("queued", "waiting"):
-            changes = {"ended": None, "placement": None}
+            changes |= {"ended": None, "placement": None}
         return {**changes, **fields}
 
     def update(self, job_id: str, *, reason: str | None = None, **fields: Any) -> Job:
@@ -300,30 +311,24 @@ class Store:
         A reason that differs only in sizes ("3.1 GiB free") is the same one: free memory moves all the time.
         """
         by_seq = {self._seq(job_id): reason for job_id, reason in reasons.items()}
-        if not by_seq:
-            return 0
+        query = "SELECT seq, reason FROM jobs WHERE state IN ('queued', 'waiting')"
+
+        def new(rows: Iterable[sqlite3.Row]) -> list[int]:
+            return [
+                row["seq"]
+                for row in rows
+                if row["seq"] in by_seq and _SIZE.sub("", by_seq[row["seq"]]) != _SIZE.sub("", row["reason"])
+            ]
+
         # Most ticks change nothing: look before taking the write lock.
-        if not self._new_reasons(self._database.read, by_seq):
+        if not by_seq or not new(self._database.read(query)):
             return 0
         with self._database.write() as connection:
-            changed = self._new_reasons(
-                lambda query, values: connection.execute(query, values).fetchall(), by_seq
-            )
+            changed = new(connection.execute(query).fetchall())
             for seq in changed:
                 connection.execute("UPDATE jobs SET reason = ? WHERE seq = ?", (by_seq[seq], seq))
                 self._insert_event(connection, seq, "reason", {"reason": by_seq[seq]})
         return len(changed)
-
-    @staticmethod
-    def _new_reasons(
-        read: Callable[[str, tuple[object, ...]], list[sqlite3.Row]], reasons: dict[int, str]
-    ) -> list[int]:
-        rows = read("SELECT seq, reason FROM jobs WHERE state IN (?, ?)", ("queued", "waiting"))
-        return [
-            row["seq"]
-            for row in rows
-            if row["seq"] in reasons and _SIZE.sub("", reasons[row["seq"]]) != _SIZE.sub("", row["reason"])
-        ]
 
     def _update(self, connection: sqlite3.Connection, seq: int, changes: dict[str, Any]) -> None:
         unknown = set(changes) - {*_FIELDS, "state", "reason"}
@@ -354,16 +359,7 @@ class Store:
             f"SELECT * FROM events WHERE {condition} ORDER BY seq LIMIT ?",
             (*values, -1 if limit is None else limit),
         )
-        return [
-            Event(
-                row["seq"],
-                row["at"],
-                f"j{row['job_seq']}" if row["job_seq"] is not None else None,
-                row["kind"],
-                json.loads(row["data"]),
-            )
-            for row in rows
-        ]
+        return [_event(row) for row in rows]
 
     def last_event(self) -> int:
         """Number of the newest event; 0 when there is none. Cheap: a way to ask whether anything changed."""
@@ -454,26 +450,36 @@ class Store:
         placement = json.loads(row["placement"]) if row["placement"] else None
         if placement is not None:
             placement = Placement(**{**placement, "devices": tuple(placement["devices"])})
+        plain = (
+            "state",
+            "reason",
+            "attempt",
+            "exit_code",
+            "submitted",
+            "started",
+            "ended",
+            "priority",
+            "spent",
+        )
         return Job(
             id=f"j{row['seq']}",
             group=row["group_name"],
             spec=self._spec(row["spec"]),
-            state=row["state"],
-            reason=row["reason"],
-            attempt=row["attempt"],
             placement=placement,
-            exit_code=row["exit_code"],
             retries=json.loads(row["retries"]),
             overrides=json.loads(row["overrides"]),
-            submitted=row["submitted"],
-            started=row["started"],
-            ended=row["ended"],
-            priority=row["priority"],
+            preempted=json.loads(row["preempted"]) if row["preempted"] else None,
+            **{name: row[name] for name in plain},
         )
 
 
 def _read_spec(text: str) -> JobSpec:
     return JobSpec.from_dict(json.loads(text))
+
+
+def _event(row: sqlite3.Row) -> Event:
+    job = f"j{row['job_seq']}" if row["job_seq"] is not None else None
+    return Event(row["seq"], row["at"], job, row["kind"], json.loads(row["data"]))
 
 
 def _group(row: sqlite3.Row) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.core.errors import ConfigError, UsageError
+from swift.experiments.isolation import from_shell
 from swift.experiments.types import Inventory, JobSpec
 
 __all__ = ["Submission", "check_machine", "from_file", "from_mapping", "from_words"]
@@ -21,6 +23,7 @@ class Submission:
     Attributes:
         sweep: text, shown and cwd of a file whose trials depend on results.
         wait: jobs that this machine cannot run are queued all the same.
+        environment: what jobs take from this shell.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Submission:
     specs: list[JobSpec] = field(default_factory=list)
     sweep: dict[str, str] | None = None
     wait: bool = False
+    environment: dict[str, str] = field(default_factory=lambda: from_shell(os.environ), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As ``POST /submit`` takes it."""
@@ -36,6 +40,7 @@ class Submission:
             "source": self.source,
             "specs": [asdict(spec) for spec in self.specs],
             "sweep": self.sweep,
+            "environment": self.environment,
         }
 
 
@@ -97,13 +102,11 @@ def _submission(file: Any, cwd: Path, wait: bool, cold: bool) -> Submission:
 
 def check_machine(submission: Submission, inventory: Inventory) -> list[str]:
     """Sentences about jobs that this machine can never run. Raises ConfigError for the first unless ``wait``."""
-    from swift.experiments.forecast import memory_of
-    from swift.experiments.scheduler import QueuedJob, check_possible
+    from swift.experiments.forecast import impossible
 
     problems = []
-    for number, spec in enumerate(submission.specs):
-        waiting = QueuedJob(spec.name, submission.name, number, spec.needs, memory_of(spec))
-        decision = check_possible(waiting, inventory)
+    for spec in submission.specs:
+        decision = impossible(spec, inventory)
         if decision is None:
             continue
         if not submission.wait:

@@ -92,9 +92,8 @@ class SweepController:
 
     @property
     def limit(self) -> int:
-        """Trials at a time: ``parallel``, else ``max_parallel``, else one for TPE, which learns from each."""
-        given = self.sweep.parallel or self.file.resources.max_parallel
-        return given or (1 if self.sweep.method == "tpe" else self.sweep.trials)
+        """Trials at a time."""
+        return self.sweep.limit(self.file.resources.max_parallel)
 
     def judge_of(self, experiment: str) -> str:
         """The job whose end settles the trial: its training, or its evaluation when the metric comes from there."""
@@ -164,13 +163,6 @@ class SweepController:
             row = {"experiment": self.sweep.trial_name(number), "values": self._values(number)}
             rows.append({**row, "state": result["state"], "value": result["value"]})
         return rows
-
-    def best(self) -> dict[str, Any] | None:
-        """The trial with the best value among those that succeeded."""
-        ended = [row for row in self.results() if row["state"] == "succeeded"]
-        if not ended:
-            return None
-        return (min if self.sweep.minimize else max)(ended, key=lambda row: row["value"])
 
     def _number(self, experiment: str) -> int:
         for number in self._trials:

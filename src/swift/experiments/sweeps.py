@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,14 @@ class Sweeps:
         """Groups whose sweeps are not done."""
         return list(self._open)
 
-    def submit(self, name: str, source_text: str, specs: Sequence[JobSpec], sweep: dict[str, str]) -> Group:
+    def submit(
+        self,
+        name: str,
+        source_text: str,
+        specs: Sequence[JobSpec],
+        sweep: dict[str, str],
+        environment: Mapping[str, str] | None = None,
+    ) -> Group:
         """Record a group and the first trials of its sweep. Raises SwiftError; nothing is left then."""
         from swift.experiments.file import parse_experiments
         from swift.experiments.sweep import SweepController
@@ -62,7 +69,7 @@ class Sweeps:
         controller = SweepController(parse_experiments(sweep["text"], sweep["shown"]), folder, sweep["cwd"])
         try:
             trials = controller.next_specs(controller.limit)
-            group = self.store.add_group(name, source_text, [*specs, *trials])
+            group = self.store.add_group(name, source_text, [*specs, *trials], environment)
         except BaseException:
             controller.close()
             shutil.rmtree(folder)

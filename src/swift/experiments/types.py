@@ -8,7 +8,9 @@ from typing import Any, Literal
 __all__ = [
     "ACTIVE",
     "FINISHED",
+    "LEGAL",
     "STATES",
+    "TRAINING",
     "Dependency",
     "Device",
     "Inventory",
@@ -31,6 +33,22 @@ ACTIVE: tuple[State, ...] = ("starting", "running", "pausing")
 """A supervisor lives."""
 FINISHED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
+LEGAL: dict[State, tuple[State, ...]] = {
+    "queued": ("starting", "waiting", "paused", "failed", "cancelled"),
+    "waiting": ("queued", "paused", "failed", "cancelled"),
+    "starting": ("running", "pausing", "queued", "succeeded", "failed", "cancelled"),
+    "running": ("pausing", "queued", "succeeded", "failed", "cancelled"),
+    "pausing": ("paused", "queued", "running", "succeeded", "failed", "cancelled"),
+    "paused": ("queued", "waiting", "failed", "cancelled"),
+    "succeeded": (),
+    "failed": ("queued", "waiting"),
+    "cancelled": ("queued", "waiting"),
+}
+"""state -> where it may lead. Back to ``queued``: preempted, retried, or found dead after a reboot."""
+
+TRAINING = ("pt", "sft")
+"""Commands with a run folder, checkpoints and ``swift resume``."""
+
 Condition = Literal["success", "failure", "always"]
 
 
@@ -52,6 +70,7 @@ class Needs:
         threads: CPU threads; None: an equal share of the cores.
         time_limit_seconds: then it is stopped (with a checkpoint) and has failed.
         exclusive: no other job on its devices.
+        preemption: it may preempt jobs of lower priority, and be preempted by those of higher.
     """
 
     devices: int = 1
@@ -59,6 +78,7 @@ class Needs:
     threads: int | None = None
     time_limit_seconds: float | None = None
     exclusive: bool = False
+    preemption: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,8 @@ class Job:
         reason: one sentence: why it waits, why it failed.
         retries: what was changed for each relaunch ("out of memory: micro-batch 4 -> 2").
         overrides: options changed by policies, on top of the snapshot's.
+        started, ended: of the last attempt; spent: seconds of all attempts that have ended.
+        preempted: ``{"by": job id, "at": wall clock}`` while it leaves or waits to go on after a preemption.
     """
 
     id: str
@@ -170,6 +192,8 @@ class Job:
     started: float | None = None
     ended: float | None = None
     priority: int = 0
+    spent: float = 0.0
+    preempted: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``swift ps --json`` shows it."""
@@ -189,6 +213,8 @@ class Job:
             "submitted": self.submitted,
             "started": self.started,
             "ended": self.ended,
+            "spent_seconds": self.spent,
+            "preempted_by": self.preempted["by"] if self.preempted else None,
             "parameters": self.spec.parameters,
             "retries": self.retries,
         }

@@ -48,7 +48,7 @@ from swift.experiments.supervisor import EXIT_LOCKED, Supervisor, detach
 from swift.experiments.types import Launch
 from swift.experiments.warm_job import run_job
 
-__all__ = ["prepare", "submit", "template_key"]
+__all__ = ["submit", "template_key"]
 
 DEADLINE_SECONDS = 30.0
 """For an answer; a new template imports first."""
@@ -111,20 +111,6 @@ def submit(home: Home, attempt: Path, launch: Launch, deadline_seconds: float) -
         return f"the warm worker died, see {_log(home)}"
     refused = json.loads(answer).get("refused")
     return None if refused is None else str(refused)
-
-
-def prepare(home: Home, launch_env: Mapping[str, str], python: str = sys.executable) -> None:
-    """Start the template for jobs with this environment, unless it is there; returns before it has imported.
-
-    So the imports happen while the jobs are still being handed in.
-    """
-    launch = Launch(argv=[python, "-m", "swift"], cwd=str(home.root), env=dict(launch_env), log="")
-    if _misfit(launch) is None:
-        with (
-            contextlib.suppress(OSError),
-            contextlib.closing(_connect(home, launch, time.monotonic() + DEADLINE_SECONDS)) as connection,
-        ):
-            connection.sendall(json.dumps({"owner": ProcessIdentity.of().to_dict()}).encode() + b"\n")
 
 
 def _misfit(launch: Launch) -> str | None:
