@@ -67,3 +67,29 @@ def test_a_configuration_file_as_on_the_command_line(tmp_path):
         assert trainer.resolved.config.training.max_steps == 3
     with pytest.raises(ConfigError, match="cannot be read"):
         SwiftTrainer("nofile.yaml")
+
+
+def test_trainers_with_the_arguments_of_the_articles():
+    from swift import GRPOTrainer, SwiftTrainer
+
+    options = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-6,
+        "max_length": 2048,
+        "beta": 0.1,
+        "use_vllm_sampler": True,
+        "vllm_config": {"tensor_parallel_size": 4},
+    }
+    rows = [{"query": "1 + 2"}]
+    trainer = GRPOTrainer(
+        model="Qwen3-7B", tokenizer=None, train_dataset=rows, reward_model="my_reward_model", **options
+    )
+    assert trainer.resolved.value("learning_rate") == 1e-6
+    with pytest.raises(UsageError, match="GRPO comes with a later version"):
+        trainer.train()
+    with pytest.raises(ConfigError, match="unknown option"):
+        GRPOTrainer(model="Qwen3-7B", train_dataset=rows, bata=0.1)
+    with pytest.raises(UsageError, match="swift rlhf comes with a later version"):
+        SwiftTrainer({"model_type": "qwen3-omni-7b", "train_type": "dpo", "dataset": "mm.jsonl"})

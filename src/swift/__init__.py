@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "GRPOTrainer": "swift.api",
     "SwiftModel": "swift.api",
     "SwiftTrainer": "swift.api",
     "infer": "swift.api",
@@ -20,6 +21,7 @@ _PUBLIC = {
 __all__ = [
     "Callback",
     "Config",
+    "GRPOTrainer",
     "SwiftError",
     "SwiftModel",
     "SwiftTrainer",

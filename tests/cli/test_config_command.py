@@ -55,7 +55,7 @@ def test_show_warns_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         ("lr", "lr: learning_rate\n"),
         ("model_type", "model_type: model (when that is not set)\n"),
         ("deepspeed", "deepspeed: not in this version: DeepSpeed comes with a later version"),
-        ("use_hf", "use_hf: not needed: models and data are read from local folders\n"),
+        ("hub_strategy", "hub_strategy: not needed: models and data are read from local folders\n"),
         ("evaluation", "evaluation: the section evaluation\n"),
         ("ckpt_dir", "ckpt_dir: pt: resume_from_checkpoint, sft: resume_from_checkpoint, infer: adapters"),
     ],

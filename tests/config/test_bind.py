@@ -257,8 +257,8 @@ def test_python_values_are_bound_like_a_file(tmp_path: Path) -> None:
         (("--lora_rank", "8", "16"), "'16': one word too many after --lora_rank"),
         (("--packing=maybe",), "--packing: 'maybe' is not true or false"),
         (
-            ("--tuner_type", "lorra"),
-            "--tuner_type: 'lorra' is not one of lora, full\n  fix: did you mean lora?",
+            ("--save_strategy", "stepps"),
+            "--save_strategy: 'stepps' is not one of steps, epoch, no\n  fix: did you mean steps?",
         ),
         (
             ("--columns", "{x"),
@@ -397,13 +397,13 @@ def test_commands_without_options_are_refused() -> None:
 def test_all_unknown_options_are_told_at_once(write) -> None:
     name = write("run.yaml", "traning:\n  max_steps: 3\nlora_rank: abc\n")
     with pytest.raises(SwiftError) as caught:
-        resolve("sft", [name, *NEEDED, "--qqq", "--lora_rnk", "3", "4", "--config", "x.yaml"])
+        resolve("sft", [name, *NEEDED, "--qqq", "--lora_rnk", "3", "4", "--cfg", "x.yaml"])
     assert caught.value.exit_code == 2
     assert caught.value.render().splitlines() == [
         "4 unknown options",
         "  --qqq: swift sft --help all lists the options",
         "  --lora_rnk: did you mean --lora_rank?",
-        "  --config: a configuration file is given without a flag; swift sft FILE.yaml",
+        "  --cfg: a configuration file is given without a flag; swift sft FILE.yaml",
         "  run.yaml:1: traning: did you mean training?",
     ]
 
@@ -429,6 +429,6 @@ def test_sections_and_words_of_other_tools(text: str, expected: str, write) -> N
 
 
 def test_a_file_behind_a_flag() -> None:
-    assert message("pt", "--config", "run.yaml") == (
-        "--config: a configuration file is given without a flag\n  fix: swift pt FILE.yaml"
+    assert message("pt", "--cfg", "run.yaml") == (
+        "--cfg: a configuration file is given without a flag\n  fix: swift pt FILE.yaml"
     )

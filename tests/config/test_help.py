@@ -40,7 +40,9 @@ def test_help_on_a_topic() -> None:
     assert {"--lora_rank", "--target_modules", "--learning_rate"} <= set(lora)
     assert "--save_steps" not in lora
     assert flags(command_help(SFT, "--batch-size")) == [
+        "--lora_ga_batch_size",
         "--per_device_train_batch_size",
+        "--global_batch_size",
         "--per_device_eval_batch_size",
     ]
     assert [option.name for option in options_about("use_lora", SFT.options().values())] == ["tuner_type"]
@@ -48,7 +50,7 @@ def test_help_on_a_topic() -> None:
 
 def test_defaults_units_and_other_names_are_shown() -> None:
     text = " ".join(command_help(SFT, "lora_rank").split())
-    assert "--lora_rank INT LoRA rank. [8] Also: --lora_r, --adapter_rank." in text
+    assert "--lora_rank INT Rank of LoRA, LoHa, LoKr and Bone. [8] Also: --lora_r, --adapter_rank." in text
     assert "In tokens." in command_help(SFT, "max_length")
     assert "[true]" in command_help(SFT, "group_by_length")
 

@@ -107,6 +107,11 @@ def test_derivations(words: list[str], name: str, value: Any, source: str) -> No
 EXPLICIT = {
     "learning_rate": "0.5",
     "gradient_accumulation_steps": "3",
+    "min_lr_ratio": "0.5",
+    "lora_dropout": "0.25",
+    "quant_method": "bnb",
+    "quant_bits": "8",
+    "lr_scheduler_type": "linear",
     "data_seed": "1",
     "eval_strategy": "epoch",
     "eval_steps": "7",
@@ -316,3 +321,44 @@ def test_a_launchers_variables_are_not_ignored(name: str, monkeypatch: pytest.Mo
         resolve("sft", needed, planning=True).warnings[0].startswith(f"{name}=4: the environment asks for 4")
     )
     assert resolve("infer", ["--model", "m"]).warnings == []
+
+
+def test_the_batch_of_a_step_and_the_last_rate_as_numbers() -> None:
+    words = [
+        *NEEDED,
+        "--per_device_train_batch_size",
+        "4",
+        "--global_batch_size",
+        "24",
+        "--data_parallel_size",
+        "2",
+    ]
+    resolved = resolve("sft", [*words, "--learning_rate", "2e-4", "--min_lr", "2e-5"], planning=True)
+    assert resolved.value("gradient_accumulation_steps") == 3
+    assert str(resolved.sources["gradient_accumulation_steps"]).startswith("derived from global_batch_size")
+    assert resolved.value("min_lr_ratio") == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--global_batch_size", "10", "--per_device_train_batch_size", "4"],
+            "--global_batch_size: 10 samples per step cannot be made of micro-batches of 4\n"
+            "  fix: set it to 8, or change --per_device_train_batch_size",
+        ),
+        (
+            ["--global_batch_size", "8", "--gradient_accumulation_steps", "2"],
+            "--global_batch_size: does not go together with gradient_accumulation_steps: each follows from the other\n"
+            "  fix: leave one of them out",
+        ),
+        (
+            ["--learning_rate", "1e-5", "--min_lr", "1e-4"],
+            "--min_lr: 0.0001 is above the peak of 1e-05\n  fix: lower --min_lr or raise --learning_rate",
+        ),
+    ],
+)
+def test_batches_and_rates_that_cannot_be(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve("sft", [*NEEDED, *words])
+    assert caught.value.render() == message

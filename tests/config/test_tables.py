@@ -84,7 +84,7 @@ def test_completion_scripts_name_every_option(shell: str) -> None:
     [
         (["swift", "mer"], {"merge-lora"}),
         (["swift", "sft", "--lora_r"], {"--lora_rank"}),
-        (["swift", "sft", "--tuner_type", ""], {"lora", "full"}),
+        (["swift", "sft", "--save_strategy", ""], {"steps", "epoch", "no"}),
         (["swift", "config", "co"], {"completion"}),
         (["swift", "infer", "--lora_rank"], set()),
     ],

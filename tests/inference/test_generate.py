@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -167,9 +168,14 @@ def test_ctrl_c_stops_the_thread_and_reaches_the_caller(
         return wait(self, worker)
 
     monkeypatch.setattr(_Pieces, "next", wait_or_interrupt)
+    # Slower than the reader, who would otherwise find the whole text in fewer than four pieces.
+    slow = generator.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
     out = io.StringIO()
     chat = Chat(generator, GREEDY.model_copy(update={"max_new_tokens": 400}), out=out)
-    assert chat.handle("Reverse the letters: a b c d e.")
+    try:
+        assert chat.handle("Reverse the letters: a b c d e.")
+    finally:
+        slow.remove()
     assert out.getvalue().endswith(" … (stopped)\n") and count == 4
     assert not [thread for thread in threading.enumerate() if thread.name == "swift-generate"]
     assert len(chat.messages) == 2

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from swift.config.sections.tuner import TunerSection
 from swift.models.facts import ModelFacts
 from swift.plan.analytic import (
     FRAMEWORK_BYTES,
     LinearShape,
     Setup,
     activation_bytes_per_token,
-    adapter_parameters,
     checkpoint_bytes,
     memory_parts,
 )
+from swift.tuners.registry import count_layer
 
 # 2 layers, h = 8, q = 8, k = 4, f = 16, 32 tokens: 256 + 256 + 2 (64 + 32 + 32 + 64) + 2 (3 x 128) + 40 = 1704
 FACTS = ModelFacts(
@@ -43,7 +44,9 @@ FULL = Setup(compute="bfloat16", is_lora=False, trainable=1704, tokens=10, check
 
 
 def test_adapter_parameters() -> None:
-    assert adapter_parameters(ADAPTED, 2) == 2 * (2 * (8 + 8) + 2 * (8 + 4)) == 112
+    tuner = TunerSection(lora_rank=2)
+    counted = sum(count_layer(layer.name, layer.inputs, layer.outputs, tuner) for layer in ADAPTED)
+    assert counted == 2 * (2 * (8 + 8) + 2 * (8 + 4)) == 112
 
 
 def test_activations_of_a_token() -> None:

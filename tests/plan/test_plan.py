@@ -216,3 +216,17 @@ def test_rows_that_teach_nothing_are_told(work: Path) -> None:
     told = [text for text in plan_of(work, data="dpo.jsonl")["warnings"] if "2 rows looked at" in text]
     assert len(told) == 2
     assert "1 row has no assistant message" in told[0] and "preference data" in told[1]
+
+
+def test_a_short_name_needs_no_download() -> None:
+    """qwen3-7b of the articles: planned from the table of sizes, with the note that Qwen3 has no 7B."""
+    plan = make_plan(resolve("sft", ["--model", "qwen3-7b", "--dataset", "x.jsonl"], planning=True))
+    assert plan.model["parameters"] == pytest.approx(8.19e9, rel=0.01)
+    assert (plan.model["path"], plan.model["parameters_exact"]) == (None, False)
+    assert plan.model["architecture"] == "Qwen3ForCausalLM"
+    # LoRA of rank 8 on all linear layers: 8 * (inputs + outputs) of each.
+    hidden, inner, queries, keys = 4096, 12288, 4096, 1024
+    layer = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    assert plan.model["trainable_parameters"] == 8 * 36 * layer
+    assert plan.memory["parts"] and plan.memory["total"] > 8.19e9 * 2
+    assert any("Qwen3 has no 7B" in warning for warning in plan.warnings)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from typing import TYPE_CHECKING, Literal
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from swift.cli.arguments import ArgumentParser
 from swift.cli.table import COMMANDS
@@ -13,13 +14,17 @@ if TYPE_CHECKING:
     from swift.experiments.compare import Comparison
     from swift.experiments.report import Column
 
-__all__ = ["compare", "parser_of", "run"]
+__all__ = ["compare", "parser_of", "run", "table_lines"]
 
 _DISPENSABLE = (
     "rouge2", "rouge1", "best_eval_loss", "eval_perplexity", "best loss", "eval_token_accuracy", "device-hours",
     "memory (estimate)", "tokens", "evaluation.loss", "retries", "time", "rougeL", "exact_match", "last loss",
 )  # fmt: skip
 """Columns that a narrow terminal goes without, the first one first; never the one that decides."""
+_WIDTH = 120
+"""Where the output is no terminal."""
+_SIDEWAYS = 6
+"""At most so many experiments are columns."""
 
 
 def run(argv: list[str]) -> int:
@@ -34,6 +39,7 @@ def run(argv: list[str]) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object (docs/en/comparison.md)")
     form.add_argument("--csv", action="store_true", help="one line per experiment")
+    form.add_argument("--wide", action="store_true", help="all columns, whatever the width of the terminal")
     arguments = parser.parse(argv)
     comparison = compare(arguments.what, arguments.metric)
     if arguments.json:
@@ -41,7 +47,7 @@ def run(argv: list[str]) -> int:
     elif arguments.csv:
         print(comparison.to_csv(), end="")
     else:
-        _show(comparison)
+        _show(comparison, wide=arguments.wide)
     return 0
 
 
@@ -60,24 +66,20 @@ def parser_of(command: str) -> ArgumentParser:
 def compare(words: list[str], metric: str | None) -> Comparison:
     """Compare what the words name. Reads the store and run folders; needs no service."""
     from swift.experiments.compare import collect
-    from swift.experiments.compared import select
+    from swift.experiments.selection import select_experiments
 
-    chosen = select(words)
+    chosen = select_experiments(words)
     return collect(chosen.jobs, name=chosen.name, metric=metric, declared=chosen.declared, home=chosen.home)
 
 
-def _show(comparison: Comparison) -> None:
+def _show(comparison: Comparison, *, wide: bool) -> None:
     from swift.experiments.report import table_of
     from swift.runs.cards import print_card
 
-    columns, rows = table_of(comparison)
-    if sys.stdout.isatty():
-        _print_rich(columns, rows, comparison)
-    else:
-        titles = [column.title for column in columns]
-        widths = [max(map(len, cells)) for cells in zip(titles, *rows, strict=True)]
-        for cells in (titles, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    width = None if wide else shutil.get_terminal_size((_WIDTH, 24)).columns
+    lines = table_lines(table_of(comparison), width, comparison.metric)
+    for line in lines:
+        print(line)
     print()
     for note in comparison.notes:
         print(f"note: {note}")
@@ -104,39 +106,40 @@ def _winner(comparison: Comparison) -> tuple[str, list[tuple[str, str]]]:
     return f"{'winner' if winner.final else 'leads so far'}: {winner.experiment}", lines
 
 
-def _print_rich(columns: list[Column], rows: list[list[str]], comparison: Comparison) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def table_lines(columns: Sequence[Column], width: int | None, metric: str) -> list[str]:
+    """The table in at most ``width`` characters (None: everything): what is the same for all goes into one line below,
+    few experiments stand side by side where there is no room for them one below the other, and what still does not
+    fit is left out, the dispensable first, and named."""
+    from swift.experiments.report import split_common
+    from swift.experiments.show import table_text
 
-    console = Console(highlight=False)
-    shown, hidden = _fitting(columns, rows, console.width, comparison.metric)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place in shown:
-        justify: Literal["left", "right"] = "left" if columns[place].is_text else "right"
-        table.add_column(columns[place].title, justify=justify, overflow="fold")
-    for number, cells in enumerate(rows):
-        style = "bold green" if number == 0 and comparison.winner else ""
-        table.add_row(*(Text(cells[place], style=style) for place in shown))
-    console.print(table)
-    if hidden:
-        print(f"no room for {', '.join(hidden)}: --csv, --json or swift report")
+    shown, common = (list(columns), []) if width is None else split_common(columns, metric)
 
+    def upright() -> str:
+        rows = list(zip(*(column.cells for column in shown), strict=True))
+        numeric = {place for place, column in enumerate(shown) if not column.is_text}
+        return table_text([column.title for column in shown], rows, numeric=numeric)
 
-def _fitting(
-    columns: list[Column], rows: list[list[str]], width: int, metric: str
-) -> tuple[list[int], list[str]]:
-    """Numbers of the columns that fit side by side, and titles of those left out, the dispensable first."""
-    widths = [
-        max(map(len, cells)) + 3 for cells in zip((column.title for column in columns), *rows, strict=True)
-    ]
-    titles = [column.title for column in columns]
-    shown, hidden = list(range(len(columns))), []
+    def sideways() -> str:
+        header, *rows = ([column.title, *column.cells] for column in shown)
+        return table_text(header, rows)
+
+    def fits(text: str) -> bool:
+        return width is None or max(map(len, text.splitlines())) <= width
+
+    text, hidden = upright(), []
+    if not fits(text) and len(columns[0].cells) <= _SIDEWAYS and fits(sideways()):
+        text = sideways()
     for title in _DISPENSABLE:
-        if sum(widths[place] for place in shown) <= width:
+        if fits(text):
             break
-        if title in titles and title != metric:
-            shown.remove(titles.index(title))
+        if title != metric and any(column.title == title for column in shown):
+            shown = [column for column in shown if column.title != title]
             hidden.append(title)
-    return shown, hidden
+            text = upright()
+    lines = text.splitlines()
+    if common:
+        lines += ["", "same for all: " + ", ".join(f"{column.title} {column.cells[0]}" for column in common)]
+    if hidden:
+        lines.append(f"no room for {', '.join(hidden)}: --wide, --csv or swift report")
+    return lines

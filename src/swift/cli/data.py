@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from swift.data.formats import Sample
+    from swift.data.registry import DatasetEntry
     from swift.data.rows import Row
     from swift.data.store import EncodedLike
     from swift.data.teaching import TeachingReport
@@ -24,7 +25,9 @@ _CHUNK_ROWS = 256
 
 
 def run(argv: list[str]) -> int:
-    """Run ``swift data {show,check} FILE ...``."""
+    """Run ``swift data {ls,show,check,build-cache}``."""
+    if argv[:1] == ["build-cache"]:
+        return _build_cache(argv[1:])
     arguments = _parser().parse(argv)
     action: Callable[[Namespace], int] = arguments.action
     return action(arguments)
@@ -32,15 +35,24 @@ def run(argv: list[str]) -> int:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="swift data", description=COMMANDS["data"].help)
-    actions = parser.add_subparsers(required=True, metavar="{show,check}")
+    actions = parser.add_subparsers(required=True, metavar="{ls,show,check,build-cache}")
+    listing = actions.add_parser("ls", help="list the data sets known by name")
+    listing.add_argument(
+        "pattern", nargs="?", metavar="PATTERN", help="part of a name, id or task, or a glob"
+    )
+    listing.add_argument("--json", action="store_true", help="print one JSON object")
+    listing.set_defaults(action=_list)
+    actions.add_parser(
+        "build-cache", help="tokenise ahead: the data options of swift sft, and --pt for swift pt"
+    )
     show = actions.add_parser("show", help="print samples as the model sees them, what is learned in colour")
     show.add_argument("--num_rows", type=int, default=3, metavar="N", help="samples to show (default: 3)")
     show.set_defaults(action=_show)
     check = actions.add_parser("check", help="print every row that cannot be used; exit 1 when there is one")
     check.set_defaults(action=_check)
     for action in (show, check):
-        action.add_argument("files", nargs="+", metavar="FILE", help="files, folders, FILE#500")
-        action.add_argument("--model", metavar="FOLDER", help="tokenise with this model's template")
+        action.add_argument("files", nargs="+", metavar="FILE", help="files, folders, names, FILE#500")
+        action.add_argument("--model", metavar="MODEL", help="tokenise with this model's template")
         action.add_argument("--columns", metavar="JSON", help="rename columns: {old: new}")
         action.add_argument("--max_length", type=int, metavar="N", help="with --model: tell longer samples")
         action.add_argument("--system", metavar="TEXT", help="system prompt for samples that have none")
@@ -114,9 +126,57 @@ def _faults(arguments: Namespace, teaching: TeachingReport) -> Iterator[tuple[in
         yield len(chunk), [(row.location, faults[row.location]) for row in chunk if row.location in faults]
 
 
+def _list(arguments: Namespace) -> int:
+    from swift.data.registry import all_datasets
+
+    entries = all_datasets(arguments.pattern)
+    if arguments.json:
+        print(json.dumps({"datasets": [entry.describe() for entry in entries]}, ensure_ascii=False))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "task", "Hugging Face", "ModelScope", "licence", box=None, pad_edge=False)
+    for entry in sorted(entries, key=lambda entry: (entry.task, entry.name)):
+        table.add_row(entry.name, entry.task, entry.hf or "", entry.ms or "", entry.licence or "")
+    Console(soft_wrap=True).print(table)
+    print(f"{len(entries)} data sets")
+    return 0
+
+
+def _build_cache(argv: list[str]) -> int:
+    """Tokenise the data of a training command into the token cache; the run then starts from it."""
+    from swift.config.bind import resolve
+    from swift.core.logging import quiet_libraries
+
+    command = "pt" if "--pt" in argv else "sft"
+    resolved = resolve(command, [word for word in argv if word != "--pt"])
+    quiet_libraries()
+    from swift.data.load import load_data
+    from swift.data.mode import derive_max_length
+    from swift.models.facts import ModelFacts
+    from swift.models.load import load_template
+    from swift.train.preflight import preflight
+
+    folder = preflight(resolved)
+    derive_max_length(resolved, ModelFacts.read(folder))
+    template = load_template(folder, resolved.config.template, command == "pt")
+    loaded = load_data(resolved, template, resolved.config.data.max_length)
+    for note in loaded.notes:
+        print(note)
+    for name, dataset in (("training", loaded.train), ("validation", loaded.validation)):
+        if dataset is not None:
+            print(f"{name}: {len(dataset)} samples, {dataset.num_tokens} tokens in the cache")
+    return 0
+
+
 def _show(arguments: Namespace) -> int:
     from swift.data.formats import to_sample
+    from swift.data.sources import parse_dataset_spec
 
+    spec = parse_dataset_spec(arguments.files[0])
+    if spec.entry is not None and not spec.is_local:
+        return _show_entry(spec.entry, arguments.json)
     samples = [to_sample(row) for row in islice(_rows(arguments), arguments.num_rows)]
     encoded: list[Any] = [None] * len(samples)
     tokenizer = None
@@ -138,6 +198,17 @@ def _show(arguments: Namespace) -> int:
     return 0
 
 
+def _show_entry(entry: DatasetEntry, as_json: bool) -> int:
+    """What the registry says about a data set that is not on this machine."""
+    facts = {key: value for key, value in entry.describe().items() if value}
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        for key, value in facts.items():
+            print(f"{key}: {', '.join(value) if isinstance(value, list | tuple) else value}")
+    return 0
+
+
 def _rows(arguments: Namespace) -> Iterator[Row]:
     """All rows of all files; what is missing is told before anything is read."""
     from swift.data.samples import select
@@ -145,7 +216,7 @@ def _rows(arguments: Namespace) -> Iterator[Row]:
 
     columns = _columns(arguments.columns)
     specs = [parse_dataset_spec(text) for text in arguments.files]
-    files = [find_files(spec.path) for spec in specs]
+    files = [find_files(spec) for spec in specs]
     return (
         row
         for spec, found in zip(specs, files, strict=True)
@@ -168,9 +239,10 @@ def _columns(text: str | None) -> dict[str, str]:
 
 
 def _template(arguments: Namespace) -> Any:
+    from swift.config.sections.model import ModelSection
     from swift.config.sections.template import TemplateSection
     from swift.core.logging import quiet_libraries
-    from swift.models.facts import resolve_model_path
+    from swift.models.locate import locate_model
 
     quiet_libraries()
     from swift.models.load import load_template
@@ -183,7 +255,7 @@ def _template(arguments: Namespace) -> Any:
             "use_loss_scale": arguments.use_loss_scale,
         }
     )
-    return load_template(resolve_model_path(arguments.model), section, arguments.pt)
+    return load_template(locate_model(ModelSection(model=arguments.model)).folder, section, arguments.pt)
 
 
 def _segments(encoded: EncodedLike, tokenizer: Any) -> list[tuple[str, bool]]:

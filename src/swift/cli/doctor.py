@@ -44,6 +44,10 @@ OPTIONAL = {
     "trackio": "--report_to trackio",
     "mlflow": "--report_to mlflow",
     "optuna": "sweeps with method tpe or early stopping",
+    "modelscope-hub": "models and data from ModelScope",
+    "bitsandbytes": "QLoRA (--quant_method bnb), 8-bit and paged optimizers",
+    "torchao": "8-bit weights (--quant_method torchao)",
+    "schedulefree": "--optim schedule_free_adamw",
     "peft": "the tests and benchmarks",
 }
 """Distribution -> what it is good for."""
@@ -315,5 +319,12 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _how(name: str) -> str:
-    extra = {**dict.fromkeys(CUDA_EXTRA, "cuda"), "optuna": "sweep", "peft": "dev"}.get(name, name)
+    extra = {
+        **dict.fromkeys(CUDA_EXTRA, "cuda"),
+        "optuna": "sweep",
+        "modelscope-hub": "modelscope",
+        "peft": "dev",
+        "bitsandbytes": "bnb",
+        "schedulefree": "optim",
+    }.get(name, name)
     return INSTALL.get(name, f"pip install 'swift-forge[{extra}]'")

@@ -36,16 +36,21 @@ def infer(resolved: Resolved) -> dict[str, Any]:
         SwiftError: model, adapter, data or result file cannot be used; data and result file are looked at before
             the model is loaded.
     """
-    from swift.evaluate.answers import answer_questions, read_questions, summarize
+    from swift.data.hub import pin_datasets
+    from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
     from swift.evaluate.results import write_metrics
     from swift.inference.context import find_context
 
     data, options = resolved.config.data, resolved.config.generation
+    pin_datasets(resolved)
     context = find_context(resolved)
     _say_note(context)
     questions = read_questions(data.val_dataset, data.columns, data.on_bad_rows)
     path = _result_path(resolved, context)
     generator = _generator(resolved, context)
+    if context.run is not None and not resolved.is_explicit("max_new_tokens"):
+        limit = answer_limit(questions.good, generator.tokenizer, options.max_new_tokens)
+        options = options.model_copy(update={"max_new_tokens": limit})
     seed = resolved.config.training.seed if options.temperature > 0 else None
     identity = [str(folder.resolve()) for folder in (context.model, context.adapter) if folder is not None]
     with _Progress(len(questions.good), path) as progress:
@@ -58,7 +63,7 @@ def infer(resolved: Resolved) -> dict[str, Any]:
             seed=seed,
             on_progress=progress.update,
         )
-    summary: dict[str, Any] = dict(summarize(results))
+    summary: dict[str, Any] = {**summarize(results), "max_new_tokens": options.max_new_tokens}
     if questions.bad:
         summary["num_bad_rows"] = len(questions.bad)
         print(f"{len(questions.bad)} bad rows left out; the first: {questions.bad[0]}")

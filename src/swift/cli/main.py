@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from swift.cli.table import COMMANDS, Command, find_command, load_command
+from swift.cli.table import COMMANDS, LATER_COMMANDS, Command, find_command, load_command
 from swift.core.errors import SwiftError, UsageError
 from swift.core.registry import closest
 
-__all__ = ["main"]
+__all__ = ["main", "megatron"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def megatron() -> int:
+    """The ``megatron`` command of ms-swift: ``megatron sft ...`` is ``swift megatron sft ...``."""
+    return main(["megatron", *sys.argv[1:]])
+
+
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         return _help(words[1:])
@@ -53,6 +58,14 @@ def _dispatch(words: list[str]) -> int:
         print(f"swift {_version()}")
         return 0
     first = words[0]
+    if first == "megatron":
+        from swift.cli.fit import megatron_words
+
+        first, rest = megatron_words(words[1:])
+        words = [first, *rest]
+    if first.replace("_", "-") in LATER_COMMANDS and {"--dry_run", "--dry-run"} & set(words):
+        words = ["plan", *words]
+        first = "plan"
     if first.lower().endswith((".yaml", ".yml", ".json")):
         command, rest = _command_of_file(first), words
     elif first.startswith("-"):

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import sys
 
+from swift.cli.fit import command_meant
 from swift.config.schema import Resolved
 from swift.core.errors import UsageError
 from swift.core.registry import closest
 
 __all__ = ["run", "show_plan"]
 
-PLANNED = ("pt", "sft", "infer", "merge-lora")
-
 
 def run(argv: list[str]) -> int:
     """``swift plan sft run.yaml --lora_rank 8 [--json]``. Exit 0 when the configuration is valid, else 2."""
     from swift.config.bind import command_of, resolve
+    from swift.config.commands import COMMANDS, LATER_COMMANDS
     from swift.config.read import FILE_ENDINGS
 
     words = [word for word in argv if word not in ("--json", "--dry_run", "--dry-run")]
@@ -30,11 +30,15 @@ def run(argv: list[str]) -> int:
         command, words = words[0].replace("_", "-"), words[1:]
     else:
         raise UsageError("which command?", fix="swift plan sft run.yaml --lora_rank 8")
-    if command not in PLANNED:
-        near = closest(command, PLANNED)
+    command, words = command_meant(command, words)
+    planned = [
+        entry.name for entry in (*COMMANDS.values(), *LATER_COMMANDS.values()) if not entry.own_arguments
+    ]
+    if command not in planned:
+        near = closest(command, planned)
         raise UsageError(
             f"there is no plan for {command!r}",
-            why=f"plans exist for {', '.join(PLANNED)}",
+            why=f"plans exist for {', '.join(planned)}",
             fix=f"did you mean swift plan {near}?" if near else None,
         )
     return show_plan(resolve(command, words, planning=True), as_json="--json" in argv)
@@ -56,13 +60,15 @@ def show_plan(resolved: Resolved, *, as_json: bool) -> int:
 
 
 def _print_options(resolved: Resolved, plan: dict[str, object]) -> None:
-    from swift.config.commands import COMMANDS
+    from swift.config.commands import known_command
 
+    command = known_command(resolved.command)
+    assert command is not None
     config, sources = plan["config"], plan["sources"]
     assert isinstance(config, dict) and isinstance(sources, dict)
     shown = [
         (name, json.dumps(config[option.section][name], ensure_ascii=False), sources[name])
-        for name, option in COMMANDS[resolved.command].options().items()
+        for name, option in command.options().items()
         if sources[name] != "default" and name in config.get(option.section, {})
     ]
     name_width = max((len(name) for name, _, _ in shown), default=0)
@@ -87,7 +93,7 @@ def _show_forecast(words: list[str], *, as_json: bool) -> int:
     from pathlib import Path
 
     from swift.experiments.file import read_experiments
-    from swift.experiments.forecasting import forecast_file, forecast_text
+    from swift.experiments.forecast import forecast_file, forecast_text
     from swift.experiments.home import Home
     from swift.experiments.inventory import take_inventory
 

@@ -25,10 +25,16 @@ def run(argv: list[str]) -> int:
     name, flags = argv[0], argv[1:]
     if name.startswith("-"):
         raise UsageError("which run?", fix="swift resume RUN [--option value ...]")
-    if not Path(name).expanduser().exists() and _is_job(name):
-        from swift.cli.jobs import control
+    if not Path(name).expanduser().exists():
+        from swift.cli.jobs import control, has_job
 
-        return control("resume", argv, "Put paused jobs back into the queue.")
+        if has_job(name):
+            return control("resume", argv, "Put paused jobs back into the queue.")
+        if "/" not in name:
+            raise UsageError(
+                f"{name}: there is no run folder and no job of this name",
+                fix="name a run folder, such as output/NAME, or a job of swift ps",
+            )
     from swift.cli.training import run_or_plan
     from swift.config.bind import load_run_config, resolve
     from swift.runs.folder import locate
@@ -39,9 +45,3 @@ def run(argv: list[str]) -> int:
     start = str(checkpoint or folder.path)
     resolved = resolve(command, [str(config), *flags, "--resume_from_checkpoint", start])
     return run_or_plan(resolved, ["resume", *argv])
-
-
-def _is_job(word: str) -> bool:
-    from swift.cli.jobs import has_job
-
-    return has_job(word)

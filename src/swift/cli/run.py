@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
     if options.inline:
         from swift.experiments.inline import run_inline
 
-        return _end(*run_inline(home, submission))
+        return _end(*run_inline(home, submission), home)
     from swift.experiments.client import Client
 
     group = Client(home).submit(submission)["group"]
@@ -57,15 +57,15 @@ def follow_group(home: Home, group: str) -> int:
             Client(home)
 
     try:
-        return _end(group, follow(home, Store(home.store), group, pause))
+        return _end(group, follow(home, Store(home.store), group, pause), home)
     except KeyboardInterrupt:
         print(f"\njobs go on; watch them: swift top; stop them: swift stop {group}", file=sys.stderr)
         return 130
 
 
-def _end(group: str, jobs: list[Job]) -> int:
+def _end(group: str, jobs: list[Job], home: Home) -> int:
     from swift.experiments.follow import print_summary
 
-    print_summary(group, jobs)
+    print_summary(group, jobs, home)
     bad = [job for job in jobs if job.state == "failed" or job.reason.startswith("stopped by the user")]
     return 1 if bad else 0

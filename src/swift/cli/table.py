@@ -11,7 +11,7 @@ from swift.config.commands import COMMANDS, LATER_COMMANDS, Command
 from swift.core.errors import UsageError
 from swift.core.registry import closest
 
-__all__ = ["COMMANDS", "Command", "find_command", "load_command"]
+__all__ = ["COMMANDS", "LATER_COMMANDS", "Command", "find_command", "load_command"]
 
 
 def find_command(name: str) -> Command:
@@ -19,7 +19,10 @@ def find_command(name: str) -> Command:
     name = name.replace("_", "-")
     command = COMMANDS.get(name)
     if name in LATER_COMMANDS:
-        raise UsageError(f"swift {name} comes with a later version", fix=LATER_COMMANDS[name])
+        raise UsageError(
+            f"swift {name} comes with a later version",
+            fix=f"{LATER_COMMANDS[name].instead} (swift plan {name} ... plans it)",
+        )
     if command is None:
         near = closest(name, COMMANDS)
         raise UsageError(

@@ -31,9 +31,9 @@ def run(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(_record(store), ensure_ascii=False, indent=2))
     elif options.once or not sys.stdout.isatty():
-        print(_plain(store))
+        print(_plain(store, home))
     else:
-        _live(store)
+        _live(store, home)
     return 0
 
 
@@ -53,12 +53,12 @@ def _record(store: Any) -> dict[str, Any]:
     return {"jobs": jobs, "samples": newest_samples(store)}
 
 
-def _plain(store: Any) -> str:
+def _plain(store: Any, home: Any) -> str:
     from swift.experiments.follow import newest_samples
     from swift.experiments.show import live_row, table_text, terminal_width
 
     samples = newest_samples(store)
-    rows = [live_row(job, samples) for job in _jobs(store)]
+    rows = [live_row(job, samples, home) for job in _jobs(store)]
     if not rows:
         return "no jobs; queue some: swift run FILE.yaml"
     header = list(rows[0])
@@ -84,7 +84,7 @@ def _machine(samples: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _live(store: Any) -> None:
+def _live(store: Any, home: Any) -> None:
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
@@ -96,7 +96,7 @@ def _live(store: Any) -> None:
             while True:
                 samples = newest_samples(store)
                 head = [Text(line, style="dim") for line in _machine(samples)]
-                live.update(Group(*head, live_table(_jobs(store), samples)), refresh=True)
+                live.update(Group(*head, live_table(_jobs(store), samples, home)), refresh=True)
                 time.sleep(REFRESH_SECONDS)
         except KeyboardInterrupt:
             return  # the way to leave

@@ -1,4 +1,6 @@
-"""Other spellings of options, and known options this version lacks. The data is in ``aliases.yaml``."""
+"""Other spellings of options, and known options this version lacks. The data is in ``aliases.yaml`` and
+``later.yaml``.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,7 @@ class UnsupportedValue:
 
 @dataclass(frozen=True)
 class AliasTable:
-    """All of ``aliases.yaml``.
+    """All of ``aliases.yaml`` and ``later.yaml``.
 
     Attributes:
         aliases: spelling -> alias.
@@ -100,7 +102,7 @@ class AliasTable:
         unsupported: name -> known option that cannot be had.
         unneeded: name -> known option that has nothing to switch here.
         unsupported_values: (option, word) -> why not.
-        value_needs: (option, other word) -> the option that belongs to the word.
+        value_needs: (option, other word) -> the options of which one belongs to the word.
         mistakes: words of other tools that are no options -> what to do instead.
     """
 
@@ -110,7 +112,7 @@ class AliasTable:
     unsupported: dict[str, Unsupported]
     unneeded: dict[str, Unsupported]
     unsupported_values: dict[tuple[str, str], UnsupportedValue]
-    value_needs: dict[tuple[str, str], str]
+    value_needs: dict[tuple[str, str], list[str]]
     mistakes: dict[str, UnsupportedValue]
 
     def spellings_of(self, option: str) -> list[str]:
@@ -121,15 +123,14 @@ class AliasTable:
 @cache
 def alias_table() -> AliasTable:
     """Read and check the table. Raises ValueError when a spelling stands twice or points to nothing."""
-    text = resources.files("swift.config").joinpath("aliases.yaml").read_text(encoding="utf-8")
-    raw = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    raw, later = _load("aliases.yaml"), _load("later.yaml")
     aliases: dict[str, Alias] = {}
     for alias in _read_aliases(raw):
         if alias.name in aliases:
             raise ValueError(f"aliases.yaml: {alias.name} stands twice")
         aliases[alias.name] = alias
-    unsupported = _read_unsupported(raw["unsupported"])
-    unneeded = _read_unsupported(raw["unneeded"])
+    unsupported = _read_unsupported(raw["unsupported"] + later["unsupported"])
+    unneeded = _read_unsupported(raw["unneeded"] + later["unneeded"])
     sections = {name: section for section, names in raw["sections"].items() for name in names}
     refused = {
         (option, str(word).lower()): UnsupportedValue(group["say"], group["fix"])
@@ -152,6 +153,11 @@ def alias_table() -> AliasTable:
     )
     _check(table)
     return table
+
+
+def _load(name: str) -> dict[str, Any]:
+    text = resources.files("swift.config").joinpath(name).read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _read_aliases(raw: dict[str, Any]) -> Iterator[Alias]:
@@ -193,7 +199,7 @@ def _check(table: AliasTable) -> None:
         if name not in known:
             raise ValueError(f"aliases.yaml: {name} in values is no option")
     for (option, word), needed in table.value_needs.items():
-        if word not in table.values.get(option, {}) or needed not in known:
+        if word not in table.values.get(option, {}) or not known.keys() >= set(needed):
             raise ValueError(
                 f"aliases.yaml: {option} {word} in value_needs is no other word, or needs no option"
             )

@@ -16,16 +16,17 @@ from typing import Any
 
 import yaml
 
-from swift.config.commands import COMMANDS, Command
+from swift.config.commands import COMMANDS, TRAIN_TYPES, Command, known_command
 from swift.config.flags import read_flags
 from swift.config.layers import Binder
 from swift.config.read import from_python, read_file
-from swift.config.schema import Resolved
+from swift.config.schema import Option, Resolved
 from swift.core.errors import ConfigError, UsageError
 from swift.core.registry import closest
 
-__all__ = ["command_of", "dump", "dump_text", "load_run_config", "resolve"]
+__all__ = ["command_of", "command_of_train_type", "dump", "dump_text", "load_run_config", "resolve"]
 
+_TRAIN_TYPE = ("train_type", "sft_type", "rlhf_type")
 _SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 
 
@@ -48,7 +49,7 @@ def resolve(
 
     Raises ConfigError or UsageError (exit code 2) that say where, what, and what to do.
     """
-    binder = Binder(_command(command))
+    binder = Binder(_command(command, planning))
     files, flags = read_flags(argv, binder.arity)
     try:
         for name in files:
@@ -65,9 +66,11 @@ def resolve(
     return binder.finish(files, planning, partial)
 
 
-def _command(name: str) -> Command:
+def _command(name: str, planning: bool) -> Command:
     """The command, if it takes options. Raises UsageError."""
-    command = COMMANDS.get(name)
+    command = known_command(name)
+    if command is not None and command.instead is not None and not planning:
+        raise UsageError(f"swift {name} comes with a later version", fix=command.instead)
     if command is None or command.own_arguments:
         takers = [other.name for other in COMMANDS.values() if not other.own_arguments]
         near = closest(name, takers)
@@ -76,6 +79,27 @@ def _command(name: str) -> Command:
             fix=f"did you mean {near}?" if near else None,
         )
     return command
+
+
+def command_of_train_type(argv: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> str | None:
+    """The command that ``train_type`` names, in flags, files or a Python dict; None when it names none.
+
+    ``train_type: dpo`` says what is trained for (`TRAIN_TYPES`), ``train_type: lora`` how: that is a tuner.
+    """
+    binder = Binder(COMMANDS["sft"])
+    files, flags = read_flags(argv, binder.arity)
+    layers = [read_file(Path(name), name) for name in files]
+    if values is not None:
+        layers.append(from_python(values))
+    words = [
+        str(entry.value)
+        for layer in layers
+        for section in (layer, (layer.items or {}).get("tuner"))
+        for key, entry in ((section.items if section else None) or {}).items()
+        if key.replace("-", "_") in _TRAIN_TYPE
+    ]
+    words += [flag.words[0] for flag in flags if flag.key.replace("-", "_") in _TRAIN_TYPE and flag.words]
+    return next((TRAIN_TYPES[word.lower()] for word in reversed(words) if word.lower() in TRAIN_TYPES), None)
 
 
 def command_of(path: Path, shown: str | None = None) -> str:
@@ -103,18 +127,27 @@ def dump(resolved: Resolved) -> dict[str, Any]:
     derived values. ``ENV`` repeats environment variables that the configuration set, but no secrets.
     """
     record: dict[str, Any] = {"command": resolved.command}
-    taken = COMMANDS[resolved.command].options()
+    command = known_command(resolved.command)
+    assert command is not None
+    taken = command.options()
     for name, option in taken.items():
         value = resolved.value(name)
-        if value is not None:
+        if value is not None and not _is_secret(option):
             record.setdefault(option.section, {})[name] = value
     record["explicit"] = [
-        name for name in taken if resolved.is_explicit(name) and resolved.value(name) is not None
+        name
+        for name, option in taken.items()
+        if resolved.is_explicit(name) and resolved.value(name) is not None and not _is_secret(option)
     ]
     environment = {name: value for name, value in resolved.environment.items() if not _SECRET.search(name)}
     if environment:
         record["ENV"] = environment
     return record
+
+
+def _is_secret(option: Option) -> bool:
+    """A text called token or key; ``token_cache_gib`` is a number."""
+    return option.kind.base == "str" and _SECRET.search(option.name) is not None
 
 
 def dump_text(resolved: Resolved, path: str = "config.yaml") -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from swift.config.schema import SECTIONS, Option, options
 
-__all__ = ["COMMANDS", "LATER_COMMANDS", "Command"]
+__all__ = ["COMMANDS", "LATER_COMMANDS", "TRAIN_TYPES", "Command", "known_command"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Command:
         switches: words that choose how the command runs, not values of the run: name -> help.
         usage: what follows ``swift NAME`` in help.
         own_arguments: True when the command reads its words with a parser of its own.
+        instead: for a command that comes with a later version, and until then is planned only: what to do instead.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Command:
     switches: dict[str, str] = field(default_factory=dict)
     usage: str = "[FILE.yaml ...] [--option value ...]"
     own_arguments: bool = False
+    instead: str | None = None
 
     def options(self) -> dict[str, Option]:
         """The options this command takes, in the order of the sections."""
@@ -55,7 +57,9 @@ _TRAINING = (
     "data",
     "template",
     "tuner",
+    "quantization",
     "training",
+    "optimizer",
     "parallel",
     "checkpoint",
     "evaluation",
@@ -87,10 +91,17 @@ COMMANDS: dict[str, Command] = {
             switches=_DRY_RUN,
         ),
         Command(
+            "fit",
+            "swift.cli.fit",
+            "Train; train_type says for what: sft (default), pt, or the name of a method.",
+            usage="[--train_type sft] [FILE.yaml ...] [--option value ...]",
+            own_arguments=True,
+        ),
+        Command(
             "infer",
             "swift.cli.infer",
             "Chat with a model, or answer the rows of a file.",
-            sections=("model", "template", "generation"),
+            sections=("model", "template", "quantization", "generation"),
             extra=("val_dataset", "columns", "on_bad_rows", "seed", "num_threads"),
             without=("param_dtype",),
             required=(("model", "adapters"),),
@@ -101,6 +112,9 @@ COMMANDS: dict[str, Command] = {
             "Merge an adapter into its model and check the result.",
             extra=(
                 "model",
+                "model_revision",
+                "use_hf",
+                "hub_token",
                 "adapters",
                 "torch_dtype",
                 "device",
@@ -120,8 +134,15 @@ COMMANDS: dict[str, Command] = {
         Command(
             "data",
             "swift.cli.data",
-            "Look at data as the model sees it, or check it.",
-            usage="{show,check} FILE [...]",
+            "Look at data as the model sees it, check it, list known data sets, tokenise ahead.",
+            usage="{ls,show,check,build-cache} [...]",
+            own_arguments=True,
+        ),
+        Command(
+            "models",
+            "swift.cli.models",
+            "Short names of models; tiny models of any architecture; what trains here.",
+            usage="{ls,show,tiny,verify} [...]",
             own_arguments=True,
         ),
         Command(
@@ -129,6 +150,13 @@ COMMANDS: dict[str, Command] = {
             "swift.cli.config",
             "Show resolved options, spellings, schema, reference, shell completion.",
             usage="{show,alias,schema,reference,completion} [...]",
+            own_arguments=True,
+        ),
+        Command(
+            "download",
+            "swift.cli.download",
+            "Fetch a model or data set from a hub, checked, or check what is here.",
+            usage="OWNER/NAME [--use_hf true] [--local_dir FOLDER] [--verify] [...]",
             own_arguments=True,
         ),
         Command(
@@ -239,15 +267,60 @@ COMMANDS: dict[str, Command] = {
     )
 }
 
-LATER_COMMANDS: dict[str, str] = {
-    "fit": "use swift sft",
-    "rlhf": "use swift sft",
-    "export": "swift merge-lora writes a merged model folder",
-    "deploy": "use swift infer",
-    "app": "use swift infer",
-    "eval": "swift infer --val_dataset FILE computes metrics",
-    "rollout": "use swift infer",
-    "sample": "use swift infer",
-    "web-ui": "use the command line",
+_ANSWERING = ("model", "quantization", "data", "template", "generation")
+_MODEL_NEEDS = (("model", "adapters"),)
+
+LATER_COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            "rlhf",
+            "swift.cli.plan",
+            "Preference learning and reinforcement learning.",
+            sections=(*_TRAINING, "generation"),
+            required=_TRAINING_NEEDS,
+            instead="use swift sft",
+        ),
+        *(
+            Command(
+                name,
+                "swift.cli.plan",
+                text,
+                sections=_ANSWERING,
+                extra=("output_dir", "tensor_parallel_size", "pipeline_parallel_size", "seed"),
+                required=_MODEL_NEEDS,
+                instead=instead,
+            )
+            for name, text, instead in (
+                (
+                    "export",
+                    "Quantise, merge or convert a model.",
+                    "swift merge-lora writes a merged model folder",
+                ),
+                ("deploy", "Serve a model.", "use swift infer"),
+                ("app", "Serve a model with a web page.", "use swift infer"),
+                ("eval", "Evaluation suites.", "swift infer --val_dataset FILE computes metrics"),
+                ("rollout", "Serve samples for reinforcement learning.", "use swift infer"),
+                ("sample", "Rejection sampling.", "use swift infer"),
+            )
+        ),
+        Command("web-ui", "swift.cli.plan", "The web page.", instead="use the command line"),
+    )
 }
-"""Commands of the articles and of ms-swift that this version does not have: name -> what to do instead."""
+"""Commands of the articles and of ms-swift that this version does not have. Their options are read and planned as far
+as they are known; running them is refused."""
+
+TRAIN_TYPES: dict[str, str] = {
+    "sft": "sft",
+    "pt": "pt",
+    "pretrain": "pt",
+    **dict.fromkeys(
+        ("rlhf", "dpo", "orpo", "simpo", "kto", "cpo", "rm", "ppo", "grpo", "gkd", "dapo", "gspo"), "rlhf"
+    ),
+}
+"""Words of ``train_type`` that say what is trained for, and so which command is meant; the others name a tuner."""
+
+
+def known_command(name: str) -> Command | None:
+    """The command of this name, also one that can only be planned yet."""
+    return COMMANDS.get(name) or LATER_COMMANDS.get(name)

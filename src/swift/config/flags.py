@@ -42,6 +42,13 @@ def read_flags(argv: Sequence[str], arity: Callable[[str, str], str]) -> tuple[l
         key = spelling[2:]
         if not key:
             raise UsageError("a flag needs a name", where=word)
+        if key == "config" and (equals or position < len(argv)):  # ms-swift: --config FILE
+            if not equals:
+                value = argv[position]
+                position += 1
+            _check_file(value, None)
+            files.append(value)
+            continue
         takes = arity(spelling, key)
         if equals:
             flags.append(Flag(spelling, key, [value]))

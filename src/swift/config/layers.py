@@ -8,7 +8,7 @@ from typing import Any
 
 from swift.config import rules
 from swift.config.aliases import Unsupported, alias_table
-from swift.config.commands import COMMANDS, Command
+from swift.config.commands import COMMANDS, TRAIN_TYPES, Command
 from swift.config.flags import Flag
 from swift.config.kinds import coerce, is_none_word, parse_bool
 from swift.config.names import Name, Names, UnknownOptionError, unknown_options
@@ -57,7 +57,8 @@ class Binder:
         self.planned: dict[str, _Entry] = {}
         self.refused: list[_Refused] = []
         self.unknown: list[UnknownOptionError] = []
-        self.needs: list[tuple[str, str, str, str]] = []
+        self.needs: list[tuple[str, str, str, list[str]]] = []
+        self.unneeded: dict[str, list[str]] = {}
         self.warnings: list[str] = []
         self.switches: dict[str, bool] = {}
         self.environment: dict[str, str] = {}
@@ -164,7 +165,7 @@ class Binder:
         self, known: Unsupported, value: Any, text: Any, key: str, where: str, source: Source
     ) -> None:
         if known.fix is None:
-            self.warnings.append(f"{where}: not needed: {known.say}")
+            self.unneeded.setdefault(known.say, []).append(where)
         elif not known.is_off(text):
             self.refused.append(_Refused(where, known.say, known.fix))
             entry = self._parse(known.plan_as, value, text, key, where, source) if known.plan_as else None
@@ -175,6 +176,9 @@ class Binder:
         """The value as the option's type; None when this version cannot do it (remembered for the end)."""
         option = self.options.get(name)
         if option is None:
+            if self.command.instead is not None:
+                self.warnings.append(f"{where}: a plan of swift {self.command.name} does not use it yet")
+                return None
             users = [command.name for command in COMMANDS.values() if name in command.options()]
             raise self.names.not_used(name, where, users)
         raw = _without_paths(text if option.kind.is_textual else value)
@@ -192,6 +196,8 @@ class Binder:
             return [words.get(item, item) if isinstance(item, str) else item for item in raw]
         if not isinstance(raw, str):
             return raw
+        if name == "tuner_type" and TRAIN_TYPES.get(raw.lower()) == self.command.name:
+            return _REFUSED  # it repeats what the command says
         refused = alias_table().unsupported_values.get((name, raw.lower()))
         if refused:
             self.refused.append(_Refused(where, f"{raw}: {refused.say}", refused.fix))
@@ -257,10 +263,19 @@ class Binder:
         self.refuse_unknown()
         switches = frozenset(name for name, on in self.switches.items() if on)
         planning = planning or "dry_run" in switches
-        for refused in self.refused:
-            if not planning:
-                raise ConfigError(f"not in this version: {refused.say}", where=refused.where, fix=refused.fix)
-            self.warnings.append(f"{refused.where}: not in this version: {refused.say}; a run refuses it")
+        if self.command.instead is not None:
+            self.warnings.append(
+                f"swift {self.command.name} comes with a later version; {self.command.instead}"
+            )
+        if self.refused and not planning:
+            refused = self.refused[0]
+            raise ConfigError(f"not in this version: {refused.say}", where=refused.where, fix=refused.fix)
+        for say in dict.fromkeys(refused.say for refused in self.refused):
+            where = ", ".join(dict.fromkeys(refused.where for refused in self.refused if refused.say == say))
+            verb = "refuses it" if ", " not in where else "refuses them"
+            self.warnings.append(f"{where}: not in this version: {say}; a run {verb}")
+        for say, places in self.unneeded.items():
+            self.warnings.append(f"{', '.join(places)}: not needed: {say}")
         if "json" in switches and not planning:
             raise ConfigError("prints a plan, so it needs --dry_run", where="--json", fix="add --dry_run")
         merged: dict[str, _Entry] = dict(self.planned)
@@ -272,9 +287,9 @@ class Binder:
             else:
                 merged[name] = entry
         for name, where, raw, needed in self.needs:
-            if needed not in merged and merged[name].where == where:
+            if not merged.keys() & set(needed) and merged[name].where == where:
                 self.warnings.append(
-                    f"{where}: {raw} is {merged[name].value} with a --{needed}, which is not given"
+                    f"{where}: {raw} is {merged[name].value} with a --{needed[0]}, which is not given"
                 )
         # An explicit none is "as if not given": the default or the derived value applies.
         merged = {name: entry for name, entry in merged.items() if entry.value is not None}
@@ -299,6 +314,7 @@ class Binder:
 
 
 _REFUSED: Any = object()
+"""Stands for a value that is not taken."""
 
 
 def _same_key(first: str, second: str) -> bool:

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift.config.commands import Command
+from swift.config.memory_rules import (
+    FULL_TRAINING_OPTIMIZERS,
+    LOW_RANK_OPTIONS,
+    check_memory,
+    quant_bits,
+    quant_method,
+)
 from swift.config.schema import Resolved, Source, options
+from swift.config.tuner_rules import TUNER_OPTIONS, check_tuner, derived_dropout
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
 
@@ -51,10 +59,20 @@ def _learning_rate(resolved: Resolved) -> float:
 
 def _accumulation(resolved: Resolved) -> int:
     wanted = PACKED_ROWS_PER_STEP if resolved.config.data.packing else SAMPLES_PER_STEP
-    at_once = (
-        resolved.config.training.per_device_train_batch_size * resolved.config.parallel.data_parallel_size
-    )
-    return max(1, wanted // at_once)
+    at_once = _samples_at_once(resolved)
+    return max(1, (resolved.config.training.global_batch_size or wanted) // at_once)
+
+
+def _samples_at_once(resolved: Resolved) -> int:
+    """Samples of one micro-batch, over all devices."""
+    return resolved.config.training.per_device_train_batch_size * resolved.config.parallel.data_parallel_size
+
+
+def _min_lr_ratio(resolved: Resolved) -> float | None:
+    training = resolved.config.training
+    if training.min_lr is None or training.learning_rate is None:
+        return None
+    return min(1.0, training.min_lr / training.learning_rate)
 
 
 def has_validation(resolved: Resolved) -> bool:
@@ -76,15 +94,21 @@ def _greater_is_better(resolved: Resolved) -> bool:
     return not re.search(r"loss|perplexity|ppl", resolved.config.evaluation.metric_for_best_model)
 
 
+def _scheduler(resolved: Resolved) -> str | None:
+    return "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None
+
+
 _VALIDATION = ("val_dataset", "split_dataset_ratio")
 
 DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("learning_rate", ("tuner_type",), _learning_rate),
     Derivation(
         "gradient_accumulation_steps",
-        ("per_device_train_batch_size", "packing", "data_parallel_size"),
+        ("global_batch_size", "per_device_train_batch_size", "packing", "data_parallel_size"),
         _accumulation,
     ),
+    Derivation("min_lr_ratio", ("min_lr", "learning_rate"), _min_lr_ratio),
+    Derivation("lora_dropout", ("target_parameters",), derived_dropout),
     Derivation("data_seed", ("seed",), lambda resolved: resolved.config.training.seed),
     Derivation("eval_strategy", (*_VALIDATION, "eval_steps", "save_strategy"), _eval_strategy),
     Derivation("eval_steps", ("save_steps",), lambda resolved: resolved.config.checkpoint.save_steps),
@@ -94,6 +118,9 @@ DERIVATIONS: tuple[Derivation, ...] = (
         lambda resolved: resolved.config.training.per_device_train_batch_size,
     ),
     Derivation("greater_is_better", ("metric_for_best_model",), _greater_is_better),
+    Derivation("quant_method", ("quant_bits",), quant_method),
+    Derivation("quant_bits", ("quant_method",), quant_bits),
+    Derivation("lr_scheduler_type", ("optim",), _scheduler),
     Derivation("use_chat_template", ("command",), lambda resolved: resolved.command != "pt"),
     Derivation("loss_scale", ("command",), lambda resolved: "all" if resolved.command == "pt" else None),
 )
@@ -113,6 +140,9 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
         _check_required(resolved, command, planning)
     for check in _CHECKS:
         check(resolved)
+    check_tuner(resolved, _where)
+    if not partial:
+        check_memory(resolved, _where)
     _check_devices(resolved)
     _check_parallel(resolved, planning)
     if not partial and "tensor_parallel_size" in taken:
@@ -162,31 +192,21 @@ class OnlyWith:
     values: tuple[Any, ...]
 
 
-_LORA_OPTIONS = (
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "target_regex",
-    "modules_to_save",
-    "use_rslora",
-    "lora_dtype",
-    "init_weights",
-)
-_FULL_OPTIONS = (
-    "freeze_parameters",
-    "freeze_parameters_regex",
-    "freeze_parameters_ratio",
-    "trainable_parameters",
-    "trainable_parameters_regex",
-)
 ONLY_WITH: tuple[OnlyWith, ...] = (
-    OnlyWith(_LORA_OPTIONS, "tuner_type", ("lora",)),
-    OnlyWith(_FULL_OPTIONS, "tuner_type", ("full",)),
+    *(OnlyWith(*row) for row in TUNER_OPTIONS),
+    OnlyWith(("lorap_lr_ratio",), "tuner_type", ("lora",)),
+    OnlyWith(LOW_RANK_OPTIONS, "optim", FULL_TRAINING_OPTIMIZERS),
+    OnlyWith(("galore_quantization", "galore_cos_threshold"), "optim", ("galore_adamw",)),
+    OnlyWith(("apollo_scale_type",), "optim", ("apollo_adamw",)),
+    OnlyWith(
+        ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"), "quant_bits", (4,)
+    ),
     OnlyWith(("lr_decay_ratio",), "lr_scheduler_type", ("wsd",)),
-    OnlyWith(("min_lr_ratio",), "lr_scheduler_type", ("cosine", "linear", "wsd")),
-    OnlyWith(("chat_template", "enable_thinking"), "use_chat_template", (True,)),
+    OnlyWith(("min_lr_ratio", "min_lr"), "lr_scheduler_type", ("cosine", "linear", "wsd")),
+    OnlyWith(("chat_template", "enable_thinking", "agent_template"), "use_chat_template", (True,)),
     OnlyWith(("save_steps",), "save_strategy", ("steps",)),
+    OnlyWith(("shuffle_buffer_size", "stopping_strategy"), "streaming", (True,)),
+    OnlyWith(("dataset_num_proc", "dataloader_num_workers", "split_dataset_ratio"), "streaming", (False,)),
     OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
 )
 
@@ -211,6 +231,7 @@ def _check_only_with(resolved: Resolved) -> None:
 EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
     ("packing", "padding_free", "packed rows have no padding anyway"),
     ("target_regex", "target_modules", "both choose the modules that get an adapter"),
+    ("min_lr", "min_lr_ratio", "both set the learning rate at the end"),
     ("warmup_steps", "warmup_ratio", "both set the length of the warm-up"),
     ("split_dataset_ratio", "val_dataset", "both provide the validation data"),
     ("packing", "group_by_length", "packed rows all have the same length"),
@@ -295,6 +316,15 @@ def _check_data(resolved: Resolved) -> None:
         )
 
 
+def _check_streaming(resolved: Resolved) -> None:
+    if resolved.config.data.streaming and resolved.config.training.max_steps <= 0:
+        raise ConfigError(
+            "needs max_steps: how long a stream is nobody knows before its end",
+            where=_where(resolved, "streaming"),
+            fix="--max_steps 1000",
+        )
+
+
 def _check_checkpoint(resolved: Resolved) -> None:
     name = resolved.config.checkpoint.run_name
     if name is not None and (not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name)):
@@ -323,6 +353,14 @@ def _check_training(resolved: Resolved) -> None:
             where=_where(resolved, "warmup_steps"),
             fix="lower --warmup_steps or raise --max_steps",
         )
+    peak = training.learning_rate
+    if training.min_lr is not None and peak is not None and training.min_lr > peak:
+        raise ConfigError(
+            f"{training.min_lr:g} is above the peak of {peak:g}",
+            where=_where(resolved, "min_lr"),
+            fix="lower --min_lr or raise --learning_rate",
+        )
+    _check_global_batch(resolved)
     if training.max_steps > 0 and all(map(resolved.is_explicit, ("max_steps", "num_train_epochs"))):
         resolved.warnings.append(
             f"{_where(resolved, 'num_train_epochs')}: no effect, max_steps {training.max_steps} sets the length"
@@ -330,6 +368,25 @@ def _check_training(resolved: Resolved) -> None:
     trackers = resolved.config.report.report_to
     if "none" in trackers and len(trackers) > 1:
         raise ConfigError("none stands beside other trackers", where=_where(resolved, "report_to"))
+
+
+def _check_global_batch(resolved: Resolved) -> None:
+    training = resolved.config.training
+    wanted, at_once = training.global_batch_size, _samples_at_once(resolved)
+    if wanted is None:
+        return
+    if resolved.is_explicit("gradient_accumulation_steps") and resolved.is_explicit("global_batch_size"):
+        raise ConfigError(
+            "does not go together with gradient_accumulation_steps: each follows from the other",
+            where=_where(resolved, "global_batch_size"),
+            fix="leave one of them out",
+        )
+    if wanted % at_once:
+        raise ConfigError(
+            f"{wanted} samples per step cannot be made of micro-batches of {at_once}",
+            where=_where(resolved, "global_batch_size"),
+            fix=f"set it to {max(1, round(wanted / at_once)) * at_once}, or change --per_device_train_batch_size",
+        )
 
 
 def _check_generation(resolved: Resolved) -> None:
@@ -366,6 +423,7 @@ _CHECKS: tuple[Callable[[Resolved], None], ...] = (
     _check_only_with,
     _check_exclusive,
     _check_data,
+    _check_streaming,
     _check_evaluation,
     _check_checkpoint,
     _check_training,

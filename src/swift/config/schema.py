@@ -16,7 +16,9 @@ from swift.config.sections.data import DataSection
 from swift.config.sections.evaluation import EvaluationSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
+from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.parallel import ParallelSection
+from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
@@ -29,7 +31,9 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "template": TemplateSection,
     "tuner": TunerSection,
+    "quantization": QuantizationSection,
     "training": TrainingSection,
+    "optimizer": OptimizerSection,
     "parallel": ParallelSection,
     "checkpoint": CheckpointSection,
     "evaluation": EvaluationSection,
@@ -47,7 +51,9 @@ class Config(Section):
     data: DataSection = Field(default_factory=DataSection)
     template: TemplateSection = Field(default_factory=TemplateSection)
     tuner: TunerSection = Field(default_factory=TunerSection)
+    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataError", "ModelError", "SwiftError", "UsageError"]
+__all__ = ["ConfigError", "DataError", "HubError", "ModelError", "NotOnHub", "SwiftError", "UsageError"]
 
 
 class SwiftError(Exception):
@@ -55,3 +55,11 @@ class DataError(SwiftError):
 
 class ModelError(SwiftError):
     """The model folder is incomplete, unknown, or does not fit what was asked."""
+
+
+class HubError(SwiftError):
+    """A hub cannot be reached, refuses what is asked, or sends something else."""
+
+
+class NotOnHub(HubError):
+    """The hub does not have it, or does not say so to a stranger."""

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import shlex
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from swift.config.bind import load_run_config
+from swift.config.commands import COMMANDS
 from swift.config.schema import Resolved
+from swift.config.sections.model import ModelSection
+from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, ModelError
-from swift.models.facts import resolve_model_path
+from swift.hubs.names import is_repo_name
 from swift.models.load import ModelBundle, load_bundle
+from swift.models.locate import locate_model
 from swift.runs.folder import RunFolder
 from swift.tuners.peft_format import CONFIG_FILE, adapter_folder, is_adapter_folder, load_adapter
 
@@ -34,6 +38,7 @@ class InferenceContext:
         template: template options: the run's, with those of the command line on top.
         pretraining: True when the run was ``pt``: plain text unless ``use_chat_template`` says otherwise.
         run: the run folder that all this comes from, or None.
+        quantization: how the base is quantised when loaded: as in the run, unless the command line says otherwise.
         chosen_last: True when a run folder was named, and its last checkpoint taken.
     """
 
@@ -43,6 +48,7 @@ class InferenceContext:
     pretraining: bool
     run: Path | None
     chosen_last: bool = False
+    quantization: QuantizationSection = field(default_factory=QuantizationSection)
 
     def describe(self) -> str:
         """Model, adapter and system prompt in one line."""
@@ -85,7 +91,7 @@ def find_context(resolved: Resolved) -> InferenceContext:
     adapter = adapter_folder(section.adapters[0]) if section.adapters else None
     model: Path | None = None
     if section.model is not None:
-        model = _model_folder(section.model)
+        model = _model_folder(section)
         if is_adapter_folder(model):  # a LoRA run, or one of its checkpoints, given as the model
             if adapter is not None:
                 raise ConfigError(
@@ -102,7 +108,7 @@ def find_context(resolved: Resolved) -> InferenceContext:
     recorded, run = _run_config(source)
     if model is None:
         assert adapter is not None
-        model = _base_model(adapter, recorded)
+        model = _base_model(adapter, recorded, section)
     return InferenceContext(
         model=model,
         adapter=adapter,
@@ -110,6 +116,7 @@ def find_context(resolved: Resolved) -> InferenceContext:
         pretraining=recorded is not None and recorded.command == "pt",
         run=run,
         chosen_last=run is not None and any(_is_run(name) for name in (*section.adapters, section.model)),
+        quantization=_quantization(resolved, recorded),
     )
 
 
@@ -127,6 +134,7 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
         attention=section.attn_impl,
         pretraining=context.pretraining,
         trust_remote_code=section.trust_remote_code,
+        quantization=context.quantization,
     )
     if context.adapter is not None:
         load_adapter(bundle.model, context.adapter)
@@ -138,9 +146,9 @@ def _is_run(name: str | None) -> bool:
     return name is not None and (Path(name).expanduser() / "last").is_symlink()
 
 
-def _model_folder(name: str) -> Path:
+def _model_folder(section: ModelSection) -> Path:
     """A model folder; for a run folder its last checkpoint (which may hold an adapter)."""
-    folder = resolve_model_path(name)
+    folder = locate_model(section).folder
     if (folder / "config.json").is_file() or is_adapter_folder(folder):
         return folder
     run = RunFolder(folder)
@@ -149,7 +157,7 @@ def _model_folder(name: str) -> Path:
         return checkpoint
     raise ModelError(
         "neither a model nor a run with a checkpoint",
-        where=name,
+        where=section.model,
         why="there is no config.json, no adapter_config.json and no checkpoint-N",
         fix="name a model folder, a run folder or one of its checkpoints",
     )
@@ -165,13 +173,17 @@ def _run_config(source: Path) -> tuple[Resolved | None, Path | None]:
     return None, None
 
 
-def _base_model(adapter: Path, recorded: Resolved | None) -> Path:
+def _base_model(adapter: Path, recorded: Resolved | None, section: ModelSection) -> Path:
+    """The folder of the adapter's base: where it was, else (an adapter from elsewhere) by its name on a hub."""
     config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
     names = [recorded.config.model.model if recorded else None, config.get("base_model_name_or_path")]
     named = [name for name in dict.fromkeys(names) if name]
     for name in named:
         if (Path(name).expanduser() / "config.json").is_file():
             return Path(name).expanduser()
+    on_hub = next((name for name in named if is_repo_name(name)), None)
+    if on_hub is not None:
+        return locate_model(section.model_copy(update={"model": on_hub})).folder
     raise ModelError(
         "the adapter's base model is not found",
         where=str(adapter),
@@ -190,3 +202,12 @@ def _template(resolved: Resolved, recorded: Resolved | None) -> TemplateSection:
         if not resolved.is_explicit(name):
             setattr(section, name, getattr(recorded.config.template, name))
     return section
+
+
+def _quantization(resolved: Resolved, recorded: Resolved | None) -> QuantizationSection:
+    """Commands that take no such options (merge-lora) want the base in full precision."""
+    section = resolved.config.quantization
+    if "quant_method" not in COMMANDS[resolved.command].options():
+        return QuantizationSection()
+    asked = any(resolved.is_explicit(name) for name in ("quant_method", "quant_bits"))
+    return section if recorded is None or asked else recorded.config.quantization

@@ -70,6 +70,9 @@ class Engine(Protocol):
         Returns the learning rate of each parameter set.
         """
 
+    def settle(self) -> None:
+        """Put the weights in place that are to be kept; before they are read from outside."""
+
     def save(self, folder: Path) -> None:
         """Optimizer state (and what else only the engine knows) into a checkpoint folder."""
 

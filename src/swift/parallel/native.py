@@ -14,6 +14,7 @@ from swift.core.errors import SwiftError
 from swift.data.collate import Batch
 from swift.models.attention import VARLEN
 from swift.models.head import split_head
+from swift.models.quantised import is_quantised_linear
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
 from swift.parallel.engine import ParameterSet, StepOutput
@@ -34,6 +35,7 @@ class NativeEngine:
         dtype: compute precision. Weights stored in another precision are cast by autocast.
         chunk_size: target positions whose logits exist at the same time.
         compile_model: wrap the backbone in torch.compile.
+        penalty: a term added to the loss once a step; it is not part of the loss that is reported.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class NativeEngine:
         dtype: torch.dtype,
         chunk_size: int = 1024,
         compile_model: bool = False,
+        penalty: Callable[[], Tensor | None] | None = None,
     ) -> None:
         self.model = model
         self.parameter_sets = {group.name: group for group in parameter_sets}
         self.device = device
         self.dtype = dtype
         self.chunk_size = chunk_size
+        self._penalty = penalty
         self._autocast = dtype in (torch.bfloat16, torch.float16) and any(
             parameter.dtype == torch.float32 for parameter in _plain_parameters(model)
         )
@@ -67,6 +71,7 @@ class NativeEngine:
 
     def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> StepOutput:
         self.model.train()
+        self._average(False)
         denominators = objective.denominators(batches)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
@@ -78,6 +83,9 @@ class NativeEngine:
             losses.append(loss.detach())
             _add(metrics, sums)
         self.training_batch = None
+        penalty = self._penalty() if self._penalty else None
+        if penalty is not None:
+            (self._scaler.scale(penalty) if self._scaler else penalty).backward()
         return StepOutput(torch.stack(losses).sum(), metrics)
 
     def rehearse(self, batch: Batch, objective: Objective) -> None:
@@ -102,6 +110,7 @@ class NativeEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> StepOutput:
         self.model.eval()
+        self._average(True)
         batch = batch.to(self.device)
         loss, sums = objective(self._outputs(batch), batch, objective.denominators([batch]))
         return StepOutput(loss, dict(sums))
@@ -121,7 +130,7 @@ class NativeEngine:
         for name, group in self.parameter_sets.items():
             rates[name] = group.learning_rate(step)
             for options in group.optimizer.param_groups:
-                options["lr"] = rates[name]
+                options["lr"] = rates[name] * options.get("lr_ratio", 1.0)
             if self._scaler:
                 self._scaler.step(group.optimizer)
             else:
@@ -130,6 +139,16 @@ class NativeEngine:
         if self._scaler:
             self._scaler.update()
         return rates
+
+    def settle(self) -> None:
+        self._average(True)
+
+    def _average(self, wanted: bool) -> None:
+        """Schedule-free optimizers take gradients at another point than the one that is kept and evaluated."""
+        for group in self.parameter_sets.values():
+            switch = getattr(group.optimizer, "eval" if wanted else "train", None)
+            if switch is not None:
+                switch()
 
     def save(self, folder: Path) -> None:
         state = {
@@ -203,7 +222,7 @@ class NativeEngine:
 
 def _output_matrix(head: nn.Module) -> Tensor | None:
     """The matrix of a head that is nothing but a matrix product."""
-    if isinstance(head, (nn.Linear, SavedModule)) and head.bias is None:
+    if isinstance(head, (nn.Linear, SavedModule)) and head.bias is None and not is_quantised_linear(head):
         return head.weight
     return None
 

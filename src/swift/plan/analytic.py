@@ -17,7 +17,6 @@ __all__ = [
     "LinearShape",
     "Setup",
     "activation_bytes_per_token",
-    "adapter_parameters",
     "checkpoint_bytes",
     "memory_parts",
 ]
@@ -54,6 +53,9 @@ class Setup:
         device: kind of device.
         model_shares: devices that share the weights (tensor x pipeline parallel).
         sequence_shares: devices that share the activations (tensor x context parallel).
+        weights_bytes: frozen weights in memory when some are quantised; None: all in the compute precision.
+        unpacked: numbers of the largest quantised layer, which is unpacked for each product.
+        optimizer_bytes: what the optimizer keeps; None: AdamW's two numbers for each trained one.
     """
 
     compute: str
@@ -70,20 +72,25 @@ class Setup:
     device: str = "cpu"
     model_shares: int = 1
     sequence_shares: int = 1
+    weights_bytes: int | None = None
+    unpacked: int = 0
+    optimizer_bytes: int | None = None
 
     @property
     def compute_bytes(self) -> int:
         return DTYPE_BYTES[self.compute]
 
     @property
+    def state_bytes(self) -> int:
+        """What the optimizer keeps."""
+        if self.optimizer_bytes is not None:
+            return self.optimizer_bytes
+        return 2 * self.trainable * self.trainable_bytes
+
+    @property
     def has_cast_copies(self) -> bool:
         """Master weights in float32 are cast for every pass (autocast), and the casts live until its backward."""
         return not self.is_lora and self.trainable_bytes > self.compute_bytes
-
-
-def adapter_parameters(adapted: Sequence[LinearShape], rank: int) -> int:
-    """A [rank, inputs] and B [outputs, rank] for each layer (arXiv 2106.09685)."""
-    return sum(rank * (layer.inputs + layer.outputs) for layer in adapted)
 
 
 def activation_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
@@ -128,14 +135,15 @@ def _feed_forward_size(facts: ModelFacts) -> int:
 def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
     """Bytes by part at the peak of a training step.
 
-    - weights: frozen ones in the compute precision, trained ones in their storage precision.
+    - weights: frozen ones in the compute precision or as they are quantised, trained ones in their storage precision.
     - adapters: LoRA matrices and trained copies of modules.
     - gradients: one number for each trained parameter, in its storage precision.
-    - optimizer: AdamW keeps two.
+    - optimizer: AdamW keeps two; others: `swift.train.optimizers.state_bytes`.
     - activations: layers x tokens x ``activation_bytes_per_token``; with checkpointing the input of each layer and
       all of one layer. The last norm's input and output come on top.
     - logits: of one chunk, in the compute precision and in float32.
-    - temporary: the largest matrix's gradient before it is added, and casts of master weights.
+    - temporary: the largest matrix's gradient before it is added, casts of master weights, and the largest quantised
+      layer unpacked.
     - framework: the libraries, or the CUDA context.
     """
     b, h, tokens = setup.compute_bytes, facts.hidden_size, setup.tokens / setup.sequence_shares
@@ -150,13 +158,15 @@ def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
     temporary = largest * setup.trainable_bytes if trains_matrix else 0
     if setup.has_cast_copies:
         temporary += trained_base * b
+    temporary += setup.unpacked * b
+    weights = frozen * b if setup.weights_bytes is None else setup.weights_bytes
     chunk = min(setup.chunk, setup.tokens)
     logits = chunk * facts.vocab_size * (4 if b == 4 else 2 * b + 4)
     return {
-        "weights": (frozen * b + trained_base * setup.trainable_bytes) // shares,
+        "weights": (weights + trained_base * setup.trainable_bytes) // shares,
         "adapters": extra * setup.trainable_bytes // shares,
         "gradients": setup.trainable * setup.trainable_bytes // shares,
-        "optimizer": 2 * setup.trainable * setup.trainable_bytes // shares,
+        "optimizer": setup.state_bytes // shares,
         "activations": round(tokens * (layers + (4 + 2 * b) * h)),
         "logits": logits,
         "temporary": temporary // shares,
@@ -171,7 +181,7 @@ def checkpoint_bytes(
 
     ``export_bytes``: bytes of a stored parameter in full training; None: those of the compute precision.
     """
-    state = 0 if only_model else 2 * setup.trainable * setup.trainable_bytes
+    state = 0 if only_model else setup.state_bytes
     if setup.is_lora:
         return setup.trainable * setup.trainable_bytes + state
     # The trained weights are kept in full precision as well, unless that is what is exported anyway.

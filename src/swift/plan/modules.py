@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swift.config.sections.tuner import TunerSection
+from swift.models.counting import has_gate
 from swift.models.facts import ModelFacts, read_safetensors_header, weight_files
 from swift.plan.analytic import LinearShape
+from swift.tuners.registry import METHODS, count_decoder_layer, count_layer
 
-__all__ = ["adapted_layers", "full_trainable", "linear_layers", "parameter_sizes", "saved_parameters"]
+__all__ = ["adapted_layers", "linear_layers", "parameter_sizes", "saved_parameters", "trainable_parameters"]
 
 _OTHER = re.compile(
     r"(^|\.)(embed_\w+|wte|wpe|lm_head|embed_out|router)$|norm|(^|\.)ln_|\.experts(\.|$)|\.gate$"
 )
 
 
-def parameter_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all stored tensors; empty when there are no safetensors files."""
+def parameter_sizes(folder: Path | None) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all stored tensors; empty when there are no safetensors files, or no folder."""
+    if folder is None:
+        return {}
     files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
     return {
         name: tuple(entry["shape"])
@@ -48,11 +52,8 @@ def linear_layers(facts: ModelFacts, shapes: dict[str, tuple[int, ...]]) -> list
         ("self_attn.o_proj", queries, hidden),
     ]
     if not facts.is_mixture_of_experts:
-        layer += [
-            ("mlp.gate_proj", hidden, inner),
-            ("mlp.up_proj", hidden, inner),
-            ("mlp.down_proj", inner, hidden),
-        ]
+        gate = [("mlp.gate_proj", hidden, inner)] if has_gate(facts.model_type) else []
+        layer += [*gate, ("mlp.up_proj", hidden, inner), ("mlp.down_proj", inner, hidden)]
     return [
         LinearShape(f"model.layers.{number}.{name}", inputs, outputs)
         for number in range(facts.num_layers)
@@ -84,6 +85,44 @@ def saved_parameters(facts: ModelFacts, shapes: dict[str, tuple[int, ...]], tune
             mine = [facts.vocab_size * facts.hidden_size]
         count += sum(mine)
     return count
+
+
+def trainable_parameters(
+    facts: ModelFacts,
+    shapes: dict[str, tuple[int, ...]],
+    adapted: Sequence[LinearShape],
+    tuner: TunerSection,
+) -> int:
+    """Parameters that the tuner trains, those of ``modules_to_save`` left out."""
+    if tuner.tuner_type == "full":
+        return full_trainable(facts, shapes, tuner)
+    if tuner.tuner_type == "llamapro":
+        return tuner.llamapro_num_new_blocks * _layer_parameters(facts, shapes)
+    if tuner.tuner_type in METHODS:
+        count = sum(count_layer(layer.name, layer.inputs, layer.outputs, tuner) for layer in adapted)
+        return count + _expert_parameters(facts, tuner)
+    number = len(set(tuner.reft_layers)) if tuner.tuner_type == "reft" else 0
+    return (number or facts.num_layers) * count_decoder_layer(facts.hidden_size, tuner)
+
+
+def _layer_parameters(facts: ModelFacts, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Parameters of one decoder layer: the last."""
+    last = f".{facts.num_layers - 1}."
+    stored = sum(math.prod(shape) for name, shape in shapes.items() if last in name)
+    inside = facts.num_parameters - facts.parts["embedding"] - facts.parts["head"] - facts.hidden_size
+    return stored or inside // facts.num_layers
+
+
+def _expert_parameters(facts: ModelFacts, tuner: TunerSection) -> int:
+    """LoRA on fused experts ``[experts, outputs, inputs]``: A and B of the rank for each of them.
+
+    Files hold the experts one by one or fused, under names of their own, so the sizes come from config.json.
+    """
+    hidden, inner = facts.hidden_size, facts.config.get("moe_intermediate_size") or facts.intermediate_size
+    layers = facts.num_layers - (facts.config.get("first_k_dense_replace") or 0)
+    sizes = {"gate_up_proj": hidden + 2 * inner, "down_proj": inner + hidden}
+    wanted = sum(sizes.get(target.rpartition(".")[2], 0) for target in tuner.target_parameters)
+    return tuner.lora_rank * facts.num_experts * layers * wanted
 
 
 def full_trainable(facts: ModelFacts, shapes: dict[str, tuple[int, ...]], tuner: TunerSection) -> int:

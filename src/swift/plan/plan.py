@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,23 @@ from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
-from swift.models.facts import ModelFacts, check_model_folder, resolve_model_path
-from swift.plan.analytic import DTYPE_BYTES, Setup, adapter_parameters, checkpoint_bytes, memory_parts
+from swift.models.facts import ModelFacts, check_model_folder
+from swift.models.locate import find_model, not_here
+from swift.models.quantised import stored_method
+from swift.models.registry import ModelEntry, find_entry
+from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.modules import (
     adapted_layers,
-    full_trainable,
     linear_layers,
     parameter_sizes,
     saved_parameters,
+    trainable_parameters,
 )
+from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
+from swift.train.optimizers import is_target, state_bytes
+from swift.tuners.registry import METHODS
 
 __all__ = ["Plan", "make_plan"]
 
@@ -72,7 +78,7 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
     _derive(resolved, facts, device, warnings)
     _look_for_files(resolved, warnings)
     setup: Setup | None = None
-    training = resolved.command in ("pt", "sft")
+    training = resolved.command in ("pt", "sft", "rlhf")
     data: dict[str, Any] = {}
     steps: dict[str, Any] = {}
     memory: dict[str, Any] = {}
@@ -85,7 +91,7 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
         widest = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
         if lengths:
             steps, widest = _steps(resolved, rows, lengths, warnings)
-        if facts is not None and folder is not None:
+        if facts is not None:
             setup = _setup(resolved, facts, folder, device, widest, warnings)
             memory = _memory(resolved, facts, setup, device, steps)
     plan = Plan(
@@ -107,8 +113,16 @@ def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | N
     name = resolved.config.model.model
     if not name:
         return None, None
+    entry = None if Path(name).expanduser().exists() else find_entry(name)
+    if entry is not None:
+        warnings += [f"--model {name}: {note}" for note in entry.notes(name)]
     try:
-        folder = resolve_model_path(name)
+        found = find_model(resolved.config.model)
+        if found is None and entry is not None:
+            return _read_entry(entry, warnings), None
+        if found is None:
+            raise not_here(resolved.config.model)
+        folder = found.folder
         facts = ModelFacts.read(folder)
     except SwiftError as error:
         warnings.append(_one_line(error))
@@ -118,6 +132,16 @@ def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | N
     except SwiftError as error:
         warnings.append(_one_line(error))
     return facts, folder
+
+
+def _read_entry(entry: ModelEntry, warnings: list[str]) -> ModelFacts | None:
+    """Facts of a model that is not on this disk, from the table of short names."""
+    warnings.append(f"{entry.hf_id} is not on this disk: sizes are those of the table of short names")
+    try:
+        return entry.facts()
+    except SwiftError as error:
+        warnings.append(_one_line(error))
+        return None
 
 
 def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts, warnings: list[str]) -> None:
@@ -280,25 +304,40 @@ def _compute_dtype(resolved: Resolved, device: DeviceFacts) -> str:
 
 
 def _setup(
-    resolved: Resolved, facts: ModelFacts, folder: Path, device: DeviceFacts, widest: int, warnings: list[str]
+    resolved: Resolved,
+    facts: ModelFacts,
+    folder: Path | None,
+    device: DeviceFacts,
+    widest: int,
+    warnings: list[str],
 ) -> Setup:
     config = resolved.config
     tuner, parallel = config.tuner, config.parallel
     shapes = parameter_sizes(folder)
-    is_lora = tuner.tuner_type == "lora"
-    adapted = adapted_layers(linear_layers(facts, shapes), tuner) if is_lora else []
+    is_lora = not tuner.trains_whole_model
+    adapts_linear = is_lora and tuner.tuner_type in METHODS
+    layers = linear_layers(facts, {} if stored_method(facts.config) else shapes)
+    adapted = adapted_layers(layers, tuner) if adapts_linear else []
     saved = saved_parameters(facts, shapes, tuner) if is_lora else 0
-    if is_lora and not adapted:
+    if adapts_linear and not adapted and not tuner.target_parameters:
         warnings.append("no linear layer of this model matches target_modules: nothing would be adapted")
+    compute = _compute_dtype(resolved, device)
+    trainable = trainable_parameters(facts, shapes, adapted, tuner) + saved
+    if is_lora:
+        stored = tuner.lora_dtype
+        matrices = [(one.inputs, tuner.lora_rank) for one in adapted]
+        matrices += [(one.outputs, tuner.lora_rank) for one in adapted]
+    else:
+        stored = "bfloat16" if config.model.param_dtype == "bfloat16" else "float32"
+        targets = config.optimizer.galore_target_modules
+        matrices = [
+            (one.outputs, one.inputs) for one in layers if is_target(f"{one.name}.weight", 2, targets, None)
+        ]
     return Setup(
-        compute=_compute_dtype(resolved, device),
+        compute=compute,
         is_lora=is_lora,
-        trainable=adapter_parameters(adapted, tuner.lora_rank) + saved
-        if is_lora
-        else full_trainable(facts, shapes, tuner),
-        trainable_bytes=DTYPE_BYTES[tuner.lora_dtype]
-        if is_lora
-        else DTYPE_BYTES["bfloat16" if config.model.param_dtype == "bfloat16" else "float32"],
+        trainable=trainable,
+        trainable_bytes=DTYPE_BYTES[stored],
         saved_modules=saved,
         adapted=adapted,
         rank=tuner.lora_rank,
@@ -309,12 +348,21 @@ def _setup(
         device=device.kind,
         model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         sequence_shares=parallel.tensor_parallel_size * parallel.context_parallel_size,
+        weights_bytes=frozen_bytes(facts, layers, config.quantization, DTYPE_BYTES[compute])
+        if is_lora
+        else None,
+        unpacked=largest_unpacked(layers, config.quantization),
+        optimizer_bytes=state_bytes(config.optimizer, trainable, DTYPE_BYTES[stored], matrices),
     )
 
 
 def _memory(
     resolved: Resolved, facts: ModelFacts, setup: Setup, device: DeviceFacts, steps: dict[str, Any]
 ) -> dict[str, Any]:
+    if resolved.config.tuner.tuner_type == "llamapro":  # the model as it will be, with its new layers
+        grown = facts.num_layers + resolved.config.tuner.llamapro_num_new_blocks
+        mlp = facts.parts["mlp"] + setup.trainable
+        facts = replace(facts, num_layers=grown, parts={**facts.parts, "mlp": mlp})
     parts = memory_parts(facts, setup)
     options = resolved.config.checkpoint
     one = checkpoint_bytes(
@@ -378,7 +426,7 @@ def _model(
     if facts is None:
         return {}
     return {
-        "path": str(folder),
+        "path": str(folder) if folder else None,
         "architecture": facts.architecture,
         "model_type": facts.model_type,
         "parameters": facts.num_parameters,

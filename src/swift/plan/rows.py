@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swift.config.schema import Resolved
-from swift.core.errors import DataError, SwiftError
+from swift.core.errors import SwiftError
 from swift.data.formats import RowError, Sample, to_sample
-from swift.data.sources import find_files, parse_dataset_spec, read_rows, row_numbers
+from swift.data.hub import with_hub
+from swift.data.persona import dataset_specs
+from swift.data.sources import DatasetSpec, find_files, read_rows, row_numbers
 from swift.data.teaching import TeachingReport
 
 if TYPE_CHECKING:
@@ -86,9 +88,9 @@ def plan_rows(
     found: list[float] = []
     for place, text in enumerate(texts):
         try:
-            spec = parse_dataset_spec(text)
-            files = find_files(spec.path)
-        except DataError as error:
+            (spec,) = dataset_specs(resolved.config.data, [with_hub(text, resolved.config.model)])
+            files = find_files(spec)
+        except SwiftError as error:
             plan.warnings.append(" ".join(str(error).split("\n")[0].split()))
             continue
         found += weights[place : place + 1]
@@ -99,7 +101,7 @@ def plan_rows(
         plan.datasets.append({"name": text, "rows": total, "taken": sizes[-1], "files": len(files)})
         if template is not None:
             numbers = [known for _, _, known in counts]
-            _sample(plan, resolved, files, numbers, SAMPLE_ROWS // len(texts) or 1, template, teaching)
+            _sample(plan, resolved, spec, files, numbers, SAMPLE_ROWS // len(texts) or 1, template, teaching)
     if resolved.command == "sft":
         plan.warnings += [f"of {plan.sampled} rows looked at, {said}" for said in teaching.sentences()]
     plan.rows = sum(sizes)
@@ -134,6 +136,7 @@ def _count(file: Path) -> tuple[int, bool, list[int] | None]:
 def _sample(
     plan: RowPlan,
     resolved: Resolved,
+    spec: DatasetSpec,
     files: Sequence[Path],
     numbers: Sequence[list[int] | None],
     wanted: int,
@@ -146,11 +149,15 @@ def _sample(
     offset = 0
     for file, known in zip(files, numbers, strict=True):
         if known is None:
-            rows = list(islice(read_rows(file, resolved.config.data.columns), 0, _HEAD_ROWS, every))
+            rows = list(
+                islice(
+                    read_rows(file, resolved.config.data.columns, None, spec.mapping), 0, _HEAD_ROWS, every
+                )
+            )
         else:
             chosen = {number for place, number in enumerate(known, offset) if place % every == 0}
             offset += len(known)
-            rows = list(read_rows(file, resolved.config.data.columns, chosen)) if chosen else []
+            rows = list(read_rows(file, resolved.config.data.columns, chosen, spec.mapping)) if chosen else []
         samples: list[Sample] = []
         for row in rows:
             plan.sampled += 1

@@ -11,7 +11,10 @@ class DataSection(Section):
     """Data sets, mixing, tokenisation, batching."""
 
     dataset: list[str] = option(
-        [], "Training data on disk: files or folders; PATH#500 takes 500 rows.", essential=True
+        [],
+        "Training data: files, folders, or names (swift data ls; owner/name of a hub, which HF:: or MS:: chooses);"
+        " NAME:subset#500 takes 500 rows of a subset.",
+        essential=True,
     )
     val_dataset: list[str] = option([], "Validation data (for infer: the rows to answer).", essential=True)
     split_dataset_ratio: float = option(
@@ -24,6 +27,20 @@ class DataSection(Section):
     dataset_weights: list[float] = option(
         [], "Mixing weights, one per data set: rows are drawn in these proportions."
     )
+    model_name: list[str] = option(
+        [], "What the model calls itself in self-cognition data: one text, or a Chinese and an English one."
+    )
+    model_author: list[str] = option([], "Who made it, for self-cognition data: as model_name.")
+    streaming: bool = option(
+        False, "Read and tokenise the rows while training, without a token cache; needs max_steps."
+    )
+    shuffle_buffer_size: int = option(
+        1000, "Streaming: rows that are held, shuffled and made into batches at a time.", unit="rows", ge=1
+    )
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = option(
+        "first_exhausted",
+        "Streaming with dataset_weights: an epoch ends with the first data set, or when all are used up.",
+    )
     columns: dict[str, str] = option({}, "Rename columns before reading: JSON object {old: new}.")
     on_bad_rows: Literal["error", "skip"] = option(
         "error", "Rows that cannot be read: stop with file and line, or skip them and report the count."
@@ -35,6 +52,12 @@ class DataSection(Section):
     )
     load_from_cache_file: bool = option(
         True, "Reuse tokens cached from the same data, template and tokenizer."
+    )
+    token_cache_gib: float = option(
+        100.0,
+        "What the token cache may take; data not used for longest is deleted from it (none of the last day).",
+        unit="GiB",
+        gt=0,
     )
     max_length: int | None = option(
         None,

@@ -10,7 +10,14 @@ from swift.config.option import Section, option
 class GenerationSection(Section):
     """Sampling and batch inference."""
 
-    max_new_tokens: int = option(512, "Longest answer.", unit="tokens", essential=True, ge=1)
+    max_new_tokens: int = option(
+        512,
+        "Longest answer. Batch inference with a model from a run folder, unless set: at most twice the longest "
+        "reference answer and 16 tokens.",
+        unit="tokens",
+        essential=True,
+        ge=1,
+    )
     temperature: float = option(
         0.0, "Sampling temperature; 0 takes the likeliest token.", essential=True, ge=0
     )

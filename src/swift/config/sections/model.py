@@ -12,8 +12,19 @@ class ModelSection(Section):
 
     model: str | None = option(
         None,
-        "Model folder on disk (config.json, weights, tokenizer), or a run folder; hub names are not downloaded.",
+        "Model folder on disk (config.json, weights, tokenizer), a run folder, a short name (swift models ls), or"
+        " owner/name on a hub, which is downloaded when it is not in the hub's cache.",
         essential=True,
+    )
+    model_revision: str | None = option(
+        None, "Branch, tag or commit of a model on a hub; default: its main branch."
+    )
+    use_hf: bool | None = option(
+        None,
+        "Hub: Hugging Face (true) or ModelScope (false); default: USE_HF of the environment, else false.",
+    )
+    hub_token: str | None = option(
+        None, "Token for private and gated models; never recorded. Better: HF_TOKEN or MODELSCOPE_API_TOKEN."
     )
     adapters: list[str] = option([], "Adapter folders (or run folders) to load on top of the model.")
     torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(

@@ -16,6 +16,10 @@ class TemplateSection(Section):
     chat_template: str | None = option(
         None, "Jinja file to use instead of the tokenizer's own chat template, or the name of a built-in one."
     )
+    agent_template: Literal["react", "hermes", "qwen"] | None = option(
+        None,
+        "Write tools, calls and results as text in this form; default: as the chat template writes them.",
+    )
     use_chat_template: bool | None = option(
         None, "Render messages with the chat template; default: yes, but plain text for pt."
     )

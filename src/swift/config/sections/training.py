@@ -23,6 +23,11 @@ class TrainingSection(Section):
         essential=True,
         ge=1,
     )
+    global_batch_size: int | None = option(
+        None,
+        "Samples (with packing: rows) per optimizer step, over all devices; sets gradient_accumulation_steps.",
+        ge=1,
+    )
     learning_rate: float | None = option(
         None, "Peak learning rate; default 1e-4 for LoRA, 1e-5 for full training.", essential=True, gt=0
     )
@@ -37,6 +42,7 @@ class TrainingSection(Section):
         0.1, "wsd: share of the steps, at the end, in which the rate falls.", gt=0, le=1
     )
     min_lr_ratio: float = option(0.0, "Learning rate at the end, as a share of the peak.", ge=0, le=1)
+    min_lr: float | None = option(None, "The same as a rate; min_lr_ratio follows from it.", ge=0)
     weight_decay: float = option(
         0.1, "AdamW weight decay (matrices and embeddings; not biases and norms).", ge=0
     )

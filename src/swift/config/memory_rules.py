@@ -1,0 +1,68 @@
+"""What goes together among quantised bases and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from swift.config.schema import Resolved
+from swift.core.errors import ConfigError
+
+__all__ = ["FULL_TRAINING_OPTIMIZERS", "LOW_RANK_OPTIONS", "check_memory", "quant_bits", "quant_method"]
+
+LOW_RANK_OPTIONS = ("galore_rank", "galore_target_modules", "galore_update_proj_gap", "galore_scale")
+FULL_TRAINING_OPTIMIZERS = ("galore_adamw", "apollo_adamw")
+_OFF = (0, 16)
+
+
+def quant_method(resolved: Resolved) -> str | None:
+    """``--quant_bits 4`` alone means bitsandbytes."""
+    bits = resolved.config.quantization.quant_bits
+    return None if bits is None or bits in _OFF else "bnb"
+
+
+def quant_bits(resolved: Resolved) -> int | None:
+    """What a method means without a number of bits."""
+    return {"bnb": 4, "torchao": 8}.get(resolved.config.quantization.quant_method or "")
+
+
+def check_memory(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
+    """Raise ConfigError for what cannot be done together. ``where`` says where the user set an option."""
+    _check_quantization(resolved, where)
+    if "optim" in resolved.sources:
+        _check_optimizer(resolved, where)
+
+
+def _check_quantization(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
+    section = resolved.config.quantization
+    if not section.is_active:
+        if section.quant_bits is not None and section.quant_bits not in _OFF:
+            raise ConfigError("needs a method", where=where(resolved, "quant_bits"), fix="--quant_method bnb")
+        return
+    allowed = {"bnb": (4, 8), "torchao": (8,)}[section.quant_method or ""]
+    if section.quant_bits not in allowed:
+        raise ConfigError(
+            f"{section.quant_method} stores {' or '.join(map(str, allowed))} bits, not {section.quant_bits}",
+            where=where(resolved, "quant_bits"),
+            fix="--quant_method bnb --quant_bits 4",
+        )
+    if resolved.command in ("pt", "sft") and resolved.config.tuner.tuner_type == "full":
+        raise ConfigError(
+            "a quantised base cannot be trained in full",
+            where=where(resolved, "quant_method"),
+            why="its weights are stored in steps too coarse for an update; adapters on top of it are trained",
+            fix="--tuner_type lora, or leave the quantisation out",
+        )
+
+
+def _check_optimizer(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
+    optim = resolved.config.optimizer.optim
+    if optim in FULL_TRAINING_OPTIMIZERS and resolved.config.tuner.tuner_type != "full":
+        raise ConfigError(
+            f"{optim} projects the gradients of whole weight matrices; adapters are of low rank already",
+            where=where(resolved, "optim"),
+            fix="--tuner_type full, or --optim adamw_8bit to save memory with adapters",
+        )
+    if optim == "schedule_free_adamw" and resolved.config.training.lr_scheduler_type != "constant":
+        resolved.warnings.append(
+            f"{where(resolved, 'lr_scheduler_type')}: schedule_free_adamw replaces a schedule; constant is usual"
+        )

@@ -1,0 +1,36 @@
+"""A base model whose weights are stored in fewer bits and stay frozen."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from swift.config.option import Section, option
+
+
+class QuantizationSection(Section):
+    """Quantise the frozen base while it is loaded (QLoRA, arXiv 2305.14314)."""
+
+    quant_method: Literal["bnb", "torchao"] | None = option(
+        None,
+        "How the base is quantised when loaded: bnb (bitsandbytes) or torchao; default: bnb with quant_bits.",
+        essential=True,
+    )
+    quant_bits: int | None = option(
+        None,
+        "Bits of a quantised weight: 4 (bnb) or 8; default: 4 with bnb, 8 with torchao.",
+        essential=True,
+        ge=0,
+        le=16,
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit number format of bitsandbytes.")
+    bnb_4bit_use_double_quant: bool = option(
+        True, "Quantise the 4-bit format's block scales to 8 bits as well (saves 0.37 bits a weight)."
+    )
+    bnb_4bit_compute_dtype: Literal["float32", "float16", "bfloat16"] | None = option(
+        None, "Precision in which 4-bit layers multiply; default: torch_dtype."
+    )
+
+    @property
+    def is_active(self) -> bool:
+        """True when the base is quantised while it is loaded."""
+        return self.quant_method is not None
