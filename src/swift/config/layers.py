@@ -257,6 +257,7 @@ class Binder:
         before = layer.entries.get(name)
         # A flag may be repeated (scripts append "$@"); in a file a second mention is a mistake.
         repeated = layer.kind == "flag" and before is not None and _same_key(before.key, key)
+        repeated = repeated or (before is not None and _is_cached(before.key) != _is_cached(key))
         if before is not None and not repeated:
             if before.value != entry.value:
                 raise ConfigError(
@@ -360,6 +361,11 @@ _REFUSED: Any = object()
 
 def _same_key(first: str, second: str) -> bool:
     return first.replace("-", "_") == second.replace("-", "_")
+
+
+def _is_cached(key: str) -> bool:
+    """ms-swift trains on ``cached_dataset`` and ``dataset`` together; so for ``cached_val_dataset``."""
+    return key.replace("-", "_").rpartition(".")[2] in ("cached_dataset", "cached_val_dataset")
 
 
 def _without_paths(raw: Any) -> Any:
