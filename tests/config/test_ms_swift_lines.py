@@ -81,7 +81,7 @@ def test_cached_data_is_added_to_the_other(tmp_path: Path) -> None:
         ("--attention_backend unfused", "attn_impl", "eager"),
         ("--optimizer dist_muon --tuner_type full", "optim", "muon"),
         ("--report_to tensorboard comet_ml", "report_to", ["tensorboard"]),
-        ("--report_to all", "report_to", []),
+        ("--report_to neptune", "report_to", []),
         ("--loss_scale last_round+hermes", "loss_scale", "default"),
         ("--loss_scale last_round", "loss_scale", "last_round"),
         ("--train_type dummy", "tuner_type", "lora"),

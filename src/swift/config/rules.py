@@ -253,6 +253,9 @@ def _check_streaming(resolved: Resolved) -> None:
             where=_where(resolved, "streaming"),
             fix="--max_steps 1000",
         )
+    if resolved.config.data.streaming and resolved.config.training.enable_channel_loss:
+        why = "the rows of a stream are not known beforehand"
+        raise ConfigError("not with a stream", where=_where(resolved, "enable_channel_loss"), why=why)
 
 
 def _check_checkpoint(resolved: Resolved) -> None:

@@ -219,7 +219,9 @@ def _keep_mask(noise: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     """True where an adapter fits: linear layers, quantised ones too, and GPT-2's ``Conv1D`` (``[in, out]``)."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_quantised_linear(module)
+    # Routers of some mixtures of experts are linear layers by name, with an output of their own.
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or _is_conv1d(module) or is_quantised_linear(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
