@@ -112,8 +112,8 @@ def _spellings() -> str:
     ]
     sections = ", ".join(f"`{other}` = `{name}`" for other, name in table.sections.items())
     return (
-        f"## Other spellings\n\n{_MEASURED}\nPlain other names stand beside each option above. These stand for a value, "
-        f"or depend on the command:\n\n{_table(('Spelling', 'Meaning'), rows)}\nOther words for values:\n\n"
+        f"## Other spellings\n\n{_MEASURED}\nPlain other names stand beside each option above. These stand for a "
+        f"value, or depend on the command:\n\n{_table(('Spelling', 'Meaning'), rows)}\nOther words for values:\n\n"
         f"{_table(('Option', 'Words'), values)}\nSections under other names: {sections}.\n"
     )
 
