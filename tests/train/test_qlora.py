@@ -56,10 +56,8 @@ CASES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_learns_and_resumes_exactly(run_training, name):
-    pytest.importorskip("bitsandbytes")
     options = {"save_steps": 3, "max_steps": 6, "num_train_epochs": 9, **CASES[name]}
     whole = run_training(run_name="whole", **options)
     with pytest.raises(Killed):
@@ -71,10 +69,8 @@ def test_learns_and_resumes_exactly(run_training, name):
     assert whole.summary["last_loss"] < whole.summary["first_loss"]
 
 
-@pytest.mark.slow
 def test_merging_takes_the_full_precision_base(run_training, tmp_path):
     """Merged logits are those of the adapter on the unquantised base, to 1e-5 in float32."""
-    pytest.importorskip("bitsandbytes")
     from swift.cli.merge_lora import merge
     from swift.inference.context import find_context, load_context
     from swift.models.load import load_model

@@ -65,7 +65,6 @@ CASES = {
     "lisa": Case({"tuner_type": "full", "lisa_activated_layers": 1, "lisa_step_interval": 2},
                  in_peft=False, can_merge=False),
 }  # fmt: skip
-FAST = ("dora", "pissa", "adalora", "vera", "reft", "llamapro", "lisa")
 
 
 class Last(Callback):
@@ -121,9 +120,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_method(name: str, options: dict[str, Any], models: dict[str, Path], tmp_path: Path) -> None:
     case = CASES[name]
     base = models[case.model]
