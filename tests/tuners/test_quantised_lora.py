@@ -12,6 +12,7 @@ from swift.models.load import load_model
 from swift.tuners.apply import attach_adapter
 from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, is_linear, lora_layers
 from swift.tuners.merge import merge_adapter
+from swift.tuners.peft_format import load_adapter, save_adapter
 
 NF4 = QuantizationSection(quant_method="bnb", quant_bits=4)
 INT8 = QuantizationSection(quant_method="bnb", quant_bits=8)
@@ -167,6 +168,20 @@ def test_adapters_of_one_batch_and_dropout(base):
     first = layer(x)
     torch.manual_seed(0)
     assert torch.equal(first, layer(x))
+    unwrap(base)
+
+
+def test_a_stored_adapter_is_loaded_onto_a_quantised_base(base, tmp_path):
+    """A packed weight has another shape than its layer: 4 bits have one column of half as many bytes."""
+    ids = torch.arange(8)[None]
+    tuned(base)
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+    save_adapter(base, tmp_path)
+    unwrap(base)
+    load_adapter(base, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids).logits, expected)
     unwrap(base)
 
 

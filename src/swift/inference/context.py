@@ -23,7 +23,8 @@ from swift.hubs.names import is_repo_name
 from swift.models.load import ModelBundle, load_bundle
 from swift.models.locate import locate_model
 from swift.runs.folder import RunFolder
-from swift.tuners.peft_format import CONFIG_FILE, adapter_folder, is_adapter_folder, load_adapter
+from swift.tuners.peft_format import adapter_folder, is_adapter_folder, load_adapter
+from swift.tuners.peft_names import CONFIG_FILE
 
 __all__ = ["InferenceContext", "find_context", "load_context"]
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, ModelError
 from swift.tuners.adapter import OtherAdapter
+from swift.tuners.peft_names import WEIGHTS_FILE
 from swift.tuners.registry import Method
 
 __all__ = ["PeftAdapter", "attach_with_peft", "load_with_peft"]
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 class PeftAdapter(OtherAdapter):
