@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from swift.config.sections.quantization import QuantizationSection
+from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ModelError
 from swift.models.load import load_model
-from swift.tuners.apply import attach_adapter
+from swift.models.quantised import dequantised
+from swift.tuners.apply import apply_tuner, attach_adapter
 from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, is_linear, lora_layers
 from swift.tuners.merge import merge_adapter
 from swift.tuners.peft_format import load_adapter, save_adapter
@@ -182,6 +184,22 @@ def test_a_stored_adapter_is_loaded_onto_a_quantised_base(base, tmp_path):
     load_adapter(base, tmp_path)
     with torch.no_grad():
         assert torch.equal(base(input_ids=ids).logits, expected)
+    unwrap(base)
+
+
+def test_pissa_starts_from_the_values_of_a_quantised_base(base):
+    """And not from the bytes that these are stored in."""
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+    apply_tuner(base, TunerSection(init_weights="pissa", lora_rank=4))
+    with torch.no_grad():
+        torch.testing.assert_close(base(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+    for layer in lora_layers(base).values():
+        u, s, vh = torch.linalg.svd(dequantised(layer.base))
+        start_a, start_b = layer.starts["default"]
+        found = layer.specs["default"].scaling * start_b @ start_a
+        torch.testing.assert_close(found, u[:, :4] * s[:4] @ vh[:4], rtol=1e-3, atol=1e-5)
     unwrap(base)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from swift.core.errors import ModelError
+from swift.models.quantised import is_quantised_linear
 from swift.runs.folder import RunFolder
 from swift.tuners.adapter import adapter_of
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, attach_adapter, tuned_model
@@ -31,6 +32,7 @@ from swift.tuners.peft_names import (
     adapter_tensors,
     base_name,
     is_refused,
+    needs_rounded_base,
     saved_tensors,
     specs_of,
     split_tensors,
@@ -164,6 +166,12 @@ def load_adapter(
     if peft_method_of_folder(config) is not None:
         _read_tensors(folder)
         return TunedModel(model, "other", other=load_with_peft(model, folder, config, trainable=trainable))
+    if needs_rounded_base(config) and not any(is_quantised_linear(one) for one in model.modules()):
+        raise ModelError(
+            "the adapter makes up for the rounding of a quantised base (LoftQ), and this base is not quantised",
+            where=str(folder),
+            fix=f"--quant_method bnb --quant_bits {config['loftq_config'].get('loftq_bits', 4)}",
+        )
     tensors = _read_tensors(folder)
     pairs, rest = split_tensors(tensors, folder)
     saved = saved_tensors(model, rest, config, folder)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from swift.core.errors import ModelError
@@ -29,6 +30,7 @@ __all__ = [
     "adapter_tensors",
     "base_name",
     "is_refused",
+    "needs_rounded_base",
     "saved_tensors",
     "specs_of",
     "split_tensors",
@@ -59,7 +61,6 @@ _IGNORED = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
-        "loftq_config",
         "corda_config",
         "eva_config",
         "lora_ga_config",
@@ -69,6 +70,7 @@ _READ = frozenset(
     (
         "alpha_pattern",
         "init_lora_weights",
+        "loftq_config",
         "lora_alpha",
         "lora_dropout",
         "modules_to_save",
@@ -118,7 +120,7 @@ def adapter_config(
         "layer_replication": None,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "loftq_config": {},
+        "loftq_config": {"loftq_bits": _bits(layers), "loftq_iter": 1} if first.init == "loftq" else {},
         "lora_alpha": _plain(alpha),
         "lora_dropout": first.dropout,
         "megatron_config": None,
@@ -133,6 +135,19 @@ def adapter_config(
         "use_dora": False,
         "use_rslora": first.use_rslora,
     }
+
+
+def _bits(layers: Mapping[str, LoraLinear]) -> int:
+    """Of the base that LoftQ started from: bitsandbytes stores one number in an int8, or two in a byte."""
+    return 8 if any(layer.weight.dtype == torch.int8 for layer in layers.values()) else 4
+
+
+def needs_rounded_base(config: Mapping[str, Any]) -> bool:
+    """True when the adapter started from its base's rounding error (LoftQ), so that it fits no base but the rounded.
+
+    PEFT would start such an adapter anew when it loads ``init_lora_weights: loftq``; it ignores ``loftq_config``.
+    """
+    return bool(config.get("loftq_config"))
 
 
 def base_name(base_path: str | Path | None) -> str | None:
@@ -227,9 +242,15 @@ def specs_of(
             alpha=float(_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))),
             dropout=float(config.get("lora_dropout") or 0.0),
             use_rslora=bool(config.get("use_rslora")),
-            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
+            init=_init(config),
         )
     return specs
+
+
+def _init(config: Mapping[str, Any]) -> str:
+    if needs_rounded_base(config):
+        return "loftq"
+    return "gaussian" if config.get("init_lora_weights") == "gaussian" else "default"
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

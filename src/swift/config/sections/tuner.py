@@ -52,7 +52,8 @@ class TunerSection(Section):
     )
     init_weights: str = option(
         "default",
-        "Start of the adapter: default, gaussian, pissa, pissa_niter_N, olora, eva or lora-ga; with bone also bat.",
+        "Start of the adapter: default, gaussian, pissa, pissa_niter_N, olora, eva, lora-ga or loftq; "
+        "with bone also bat.",
     )
     target_parameters: list[str] = option(
         [], "Parameters that get LoRA themselves: ends of names of fused experts (mlp.experts.down_proj)."
