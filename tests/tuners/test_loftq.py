@@ -95,7 +95,10 @@ def test_trains_resumes_reloads_and_merges(bits, run_training, tiny_model_dir, t
     assert losses(whole)[-1] < losses(whole)[0] - 0.05
     cut = tmp_path / "output" / "cut"
     shutil.copytree(whole, cut, symlinks=True)
-    run_training(run_name="cut", resume_from_checkpoint=str(cut / "checkpoint-3"), **options)
+    assert (
+        run_training(run_name="cut", resume_from_checkpoint=str(cut / "checkpoint-3"), **options).folder
+        == cut
+    )
     files = [folder / "last" / "adapter_model.safetensors" for folder in (cut, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
 

@@ -43,7 +43,14 @@ TUNER_OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("lora_dropout",), "tuner_type", ("lora", "adalora")),
     (("init_weights",), "tuner_type", ("lora", "bone")),
     (
-        ("modules_to_save", "use_rslora", "use_dora", "lora_dtype", "target_parameters"),
+        (
+            "modules_to_save",
+            "use_rslora",
+            "use_dora",
+            "lora_dtype",
+            "target_parameters",
+            "longlora_group_size",
+        ),
         "tuner_type",
         ("lora",),
     ),

@@ -41,6 +41,7 @@ from swift.train.starts import start_from_data
 from swift.train.state import TrainState
 from swift.tuners.adapter import OtherAdapter
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
+from swift.tuners.longlora import use_shifted_groups
 from swift.tuners.peft_format import adapter_folder, load_adapter
 from swift.tuners.starts import needs_data, start_from_rounding
 from swift.tuners.targets import output_head_name
@@ -211,6 +212,8 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
         for parameter in model.parameters():
             if not parameter.requires_grad and tuned.kind == "full":
                 parameter.data = parameter.data.to(dtype)
+    if config.tuner.longlora_group_size:
+        use_shifted_groups(model, config.tuner.longlora_group_size)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return tuned
