@@ -191,6 +191,10 @@ def load_model(
         )
     if is_quantised:
         settle_layers(model)
+        if getattr(model.config, "quantization_config", None) is None:
+            # Unpacked while it was read (FP8). Transformers would pack the weights again whenever they are stored, and
+            # config.json would not say so; without the record of how they were read it stores them as they are.
+            model._weight_conversions = None
     else:
         model.to(device)
     model.config.use_cache = False

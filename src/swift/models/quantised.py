@@ -114,13 +114,15 @@ def check_loadable(config: Mapping[str, Any], device: str, section: Quantization
             why=f"known methods: {', '.join(_STORED)}",
             fix="use the full-precision model",
         )
-    dequantised = method in ("fp8", "mxfp4") and config["quantization_config"].get("dequantize")
-    if needs.cuda_only and device != "cuda" and not dequantised:
+    can_unpack = method in ("fp8", "mxfp4")
+    unpacks = can_unpack and config["quantization_config"].get("dequantize")
+    if needs.cuda_only and device != "cuda" and not unpacks:
         raise ModelError(
             f"{method} weights need a CUDA device, not {device}",
             where=where,
             why="their matrix products exist as CUDA kernels only",
-            fix="use the full-precision model on this machine, or --device cuda on another",
+            fix="use the full-precision model on this machine, or --device cuda on another"
+            + ('; or set "dequantize": true in quantization_config of its config.json' if can_unpack else ""),
         )
     if missing := _missing(needs):
         raise ModelError(

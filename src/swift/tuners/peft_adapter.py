@@ -149,6 +149,13 @@ def attach_with_peft(
     import peft
 
     _check(section, total_steps)
+    if not method.takes_packed and any(hasattr(one, "quant_state") for one in model.parameters()):
+        raise ConfigError(
+            f"PEFT's {section.tuner_type} cannot sit on weights of 4 bits",
+            where=f"--tuner_type {section.tuner_type}",
+            why="it takes its sizes from the shape of the weight, which is packed",
+            fix="--quant_bits 8, or --tuner_type lora",
+        )
     values = {theirs: section_value(section, ours) for theirs, ours in method.options.items()}
     values |= {**method.fixed, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
     if section.tuner_type == "ia3":
