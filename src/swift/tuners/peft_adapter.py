@@ -149,13 +149,7 @@ def attach_with_peft(
     import peft
 
     _check(section, total_steps)
-    if not method.takes_packed and any(hasattr(one, "quant_state") for one in model.parameters()):
-        raise ConfigError(
-            f"PEFT's {section.tuner_type} cannot sit on weights of 4 bits",
-            where=f"--tuner_type {section.tuner_type}",
-            why="it takes its sizes from the shape of the weight, which is packed",
-            fix="--quant_bits 8, or --tuner_type lora",
-        )
+    _check_quantised(model, method, section)
     values = {theirs: section_value(section, ours) for theirs, ours in method.options.items()}
     values |= {**method.fixed, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
     if section.tuner_type == "ia3":
@@ -199,6 +193,24 @@ def _check(section: TunerSection, total_steps: int | None) -> None:
             "more than one butterfly factor needs PEFT's CUDA kernel",
             where=f"--boft_n_butterfly_factor {section.boft_n_butterfly_factor}",
             fix="leave it out",
+        )
+
+
+def _check_quantised(model: nn.Module, method: Method, section: TunerSection) -> None:
+    kinds = {type(parameter).__name__ for parameter in model.parameters()}
+    if "Params4bit" in kinds and not method.takes_packed:
+        raise ConfigError(
+            f"PEFT's {section.tuner_type} cannot sit on weights of 4 bits",
+            where=f"--tuner_type {section.tuner_type}",
+            why="it takes its sizes from the shape of the weight, which is packed",
+            fix="--quant_bits 8, or --tuner_type lora",
+        )
+    if "Int8Params" in kinds and section.use_dora:
+        raise ConfigError(
+            "PEFT's DoRA cannot sit on weights of 8 bits",
+            where="--use_dora",
+            why="it unpacks the weight at every step, after which bitsandbytes has lost the scales",
+            fix="--quant_bits 4, or leave --use_dora out",
         )
 
 
