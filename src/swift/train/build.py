@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,57 @@ def build(
     closing: contextlib.ExitStack,
 ) -> Trainer:
     """Model, engine and trainer, ready for the next step; ``closing`` gets what must be closed in the end."""
-    resolved, config, device = prepared.resolved, prepared.resolved.config, prepared.device
+    resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
+    pad_token_id: int = tokenizer.pad_token_id
     tuned = _tune(_load_weights(prepared), prepared)
     engine = _engine(prepared, tuned)
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
     if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
-        start_from_data(engine, prepared.data.train, resolved, tokenizer.pad_token_id)
+        start_from_data(engine, prepared.data.train, resolved, pad_token_id)
+    state = _restored(prepared, tuned, engine)
+    _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
+    if config.training.neftune_noise_alpha:
+        add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
+    if prepared.device.type != "cpu":
+        rows = prepared.schedule.largest_micro_batch()
+        engine.rehearse(
+            collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), SftObjective()
+        )
+    loader = _loader(prepared, pad_token_id)
+    closing.callback(loader.close)
+    if config.report.debug_mode:
+        batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(prepared.device)
+        say(inspection_report(tuned.model, batch, tokenizer))
+    if checkpoint is not None:
+        _set_aside(folder, state, say)
+    metrics = MetricsLog(folder.path / "metrics.jsonl")
+    closing.callback(metrics.close)
+    metrics.truncate_after(state.step)
+    return Trainer(
+        resolved=resolved,
+        folder=folder,
+        engine=engine,
+        objective=SftObjective(),
+        loader=loader,
+        plan=prepared.plan,
+        state=state,
+        save=partial(_save, prepared, folder, tuned, engine),
+        metrics=metrics,
+        status=status,
+        device=prepared.device,
+        evaluator=_evaluator(prepared, pad_token_id),
+        callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
+    )
+
+
+def _restored(prepared: Prepared, tuned: TunedModel, engine: NativeEngine) -> TrainState:
+    """The state of the checkpoint (its weights and optimizer are loaded), or of a beginning.
+
+    Raises SwiftError when the checkpoint's place in the data means another one by now.
+    """
+    checkpoint = prepared.checkpoint
     state = load_checkpoint(checkpoint, tuned=tuned, engine=engine) if checkpoint else TrainState()
     cursor = _cursor_fingerprint(prepared)
     if state.cursor_fingerprint not in ("", cursor):
@@ -77,63 +121,38 @@ def build(
         )
     state.cursor_fingerprint = cursor
     state.order_batch_size = prepared.schedule.batch_size
-    only_model = config.checkpoint.save_only_model
-    _check_disk(folder.path, tuned, only_model)
-    pad_token_id = tokenizer.pad_token_id
-    if config.training.neftune_noise_alpha:
-        add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
-    if device.type != "cpu":
-        rows = prepared.schedule.largest_micro_batch()
-        engine.rehearse(
-            collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), SftObjective()
-        )
-    loader = (
-        StreamLoader(prepared.stream, pad_token_id=pad_token_id)
-        if prepared.stream is not None
-        else BatchLoader(
-            prepared.data.train,
-            prepared.schedule,
-            num_workers=config.data.dataloader_num_workers,
-            pad_token_id=pad_token_id,
-        )
+    return state
+
+
+def _loader(prepared: Prepared, pad_token_id: int) -> StreamLoader | BatchLoader:
+    if prepared.stream is not None:
+        return StreamLoader(prepared.stream, pad_token_id=pad_token_id)
+    return BatchLoader(
+        prepared.data.train,
+        prepared.schedule,
+        num_workers=prepared.resolved.config.data.dataloader_num_workers,
+        pad_token_id=pad_token_id,
     )
-    closing.callback(loader.close)
-    if config.report.debug_mode:
-        batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(device)
-        say(inspection_report(tuned.model, batch, tokenizer))
-    if checkpoint is not None:
-        _set_aside(folder, state, say)
-    metrics = MetricsLog(folder.path / "metrics.jsonl")
-    closing.callback(metrics.close)
-    metrics.truncate_after(state.step)
 
-    def save(path: Path, at: TrainState) -> None:
-        save_checkpoint(
-            path,
-            tuned=tuned,
-            tokenizer=tokenizer,
-            base_path=prepared.model_path,
-            export_dtype=prepared.export_dtype,
-            engine=engine,
-            state=at,
-            config_file=folder.path / "config.yaml",
-            only_model=only_model,
-        )
 
-    return Trainer(
-        resolved=resolved,
-        folder=folder,
+def _save(
+    prepared: Prepared,
+    folder: RunFolder,
+    tuned: TunedModel,
+    engine: NativeEngine,
+    path: Path,
+    at: TrainState,
+) -> None:
+    save_checkpoint(
+        path,
+        tuned=tuned,
+        tokenizer=prepared.template.tokenizer,
+        base_path=prepared.model_path,
+        export_dtype=prepared.export_dtype,
         engine=engine,
-        objective=SftObjective(),
-        loader=loader,
-        plan=prepared.plan,
-        state=state,
-        save=save,
-        metrics=metrics,
-        status=status,
-        device=device,
-        evaluator=_evaluator(prepared, pad_token_id),
-        callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
+        state=at,
+        config_file=folder.path / "config.yaml",
+        only_model=prepared.resolved.config.checkpoint.save_only_model,
     )
 
 
