@@ -11,6 +11,8 @@ import pytest
 import torch
 from tests.train.conftest import chat_file, run_training
 
+from swift.cli.merge_lora import merge
+from swift.config.bind import resolve
 from swift.core.errors import ModelError
 from swift.models.attention import SHIFTED_GROUPS, varlen_attention
 from swift.models.load import load_model
@@ -118,4 +120,8 @@ def test_trains_with_embedding_and_norms_and_resumes(packing, run_training, tmp_
     saved = json.loads((whole / "last" / "adapter_config.json").read_text())["modules_to_save"]
     assert len(saved) == 2 + 2 * 2
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(input_ids=ids).logits, theirs(input_ids=ids).logits)
+        expected = ours.eval()(input_ids=ids).logits
+        torch.testing.assert_close(expected, theirs(input_ids=ids).logits)
+        words = ["--adapters", str(whole), "--output_dir", str(tmp_path / "merged"), "--device", "cpu"]
+        merged = load_model(merge(resolve("merge-lora", words)), dtype=torch.float32)
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
