@@ -14,8 +14,11 @@ from swift.cli.merge_lora import merge
 from swift.config.bind import resolve
 from swift.config.sections.quantization import QuantizationSection
 from swift.core.errors import ConfigError, ModelError
+from swift.models.facts import ModelFacts
 from swift.models.load import load_model
-from swift.models.quantised import check_loadable
+from swift.models.quantised import check_loadable, prepare_stored
+from swift.plan.plan import make_plan
+from swift.plan.quantised import frozen_bytes
 from swift.runs.metrics import read_metrics
 from swift.tuners.peft_format import load_adapter
 
@@ -177,3 +180,27 @@ def test_it_is_not_trained_in_full(tuner, run_training, tiny_model_dir, tmp_path
     load_model(tiny_model_dir, dtype=torch.float32, quantization=NF4).save_pretrained(folder)
     with pytest.raises(ConfigError, match="in full"):
         run_training(model=str(folder), tuner_type=tuner, max_steps=1)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_kernels_that_pass_gradients_are_asked_for(method):
+    """gptqmodel's fastest kernels raise in training; what transformers hands on is what counts."""
+    from transformers import AwqConfig, GPTQConfig, PretrainedConfig
+
+    settings = {"quant_method": method, "bits": 4, "group_size": 64}
+    config = PretrainedConfig(quantization_config=dict(settings))
+    prepare_stored(config)
+    kind = {"gptq": GPTQConfig, "awq": AwqConfig}[method]
+    assert kind.from_dict(settings).backend != "auto_trainable"
+    assert kind.from_dict(config.quantization_config).backend == "auto_trainable"
+
+
+def test_the_plan_counts_unpacked_weights_in_full(tiny_model_dir, tmp_path):
+    packed, _ = fp8_folders(tiny_model_dir, tmp_path)
+    on_disk = ModelFacts.read(packed)
+    assert frozen_bytes(on_disk, [], QuantizationSection(), 4) == on_disk.weights_bytes
+    change_config(packed, quantization_config={"quant_method": "fp8", "dequantize": True})
+    values = {"model": str(packed), "dataset": "d", "torch_dtype": "float32", "device": "cpu"}
+    plan = make_plan(resolve("sft", values=values, planning=True))
+    parameters = sum(one.numel() for one in load_model(tiny_model_dir, dtype=torch.float32).parameters())
+    assert plan.memory["parts"]["weights"] == 4 * parameters

@@ -26,9 +26,11 @@ __all__ = [
     "check_packages",
     "dequantised",
     "is_quantised_linear",
+    "is_unpacked",
     "linear_sizes",
     "loading_config",
     "num_weights",
+    "prepare_stored",
     "settle_layers",
     "stored_method",
     "stored_weights",
@@ -68,6 +70,17 @@ def stored_method(config: Mapping[str, Any]) -> str | None:
     if not isinstance(settings, Mapping):
         return None
     return str(settings.get("quant_method", "bitsandbytes")).lower()
+
+
+_UNPACKED_ON_WISH = ("fp8", "mxfp4")
+
+
+def is_unpacked(config: Mapping[str, Any]) -> bool:
+    """True when stored quantised weights are turned into plain ones while they are loaded."""
+    method = stored_method(config)
+    if method in _UNPACKED_ON_WISH:
+        return bool(config["quantization_config"].get("dequantize"))
+    return method == "compressed-tensors"
 
 
 def check_packages(section: QuantizationSection) -> None:
@@ -114,15 +127,17 @@ def check_loadable(config: Mapping[str, Any], device: str, section: Quantization
             why=f"known methods: {', '.join(_STORED)}",
             fix="use the full-precision model",
         )
-    can_unpack = method in ("fp8", "mxfp4")
-    unpacks = can_unpack and config["quantization_config"].get("dequantize")
-    if needs.cuda_only and device != "cuda" and not unpacks:
+    if needs.cuda_only and device != "cuda" and not is_unpacked(config):
         raise ModelError(
             f"{method} weights need a CUDA device, not {device}",
             where=where,
             why="their matrix products exist as CUDA kernels only",
             fix="use the full-precision model on this machine, or --device cuda on another"
-            + ('; or set "dequantize": true in quantization_config of its config.json' if can_unpack else ""),
+            + (
+                '; or set "dequantize": true in quantization_config of its config.json'
+                if method in _UNPACKED_ON_WISH
+                else ""
+            ),
         )
     if missing := _missing(needs):
         raise ModelError(
@@ -164,6 +179,23 @@ def loading_config(section: QuantizationSection, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute) if compute else dtype,
     )
+
+
+def prepare_stored(config: Any) -> None:
+    """Have stored weights loaded in a way that can be trained upon.
+
+    Left to themselves, gptqmodel takes faster kernels that pass no gradient on, and compressed-tensors leaves layers
+    without a weight until the model is first used, when it unpacks them all.
+
+    Args:
+        config: of a model whose folder may hold quantised weights; changed in place.
+    """
+    settings = getattr(config, "quantization_config", None)
+    method = stored_method({"quantization_config": settings})
+    if settings is not None and method in ("gptq", "awq"):
+        settings["backend"] = "auto_trainable"
+    elif settings is not None and method == "compressed-tensors":
+        settings["dequantize"] = True
 
 
 def settle_layers(model: nn.Module) -> None:
