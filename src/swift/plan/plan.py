@@ -344,6 +344,8 @@ def _setup(
         dropout=tuner.lora_dropout if is_lora else 0.0,
         tokens=widest,
         checkpointing=bool(config.training.gradient_checkpointing),
+        recomputed=config.training.recompute_num_layers,
+        offloaded=config.training.activation_cpu_offload,
         chunk=config.training.logits_chunk_size,
         device=device.kind,
         model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,

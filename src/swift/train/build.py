@@ -45,7 +45,7 @@ from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
 from swift.tuners.longlora import use_shifted_groups
 from swift.tuners.peft_format import adapter_folder, load_adapter
 from swift.tuners.starts import needs_data, start_from_rounding
-from swift.tuners.targets import output_head_name
+from swift.tuners.targets import decoder_layers, output_head_name
 
 __all__ = ["build"]
 
@@ -72,11 +72,10 @@ def build(
     _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
     if config.training.neftune_noise_alpha:
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
+    objective = _objective(prepared, validation=False)
     if prepared.device.type != "cpu":
         rows = prepared.schedule.largest_micro_batch()
-        engine.rehearse(
-            collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), SftObjective()
-        )
+        engine.rehearse(collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), objective)
     loader = _loader(prepared, pad_token_id)
     closing.callback(loader.close)
     if config.report.debug_mode:
@@ -91,7 +90,7 @@ def build(
         resolved=resolved,
         folder=folder,
         engine=engine,
-        objective=SftObjective(),
+        objective=objective,
         loader=loader,
         plan=prepared.plan,
         state=state,
@@ -100,6 +99,7 @@ def build(
         status=status,
         device=prepared.device,
         evaluator=_evaluator(prepared, pad_token_id),
+        group_names=_group_names(prepared),
         callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
     )
 
@@ -234,8 +234,21 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
     if config.tuner.longlora_group_size:
         use_shifted_groups(model, config.tuner.longlora_group_size)
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model, config.training.recompute_num_layers)
     return tuned
+
+
+def _recompute(model: Any, num_layers: int | None) -> None:
+    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if num_layers is None:
+        return
+    layers: Any = decoder_layers(model)[1]
+    for layer in layers[num_layers:]:
+        if not hasattr(layer, "gradient_checkpointing"):
+            why = f"{type(layer).__name__} cannot be told apart from the others"
+            raise ConfigError("all layers or none", where="--recompute_num_layers", why=why)
+        layer.gradient_checkpointing = False
 
 
 def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
@@ -274,6 +287,7 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
         chunk_size=training.logits_chunk_size,
         compile_model=training.torch_compile,
         penalty=tuned.other.penalty if tuned.other else None,
+        offload_activations=training.activation_cpu_offload,
     )
 
 
@@ -289,7 +303,26 @@ def _evaluator(prepared: Prepared, pad_token_id: int) -> LossEvaluator | None:
     if dataset is None:
         return None
     size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
-    return LossEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id)
+    return LossEvaluator(
+        dataset,
+        batch_size=size,
+        pad_token_id=pad_token_id,
+        objective=_objective(prepared, validation=True),
+        group_names=_group_names(prepared),
+    )
+
+
+def _objective(prepared: Prepared, *, validation: bool) -> SftObjective:
+    """Dynamic weights are for learning only: what is measured stays the cross-entropy."""
+    dynamic = prepared.resolved.config.training.enable_dft_loss and not validation
+    if not prepared.data.channels:
+        return SftObjective(dynamic=dynamic)
+    channels = prepared.data.channels[1 if validation else 0]
+    return SftObjective(dynamic=dynamic, groups=channels.of_targets, num_groups=len(channels.names))
+
+
+def _group_names(prepared: Prepared) -> tuple[str, ...]:
+    return prepared.data.channels[0].names if prepared.data.channels else ()
 
 
 def _cursor_fingerprint(prepared: Prepared) -> str:
