@@ -21,7 +21,7 @@ from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, ModelError
 from swift.hubs.names import is_repo_name
 from swift.models.load import ModelBundle, load_bundle
-from swift.models.locate import locate_model
+from swift.models.locate import derive_chat_template, locate_model
 from swift.runs.folder import RunFolder
 from swift.tuners.merge import unpack_base
 from swift.tuners.peft_format import adapter_folder, is_adapter_folder, load_adapter, read_adapter_config
@@ -115,6 +115,8 @@ def find_context(resolved: Resolved) -> InferenceContext:
     if model is None:
         assert adapter is not None
         model = _base_model(adapter, recorded, section)
+    elif section.model is not None and recorded is None:
+        derive_chat_template(resolved, section.model, model)
     return InferenceContext(
         model=model,
         adapter=adapter,
