@@ -116,7 +116,8 @@ class World:
                 file.write(f"=== attempt-{job.attempt}, now: x\n{log}\n")
         if status is not None:
             self.write_status(name, **status)
-        self.runner.seen[job.id, job.attempt] = Observation("vanished" if reason == "lost" else "ended", exit)
+        vanished = reason in ("lost", "not_begun")
+        self.runner.seen[job.id, job.attempt] = Observation("vanished" if vanished else "ended", exit)
         self.tick()
 
     def write_status(self, name, **fields):

@@ -9,9 +9,11 @@ import yaml
 from tests.experiments.engines import GIB, World
 
 from swift.core.errors import SwiftError, UsageError
+from swift.experiments.database import StoreUnusable
 from swift.experiments.isolation import from_shell
 from swift.experiments.launch import Observation
 from swift.experiments.policies import Policies
+from swift.experiments.sweeps import sweep_failure, sweep_is_open
 from swift.experiments.types import Device, Needs
 
 
@@ -58,6 +60,8 @@ def test_a_job_that_was_never_begun_is_queued_again_without_counting_as_a_failur
     world.tick()
     assert world.state("a") == "starting"
     assert (world.job("a").attempt, world.job("a").retries) == (2, [])
+    world.end("a", reason="not_begun", code=None)  # the same, with the attempt's folder there already
+    assert (world.state("a"), world.job("a").attempt, world.job("a").retries) == ("starting", 3, [])
 
 
 def test_after_a_reboot_a_training_goes_on_from_its_checkpoint(world):
@@ -118,15 +122,23 @@ def test_bad_configuration_is_not_tried_again(world):
 def test_crashes_wait_before_they_are_tried_again_and_have_a_bound(world):
     world.submit(world.spec("a"))
     for attempt, delay in ((1, 5.0), (2, 10.0)):
-        world.end("a", 1)
+        world.end("a", 3)
         assert (world.state("a"), world.job("a").attempt) == ("queued", attempt)
         world.tick(delay - 2)
         assert world.state("a") == "queued"
         world.tick(2.5)
         assert (world.state("a"), world.job("a").attempt) == ("starting", attempt + 1)
-    world.end("a", 1)
+    world.end("a", 3)
     assert world.state("a") == "failed"
     assert len(world.job("a").retries) == 2
+
+
+def test_a_no_of_a_command_is_not_tried_again(world):
+    world.submit(world.spec("doctor"), world.training("train"))
+    world.end("doctor", 1, log="no accelerator; memory limit 2 GiB")
+    world.end("train", 1, log="no word about what went wrong")
+    assert (world.state("doctor"), world.job("doctor").reason) == ("failed", "exit code 1")
+    assert world.job("train").retries[0]["kind"] == "crash"
 
 
 def test_killed_by_the_kernel_counts_as_out_of_memory(world):
@@ -369,6 +381,52 @@ def test_a_sweep_asks_for_trials_as_results_come(tmp_path, chat_sweep):
     assert world.states() == {f"trial-{n:02d}": "succeeded" for n in (1, 2, 3)}
     assert world.engine.sweeps.names == []
     assert world.engine.is_done
+
+
+def hunted(world, chat_sweep):
+    text, cwd = chat_sweep
+    world.engine.submit("hunt", text, [], {"text": text, "shown": "hunt.yaml", "cwd": str(cwd)})
+    world.tick()
+    return world.home.root / "sweeps" / "hunt"
+
+
+def test_a_sweep_that_cannot_be_opened_again_ends_and_says_so(tmp_path, chat_sweep):
+    world = World(tmp_path)
+    folder = hunted(world, chat_sweep)
+    (folder / "sweep.json").write_text("{cut")
+    world.engine = world.new_engine()
+    world.end("trial-01")
+    assert not sweep_is_open(world.home, "hunt")
+    assert "damaged" in sweep_failure(world.home, "hunt")
+    failed = [event.data["group"] for event in world.store.events() if event.kind == "sweep_failed"]
+    assert failed == ["hunt"]
+    assert world.state("trial-01") == "succeeded", "the queue goes on"
+
+
+def test_a_store_in_trouble_ends_no_sweep(tmp_path, chat_sweep, monkeypatch):
+    world = World(tmp_path)
+    hunted(world, chat_sweep)
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "extend_group", locked)
+        with pytest.raises(StoreUnusable):
+            world.end("trial-01")
+    assert sweep_is_open(world.home, "hunt") and not sweep_failure(world.home, "hunt")
+    world.tick()
+    assert world.state("trial-02") == "starting"
+
+
+def locked(*_):
+    raise StoreUnusable("the store of experiments cannot be used")
+
+
+def test_a_sweep_is_stopped_before_the_engine_has_looked_for_it(tmp_path, chat_sweep):
+    world = World(tmp_path)
+    hunted(world, chat_sweep)
+    world.engine = world.new_engine()
+    world.engine.sweeps.stop("hunt")
+    world.end("trial-01")
+    assert world.states() == {"trial-01": "succeeded"}
+    assert world.engine.is_done and sweep_failure(world.home, "hunt") == ""
 
 
 @pytest.fixture

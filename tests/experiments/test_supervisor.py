@@ -283,7 +283,7 @@ def test_an_attempt_whose_launcher_died_never_begins(jobs):
     assert jobs.observe().state == "starting"
     process.communicate()
     end = jobs.end()
-    assert (end.reason, end.code) == ("lost", None)
+    assert (end.reason, end.code) == ("not_begun", None)
     with pytest.raises(AlreadyRunning):
         jobs.begin("exit 0")
     assert jobs.ran() == []
@@ -293,7 +293,7 @@ def test_a_supervisor_that_does_not_come_up_is_an_error(jobs, tmp_path):
     slow = jobs.launch_of("exit 0")
     with pytest.raises(SwiftError, match="did not start within 0 s"):
         launch(jobs.home, "j1", 1, slow, warm=False, deadline_seconds=0)
-    assert jobs.end().reason == "lost"
+    assert jobs.end().reason == "not_begun"
     assert jobs.ran() == []
 
 

@@ -84,6 +84,7 @@ def _explain(store: Store | None, word: str, *, as_json: bool) -> int:
     import datetime
 
     from swift.core.errors import UsageError
+    from swift.experiments.types import state_words
 
     if store is None:
         raise UsageError(f"there is no job {word!r}", fix="swift ps")
@@ -93,7 +94,7 @@ def _explain(store: Store | None, word: str, *, as_json: bool) -> int:
         record = {**job.to_dict(), "events": [event.to_dict() for event in events]}
         print(json.dumps(record, ensure_ascii=False, indent=2))
         return 0
-    print(f"{job.id} {job.spec.name} is {job.state}: {job.reason}\n")
+    print(f"{job.id} {job.spec.name} {state_words(job.state)}: {job.reason}\n")
     for event in events:
         when = datetime.datetime.fromtimestamp(event.at).strftime("%m-%d %H:%M:%S")
         print(f"  {when}  {event.kind:<12} {_sentence(event.data)}")
@@ -103,6 +104,10 @@ def _explain(store: Store | None, word: str, *, as_json: bool) -> int:
 def _sentence(data: dict[str, Any]) -> str:
     if "from" in data and "to" in data:
         return f"{data['from']} -> {data['to']}: {data.get('reason', '')}"
-    if set(data) <= {"reason", "message"}:
-        return "; ".join(map(str, data.values()))
-    return ", ".join(f"{name} {value}" for name, value in data.items())
+    why = [str(data[name]) for name in ("reason", "message") if data.get(name)]
+    rest = ", ".join(
+        f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in data.items()
+        if name not in ("reason", "message")
+    )
+    return "; ".join([*why, f"({rest})"] if why and rest else [*why, rest] if rest else why)

@@ -96,7 +96,8 @@ def _live(store: Any, home: Any) -> None:
             while True:
                 samples = newest_samples(store)
                 head = [Text(line, style="dim") for line in _machine(samples)]
-                live.update(Group(*head, live_table(_jobs(store), samples, home)), refresh=True)
+                table = live_table(_jobs(store), samples, home, width=live.console.width)
+                live.update(Group(*head, table), refresh=True)
                 time.sleep(REFRESH_SECONDS)
         except KeyboardInterrupt:
             return  # the way to leave

@@ -138,6 +138,7 @@ def _start(home: Home) -> dict[str, Any]:
             fix="SWIFT_HOME=/a/folder/you/may/write",
         ) from error
     with log:
+        before = log.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "swift.experiments.service", "--home", str(home.root)],
             stdin=subprocess.DEVNULL,
@@ -152,27 +153,27 @@ def _start(home: Home) -> dict[str, Any]:
         code = process.poll()
         # Another client may have started one at the same moment: then ours gives up and theirs will do.
         if code is not None and code != _EXIT_LOCKED:
-            raise SwiftError(
-                "the service could not be started",
-                where=str(home.service_log),
-                why=_last_error(home.service_log),
-                fix="swift service start, once that is mended",
-            )
+            raise _not_started(home.service_log, log_tail(home.service_log, 8, before) or "")
         if time.monotonic() > deadline:
             raise SwiftError(
                 f"the service could not be reached within {START_SECONDS:.0f} s",
                 where=str(home.service_log),
-                why=log_tail(home.service_log, 5),
+                why=log_tail(home.service_log, 5, before),
                 fix="the machine may be overloaded: swift service status, then try again",
             )
         time.sleep(0.02)
     return record
 
 
-def _last_error(log: Path) -> str | None:
-    text = log_tail(log, 8) or ""
-    found = text.rpartition("error: ")[2]
-    return " ".join(found.split()) or None
+def _not_started(log: Path, said: str) -> SwiftError:
+    """The service's own error, as far as it came to say one."""
+    why, _, fix = said.rpartition("error: ")[2].partition("\n  fix: ")
+    return SwiftError(
+        "the service could not be started",
+        where=str(log),
+        why=" ".join(why.replace("\n  cause: ", "; ").split()) or None,
+        fix=" ".join(fix.split()) or "swift service start, once that is mended",
+    )
 
 
 def _environment() -> dict[str, str]:

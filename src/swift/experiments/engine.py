@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from swift.config.commands import COMMANDS
 from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
@@ -239,12 +240,12 @@ class Engine(Control):
         elif action == "preempt":
             reason = f"{(intent or {})['reason']}; goes on from its checkpoint when there is room"
             self._move(job, "queued", reason, exit_code=code)
-        elif exit is None:
+        elif exit is None or exit.reason == "not_begun":
             self._move(job, "queued", "the service ended before the job was started")
         else:
-            status = run_status(self.home, job)
-            failure = classify(exit, status, attempt_log(self.home, job), str(action) if action else None)
-            self._fail(job, failure, code)
+            answers = job.spec.command != "resume" and COMMANDS[job.spec.command].own_arguments
+            log, status = attempt_log(self.home, job), run_status(self.home, job)
+            self._fail(job, classify(exit, status, log, action, answers=answers), code)
 
     def _fail(self, job: Job, failure: Failure, code: int | None) -> None:
         largest = max((device.memory_bytes for device in self.machine().devices), default=None)

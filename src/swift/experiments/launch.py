@@ -55,7 +55,8 @@ class Exit:
     Attributes:
         exit_code, signal: one of them, or neither when the job never began or its end was not seen.
         reason: ``exited`` by itself; ``stopped`` as asked; ``killed`` because it did not stop, or as asked;
-            ``time_limit``, ``memory_limit``; ``lost``: the supervisor died (kill -9, reboot).
+            ``time_limit``, ``memory_limit``; ``lost``: the supervisor died (kill -9, reboot); ``not_begun``: the
+            launcher died before a supervisor came to life.
         ended: seconds since the epoch.
         peak_memory_bytes: of all its processes together; cpu_seconds: likewise.
     """
@@ -173,18 +174,19 @@ def _began(folder: Path) -> bool:
         return True
     try:
         if not (folder / "supervisor.json").exists():
-            write_exit(folder, "lost")
+            write_exit(folder, "not_begun")
             return False
         return True
     finally:
         os.close(lock)
 
 
-def log_tail(log: Path, lines: int = 12) -> str | None:
-    """The last lines of a log, None when there are none."""
+def log_tail(log: Path, lines: int = 12, start: int = 0) -> str | None:
+    """The last lines of a log from byte ``start`` on, None when there are none."""
     try:
-        with log.open(encoding="utf-8", errors="replace") as file:
-            return "".join(deque(file, lines)).rstrip() or None
+        with log.open("rb") as file:
+            file.seek(start)
+            return b"".join(deque(file, lines)).decode(errors="replace").rstrip() or None
     except FileNotFoundError:
         return None
 
@@ -193,7 +195,7 @@ def observe(job_dir: Path, attempt: int) -> Observation:
     """How this attempt goes.
 
     When its supervisor has died without a last word, what is left of the job is killed and the attempt is
-    recorded as ``lost`` first; this is done under the job's lock, so never to a job that lives.
+    recorded as ``lost`` (or ``not_begun``) first; this is done under the job's lock, so never to a job that lives.
 
     Raises SwiftError when leftovers of a lost attempt cannot be killed.
     """
@@ -217,7 +219,7 @@ def observe(job_dir: Path, attempt: int) -> Observation:
                 "processes of a lost job cannot be killed", where=str(folder), why=f"pids {pids}"
             )
         if folder.is_dir():
-            write_exit(folder, "lost")
+            write_exit(folder, "lost" if (folder / "supervisor.json").exists() else "not_begun")
     finally:
         os.close(lock)
     return _look(folder) or Observation("vanished")
@@ -228,7 +230,8 @@ def _look(folder: Path) -> Observation | None:
     ended = read_json(folder / "exit.json")
     if ended is not None:
         known = {key: ended[key] for key in Exit.__dataclass_fields__ if key in ended}
-        return Observation("vanished" if ended["reason"] == "lost" else "ended", Exit(**known))
+        vanished = ended["reason"] in ("lost", "not_begun")
+        return Observation("vanished" if vanished else "ended", Exit(**known))
     supervisor = _supervisor(folder)
     if supervisor is None:
         return None

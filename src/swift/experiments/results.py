@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swift.core.logging import get_logger
 from swift.experiments.follow import follow, is_over
 from swift.experiments.home import Home
 from swift.experiments.progress import read_json, seconds_of
 from swift.experiments.store import Store
 from swift.experiments.submissions import check_machine, from_file, from_mapping
+from swift.experiments.sweeps import sweep_failure
 from swift.experiments.types import Job
 
 __all__ = ["result_rows", "run_experiments"]
+
+logger = get_logger(__name__)
 
 
 def run_experiments(
@@ -53,11 +57,18 @@ def run_experiments(
     if inline:
         from swift.experiments.inline import run_inline
 
-        return result_rows(run_inline(place, submission, watch)[1], place)
+        return _rows(place, *run_inline(place, submission, watch))
     from swift.experiments.client import Client
 
     group = Client(place).submit(submission)["group"]
-    return result_rows(watch(place, Store(place.store), group, time.sleep), place)
+    return _rows(place, group, watch(place, Store(place.store), group, time.sleep))
+
+
+def _rows(home: Home, group: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    failure = sweep_failure(home, group)
+    if failure:
+        logger.warning("the sweep of %s ended before its time: %s", group, failure)
+    return result_rows(jobs, home)
 
 
 def _wait_quietly(home: Home, store: Store, group: str, pause: Callable[[float], None]) -> list[Job]:

@@ -76,7 +76,9 @@ def live_row(job: Job, samples: dict[str, dict[str, Any]], home: Home) -> dict[s
         home: for the time of all attempts.
     """
     seen = progress_of(job) if job.state not in ("queued", "waiting") else {}
-    step = f"{seen['step']}/{seen['total_steps']}" if seen.get("total_steps") else ""
+    # A run that goes on has said nothing yet, but its metrics tell how far it had come.
+    done = max(seen.get("step") or 0, seen.get("last_step") or 0)
+    step = f"{done}/{seen['total_steps']}" if seen.get("total_steps") else ""
     stage = str(seen.get("stage") or "")
     eta = seen.get("eta_seconds") if job.state in ACTIVE else None
     devices = [f"{job.placement.kind}:{index}" for index in job.placement.devices] if job.placement else []

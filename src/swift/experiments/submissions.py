@@ -110,9 +110,9 @@ def check_machine(submission: Submission, inventory: Inventory) -> list[str]:
         if decision is None:
             continue
         if not submission.wait:
-            fix = decision.fix or "lower it under resources:"
             raise ConfigError(
-                f"{spec.name}: {decision.reason}", fix=fix if "--wait" in fix else f"{fix}; or --wait"
+                f"{spec.name}: {decision.reason}",
+                fix=f"{decision.fix}; or queue it for a larger machine (--wait)",
             )
         problems.append(f"{spec.name}: {decision.reason}")
     return problems
