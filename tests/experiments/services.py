@@ -38,6 +38,10 @@ def wait_for(condition, what, seconds=DEADLINE_SECONDS):
     return value
 
 
+GATE = 'while ! test -e "$GATE"; do sleep 0.02; done'
+"""A job that goes on when the test opens the gate."""
+
+
 class Services:
     """A home, services that come and go, and what their jobs did."""
 
@@ -47,7 +51,11 @@ class Services:
         self.store = Store(self.home.store)
         self.mark = uuid.uuid4().hex
         self.ran_file = root / "ran"
-        self.env = {**os.environ, "TEST_MARK": self.mark, "RAN": str(self.ran_file), "OMP_NUM_THREADS": "1"}
+        self.gate = root / "gate"
+        self.env = {
+            **os.environ, "TEST_MARK": self.mark, "RAN": str(self.ran_file), "GATE": str(self.gate),
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
         self.process = None
 
     def submit(self, count, script="sleep 0.05", group="g"):

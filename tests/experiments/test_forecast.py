@@ -97,5 +97,6 @@ def test_impossible_requests_are_the_schedulers(needs: dict[str, int], says: str
     with pytest.raises(ConfigError, match=re.escape(f"b: {says}")) as caught:
         check_machine(submission, INVENTORY)
     assert "--wait" in (caught.value.fix or "")
+    assert ("memory: 7782MiB; or" in (caught.value.fix or "")) == ("memory_bytes" in needs)
     (warning,) = check_machine(replace(submission, wait=True), INVENTORY)
     assert warning.startswith(f"b: {says}")

@@ -110,4 +110,4 @@ def _sentence(data: dict[str, Any]) -> str:
         for name, value in data.items()
         if name not in ("reason", "message")
     )
-    return "; ".join([*why, f"({rest})"] if why and rest else [*why, rest] if rest else why)
+    return " ".join([*why, f"({rest})"] if why and rest else why or [rest])

@@ -125,7 +125,7 @@ def _width(columns: Sequence[str], cells: Sequence[dict[str, str]]) -> int:
     sizes = {name: max([len(name), *(len(row[name]) for row in cells)]) for name in columns}
     if "reason" in sizes:
         sizes["reason"] = min(sizes["reason"], _LEAST_REASON)
-    return sum(sizes.values()) + 2 * (len(sizes) - 1)
+    return sum(sizes.values()) + 3 * len(sizes)  # with what the table puts between and around them
 
 
 def print_summary(group: str, jobs: Sequence[Job], home: Home) -> None:
