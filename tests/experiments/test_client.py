@@ -9,7 +9,7 @@ from swift.experiments import client as client_module
 from swift.experiments.client import Client, find_service, stop_service
 from swift.experiments.home import Home
 from swift.experiments.store import Store
-from swift.experiments.submissions import Submission, from_mapping, from_words
+from swift.experiments.submission import Submission, from_mapping, from_words
 from swift.experiments.types import FINISHED, JobSpec
 
 

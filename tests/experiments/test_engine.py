@@ -12,8 +12,8 @@ from swift.core.errors import SwiftError, UsageError
 from swift.experiments.database import StoreUnusable
 from swift.experiments.isolation import from_shell
 from swift.experiments.launch import Observation
+from swift.experiments.open_sweeps import sweep_failure, sweep_is_open
 from swift.experiments.policies import Policies
-from swift.experiments.sweeps import sweep_failure, sweep_is_open
 from swift.experiments.types import Device, Needs
 
 

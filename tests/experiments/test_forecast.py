@@ -10,7 +10,7 @@ import pytest
 
 from swift.core.errors import ConfigError
 from swift.experiments.forecast import Choice, forecast, impossible
-from swift.experiments.submissions import Submission, check_machine
+from swift.experiments.submission import Submission, check_machine
 from swift.experiments.types import Dependency, Device, Inventory, JobSpec, Needs, Placement
 
 GIB = 1 << 30

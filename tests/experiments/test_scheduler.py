@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swift.experiments.estimate import estimate_memory, memory_key, placed, queued
+from swift.experiments.demand import estimate_memory, memory_key, placed, queued
 from swift.experiments.scheduler import (
     Decision,
     Placed,

@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
 
 def _jobs(store: Store | None, words: list[str], limit: int | None) -> tuple[list[Job], int]:
     """The jobs to show, and how many finished ones are left out."""
-    from swift.experiments.selection import select_jobs
+    from swift.experiments.lookup import select_jobs
     from swift.experiments.types import FINISHED, STATES
 
     if store is None:

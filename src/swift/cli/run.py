@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
     options = parser.parse(argv)
     from swift.experiments.home import Home
     from swift.experiments.inventory import take_inventory
-    from swift.experiments.submissions import check_machine, from_file
+    from swift.experiments.submission import check_machine, from_file
 
     submission = from_file(options.file, Path.cwd(), wait=options.wait, cold=options.cold)
     for problem in check_machine(submission, take_inventory()):
@@ -66,7 +66,7 @@ def follow_group(home: Home, group: str) -> int:
 
 def _end(group: str, jobs: list[Job], home: Home) -> int:
     from swift.experiments.follow import print_summary
-    from swift.experiments.sweeps import sweep_failure
+    from swift.experiments.open_sweeps import sweep_failure
 
     print_summary(group, jobs, home)
     bad = [job for job in jobs if job.state == "failed" or job.reason.startswith("stopped by the user")]

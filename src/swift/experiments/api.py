@@ -21,9 +21,9 @@ from pydantic import BaseModel, Field
 
 from swift.core.errors import SwiftError, UsageError
 from swift.experiments.engine import Engine
+from swift.experiments.lookup import select_jobs
 from swift.experiments.monitor import metrics_text
 from swift.experiments.progress import OUTPUT_LOG
-from swift.experiments.selection import select_jobs
 from swift.experiments.store import StateConflict
 from swift.experiments.types import ACTIVE, FINISHED, Job, JobSpec, State
 

@@ -20,7 +20,7 @@ from swift.core.process import ProcessIdentity
 from swift.experiments.home import Home
 from swift.experiments.launch import log_tail
 from swift.experiments.processes import send_signal
-from swift.experiments.submissions import Submission
+from swift.experiments.submission import Submission
 
 __all__ = ["Client", "find_service", "stop_service"]
 

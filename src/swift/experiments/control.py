@@ -19,8 +19,8 @@ from swift.core.errors import UsageError
 from swift.experiments.dependencies import dependents
 from swift.experiments.home import Home
 from swift.experiments.launch import Runner
+from swift.experiments.open_sweeps import OpenSweeps
 from swift.experiments.store import Group, StateConflict, Store
-from swift.experiments.sweeps import Sweeps
 from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec, State
 from swift.runs.folder import RunFolder
 
@@ -46,7 +46,7 @@ def intent_of(store: Store, job: Job) -> dict[str, Any] | None:
 class Control(abc.ABC):
     """The part of the engine that changes jobs on request. Safe to call from any thread."""
 
-    sweeps: Sweeps
+    sweeps: OpenSweeps
     clock: Callable[[], float]
 
     def __init__(self, home: Home, store: Store, runner: Runner, grace_seconds: float) -> None:

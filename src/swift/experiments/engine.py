@@ -32,20 +32,20 @@ from swift.experiments.attempt import (
     run_status,
 )
 from swift.experiments.control import Control, intent_of
+from swift.experiments.demand import estimate_memory, memory_key, placed, queued
 from swift.experiments.dependencies import settle_waiting
-from swift.experiments.estimate import estimate_memory, memory_key, placed, queued
-from swift.experiments.estimates import changed_data
+from swift.experiments.estimator import changed_data
 from swift.experiments.home import Home
 from swift.experiments.inventory import take_inventory
 from swift.experiments.isolation import as_submitted
 from swift.experiments.launch import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.monitor import Monitor
+from swift.experiments.open_sweeps import OpenSweeps
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
 from swift.experiments.preemption import Preemption, preempt
 from swift.experiments.progress import OUTPUT_LOG, median_step_seconds
 from swift.experiments.scheduler import Decision, Policy, decide
 from swift.experiments.store import StateConflict, Store
-from swift.experiments.sweeps import Sweeps
 from swift.experiments.types import ACTIVE, Inventory, Job, Launch, Placement
 
 __all__ = ["Engine"]
@@ -103,7 +103,7 @@ class Engine(Control):
         self.warm = warm
         self.clock, self.monotonic = clock, monotonic
         self.least_free_bytes = least_free_bytes
-        self.sweeps = Sweeps(home, store, self.prune)
+        self.sweeps = OpenSweeps(home, store, self.prune)
         self.monitor = Monitor(store, clock=monotonic)
         self.inventory: Inventory | None = None
         self._take, self._build = take, build

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from swift.experiments.home import Home
+from swift.experiments.open_sweeps import sweep_failure, sweep_is_open
 from swift.experiments.show import COLOURS, live_row, next_commands, summary_rows, table_text, terminal_width
 from swift.experiments.store import Store
-from swift.experiments.sweeps import sweep_failure, sweep_is_open
 from swift.experiments.types import ACTIVE, FINISHED, Job
 
 __all__ = ["follow", "is_over", "live_table", "newest_samples", "print_summary"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
-from swift.experiments.estimate import Correction, placed, queued
+from swift.experiments.demand import Correction, placed, queued
 from swift.experiments.expand import expand
 from swift.experiments.file import ExperimentFile
 from swift.experiments.home import Home

@@ -10,10 +10,10 @@ from typing import Any
 from swift.core.logging import get_logger
 from swift.experiments.follow import follow, is_over
 from swift.experiments.home import Home
+from swift.experiments.open_sweeps import sweep_failure
 from swift.experiments.progress import read_json, seconds_of
 from swift.experiments.store import Store
-from swift.experiments.submissions import check_machine, from_file, from_mapping
-from swift.experiments.sweeps import sweep_failure
+from swift.experiments.submission import check_machine, from_file, from_mapping
 from swift.experiments.types import Job
 
 __all__ = ["result_rows", "run_experiments"]

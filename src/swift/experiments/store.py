@@ -17,7 +17,7 @@ from typing import Any
 from swift.core.errors import SwiftError, UsageError
 from swift.core.registry import closest
 from swift.experiments.database import Database
-from swift.experiments.submission import check_specs, free_name, run_folder
+from swift.experiments.submit_checks import check_specs, free_name, run_folder
 from swift.experiments.types import ACTIVE, FINISHED, LEGAL, STATES, Job, JobSpec, Placement, State
 
 __all__ = ["Event", "Group", "StateConflict", "Store"]

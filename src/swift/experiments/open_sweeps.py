@@ -1,4 +1,4 @@
-"""Sweeps whose trials depend on results: asks their controllers for jobs, and tells them how these went."""
+"""OpenSweeps whose trials depend on results: asks their controllers for jobs, and tells them how these went."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from swift.experiments.types import FINISHED, Job, JobSpec
 from swift.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from swift.experiments.sweep import SweepController
+    from swift.experiments.sweep_controller import SweepController
 
-__all__ = ["Sweeps", "sweep_failure", "sweep_is_open"]
+__all__ = ["OpenSweeps", "sweep_failure", "sweep_is_open"]
 
 logger = get_logger(__name__)
 _FINISHED_MARK = "finished"
@@ -37,7 +37,7 @@ def sweep_failure(home: Home, group: str) -> str:
     return mark.read_text(encoding="utf-8") if mark.is_file() else ""
 
 
-class Sweeps:
+class OpenSweeps:
     """All controlled sweeps of one store; each has the folder ``sweeps/GROUP``.
 
     Optuna is imported only when there is one.
@@ -68,7 +68,7 @@ class Sweeps:
     ) -> Group:
         """Record a group and the first trials of its sweep. Raises SwiftError; nothing is left then."""
         from swift.experiments.file import parse_experiments
-        from swift.experiments.sweep import SweepController
+        from swift.experiments.sweep_controller import SweepController
 
         name = self._free_name(name)
         folder = self._folder(name)
@@ -143,7 +143,7 @@ class Sweeps:
         folders = (self.home.root / "sweeps").glob("*")
         for folder in sorted(folders):
             if sweep_is_open(self.home, folder.name) and self.store.group(folder.name) is not None:
-                from swift.experiments.sweep import SweepController
+                from swift.experiments.sweep_controller import SweepController
 
                 with self._ending_on_errors(folder.name):
                     self._open[folder.name] = SweepController.open(folder)
@@ -178,7 +178,7 @@ class Sweeps:
                 return
 
     def _settle(self, controller: SweepController, trial: str, job: Job, judge: Job | None) -> None:
-        from swift.experiments.sweep import metric_of
+        from swift.experiments.sweep_controller import metric_of
 
         judge = judge or job
         if judge.state not in FINISHED:
