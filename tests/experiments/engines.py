@@ -7,7 +7,7 @@ from swift.experiments.engine import Engine
 from swift.experiments.home import Home
 from swift.experiments.launch import Exit, Observation
 from swift.experiments.store import Store
-from swift.experiments.types import Dependency, Device, Inventory, JobSpec, Needs
+from swift.experiments.types import ACTIVE, Dependency, Device, Inventory, JobSpec, Needs
 
 GIB = 2**30
 
@@ -152,6 +152,14 @@ class World:
         """The words after ``swift`` of the last launch of a job."""
         job = self.job(name)
         return [launch.argv[3:] for job_id, _, launch in self.runner.launched if job_id == job.id][-1]
+
+    @property
+    def is_done(self):
+        """Nothing runs and nothing can start any more."""
+        counts = self.store.counts()
+        return not self.engine.sweeps.names and not any(
+            counts[state] for state in (*ACTIVE, "queued", "waiting")
+        )
 
     def events(self, name, kind):
         return [event.data for event in self.store.events(job=self.job(name).id) if event.kind == kind]

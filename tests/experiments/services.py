@@ -116,7 +116,7 @@ class Services:
         for folder in self.home.root.glob("jobs/*/attempt-*"):
             if (folder / "supervisor.json").exists():
                 number = int(folder.name.removeprefix("attempt-"))
-                launching.kill(folder.parent, number)
+                launching.stop(folder.parent, number, grace_seconds=0)
                 wait_for(
                     lambda job=folder.parent, n=number: observe(job, n).state in ("ended", "vanished"),
                     "a job to end",

@@ -99,6 +99,6 @@ class Jobs:
         for folder in self.home.root.glob("jobs/*/attempt-*"):
             if (folder / "supervisor.json").exists():
                 number = int(folder.name.removeprefix("attempt-"))
-                launching.kill(folder.parent, number)
+                launching.stop(folder.parent, number, grace_seconds=0)
                 self.end(folder.parent.name, number)
         wait_for(lambda: not self.alive(), "processes of the test to end")

@@ -33,7 +33,7 @@ def test_jobs_run_as_slots_allow_and_end(world):
     world.end("b")
     world.end("c")
     assert set(world.states().values()) == {"succeeded"}
-    assert world.engine.is_done
+    assert world.is_done
 
 
 def test_a_new_engine_adopts_what_runs_and_sees_what_ended_meanwhile(world):
@@ -380,7 +380,7 @@ def test_a_sweep_asks_for_trials_as_results_come(tmp_path, chat_sweep):
     world.tick()
     assert world.states() == {f"trial-{n:02d}": "succeeded" for n in (1, 2, 3)}
     assert world.engine.sweeps.names == []
-    assert world.engine.is_done
+    assert world.is_done
 
 
 def hunted(world, chat_sweep):
@@ -426,7 +426,7 @@ def test_a_sweep_is_stopped_before_the_engine_has_looked_for_it(tmp_path, chat_s
     world.engine.sweeps.stop("hunt")
     world.end("trial-01")
     assert world.states() == {"trial-01": "succeeded"}
-    assert world.engine.is_done and sweep_failure(world.home, "hunt") == ""
+    assert world.is_done and sweep_failure(world.home, "hunt") == ""
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.experiments.supervised import Jobs, wait_for
 
 from swift.core.errors import SwiftError
 from swift.core.process import ProcessIdentity
-from swift.experiments.launch import AlreadyRunning, Observation, kill, launch, stop
+from swift.experiments.launch import AlreadyRunning, Observation, launch, stop
 from swift.experiments.limits import ControlGroup, resident_bytes
 from swift.experiments.processes import TOKEN_VARIABLE, send_signal
 from swift.experiments.supervisor import EXIT_LOCKED
@@ -122,7 +122,7 @@ def test_a_second_stop_shortens_the_grace_and_kill_ends_it(jobs):
     jobs.begin("trap '' TERM; echo ready; while true; do sleep 0.05; done")
     wait_for(lambda: "\nready\n" in jobs.log())
     stop(jobs.home.job_dir("j1"), 1, grace_seconds=3600)
-    kill(jobs.home.job_dir("j1"), 1)
+    stop(jobs.home.job_dir("j1"), 1, grace_seconds=0)
     end = jobs.end()
     assert (end.signal, end.reason) == (signal.SIGKILL, "killed")
 
@@ -233,7 +233,7 @@ def test_an_attempt_begins_once(jobs):
         jobs.begin("sleep 600")
     with pytest.raises(AlreadyRunning):
         jobs.begin("sleep 600", attempt=2)
-    kill(jobs.home.job_dir("j1"), 1)
+    stop(jobs.home.job_dir("j1"), 1, grace_seconds=0)
     jobs.end()
     with pytest.raises(AlreadyRunning, match="begun before"):
         jobs.begin("exit 0")

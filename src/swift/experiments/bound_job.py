@@ -13,9 +13,9 @@ from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.experiments.fields import NOWHERE, fail, mapping
 from swift.experiments.file import Experiment, Resources, read_resources
-from swift.experiments.option_layers import TRAINING, about, bind, make_absolute
+from swift.experiments.option_layers import about, bind, make_absolute
 from swift.experiments.stages import Stage
-from swift.experiments.types import Dependency
+from swift.experiments.types import TRAINING, Dependency
 
 __all__ = ["BoundJob", "bind_stages", "check_run_name", "stages_of", "take_run_folder"]
 

@@ -156,11 +156,6 @@ class Database:
                         connection.execute(undo)
                 raise
 
-    def run(self, statement: str) -> None:
-        """One statement outside of a transaction, such as VACUUM."""
-        with self._explained():
-            self._connection().execute(statement)
-
     def close(self) -> None:
         """Close this thread's connection; the next use opens a new one."""
         connection = getattr(self._local, "connection", None)

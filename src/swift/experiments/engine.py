@@ -180,12 +180,6 @@ class Engine(Control):
             return max(0.05, min([RESCHEDULE_SECONDS, *(delay for delay in delays if delay > 0)]))
         return IDLE_SECONDS
 
-    @property
-    def is_done(self) -> bool:
-        """True when nothing runs and nothing can start any more (paused jobs wait for the user)."""
-        counts = self.store.counts()
-        return not self.sweeps.names and not any(counts[state] for state in (*ACTIVE, "queued", "waiting"))
-
     # How jobs go
 
     def _reconcile(self, job: Job) -> None:

@@ -19,7 +19,6 @@ from swift.experiments.estimator import Estimator
 from swift.experiments.fields import NOWHERE, fail, mapping, suggest
 from swift.experiments.file import Experiment, ExperimentFile, Resources, read_resources
 from swift.experiments.option_layers import (
-    TRAINING,
     about,
     bind,
     bind_words,
@@ -31,7 +30,7 @@ from swift.experiments.option_layers import (
 )
 from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.stages import check_name, known_command
-from swift.experiments.types import Dependency, JobSpec
+from swift.experiments.types import TRAINING, Dependency, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.record import code_version
 

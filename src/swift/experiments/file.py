@@ -26,7 +26,7 @@ from swift.experiments.stages import (
     read_stages,
     split_command,
 )
-from swift.experiments.types import Needs
+from swift.experiments.types import TRAINING, Needs
 
 __all__ = [
     "Experiment",
@@ -239,7 +239,7 @@ def _experiment(name: str, written: Written, base: Experiment) -> Experiment:
     _refuse_record(fields)
     options, words = split_command(fields, command, _OWN_KEYS)
     # The stages of the file follow its trainings; an infer or a doctor beside them has only its own.
-    common = base.stages if command in ("pt", "sft") else {}
+    common = base.stages if command in TRAINING else {}
     return Experiment(
         name=name,
         command=command,

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
@@ -30,7 +30,6 @@ __all__ = [
     "Observation",
     "Runner",
     "Supervisors",
-    "kill",
     "launch",
     "observe",
     "stop",
@@ -266,23 +265,17 @@ def _supervisor(folder: Path) -> ProcessIdentity | None:
 
 
 def stop(job_dir: Path, attempt: int, grace_seconds: float) -> None:
-    """Ask for a stop: SIGTERM (a training saves a checkpoint), SIGKILL after ``grace_seconds``. Returns at once.
+    """Ask for a stop: SIGTERM (a training saves a checkpoint), SIGKILL after ``grace_seconds`` (0: at once). Does
+    not wait.
 
     A later call can only shorten the time. An attempt that has ended is left alone; one that has not begun
     yet ends without starting its command.
     """
-    _control(job_dir / f"attempt-{attempt}", {"action": "stop", "grace_seconds": grace_seconds})
-
-
-def kill(job_dir: Path, attempt: int) -> None:
-    """SIGKILL to all processes of the attempt, now. Returns at once."""
-    _control(job_dir / f"attempt-{attempt}", {"action": "kill", "grace_seconds": 0.0})
-
-
-def _control(folder: Path, wish: dict[str, Any]) -> None:
+    folder = job_dir / f"attempt-{attempt}"
     if (folder / "exit.json").exists():
         return
-    atomic_write_json(folder / "control.json", {**wish, "time": time.time()})
+    wish = {"action": "stop", "grace_seconds": grace_seconds, "time": time.time()}
+    atomic_write_json(folder / "control.json", wish)
     supervisor = _supervisor(folder)
     if supervisor is not None:
         send_signal(supervisor, signal.SIGUSR1)  # else it reads the file with its next heartbeat
@@ -317,10 +310,7 @@ class Supervisors:
         return observe(self.home.job_dir(job_id), attempt)
 
     def stop(self, job_id: str, attempt: int, grace_seconds: float) -> None:
-        if grace_seconds > 0:
-            stop(self.home.job_dir(job_id), attempt, grace_seconds)
-        else:
-            kill(self.home.job_dir(job_id), attempt)
+        stop(self.home.job_dir(job_id), attempt, grace_seconds)
 
     def watch(self, job_id: str, attempt: int) -> int | None:
         record = read_json(self.home.attempt_dir(job_id, attempt) / "supervisor.json")

@@ -70,7 +70,7 @@ class OpenSweeps:
         from swift.experiments.file import parse_experiments
         from swift.experiments.sweep_controller import SweepController
 
-        name = self._free_name(name)
+        name = self.store.free_name(name)
         folder = self._folder(name)
         if folder.exists():
             shutil.rmtree(folder)  # of a submission that was cut before its jobs were recorded
@@ -130,13 +130,6 @@ class OpenSweeps:
 
     def _folder(self, name: str) -> Path:
         return self.home.root / "sweeps" / name
-
-    def _free_name(self, name: str) -> str:
-        free, number = name, 1
-        while self.store.group(free) is not None:
-            number += 1
-            free = f"{name}-{number}"
-        return free
 
     def _find(self) -> None:
         """Open the sweeps that an earlier engine left."""

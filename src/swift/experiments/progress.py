@@ -21,10 +21,12 @@ __all__ = [
     "median_step_seconds",
     "read_json",
     "seconds_of",
+    "tail_start",
 ]
 
 OUTPUT_LOG = "output.log"
 """In the job's folder: what all its attempts printed."""
+_BLOCK_BYTES = 65_536
 
 
 def last_metrics(run_dir: str | Path | None, tail_bytes: int = 8192) -> dict[str, Any]:
@@ -57,6 +59,22 @@ def median_step_seconds(run_dir: str | Path, lines: int = 50) -> float | None:
         return None
     times = sorted(row["step_time"] for row in rows if row.get("step_time"))
     return times[len(times) // 2] if times else None
+
+
+def tail_start(path: Path, lines: int) -> int:
+    """Where the last ``lines`` lines of a file begin; 0 when it is not there."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        block, found = b"", end
+        while found > 0 and block.count(b"\n") <= lines:
+            start = max(0, found - _BLOCK_BYTES)
+            file.seek(start)
+            block = file.read(found - start) + block
+            found = start
+    kept = block.splitlines(keepends=True)[-lines:] if lines else []
+    return end - sum(map(len, kept))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import sqlite3
@@ -17,7 +18,7 @@ from typing import Any
 from swift.core.errors import SwiftError, UsageError
 from swift.core.registry import closest
 from swift.experiments.database import Database
-from swift.experiments.submit_checks import check_specs, free_name, run_folder
+from swift.experiments.submit_checks import check_specs, run_folder
 from swift.experiments.types import ACTIVE, FINISHED, LEGAL, STATES, Job, JobSpec, Placement, State
 
 __all__ = ["Event", "Group", "StateConflict", "Store"]
@@ -27,7 +28,6 @@ _FIELDS = (
     "spent", "preempted",
 )  # fmt: skip
 _JSON_FIELDS = ("placement", "retries", "overrides", "preempted")
-_KEPT_SAMPLES = 500_000
 _KEPT_OBSERVATIONS = 20
 _ID = re.compile(r"j([1-9]\d{0,17})")
 _SIZE = re.compile(r"[\d.]+ (?:[KMGT]i)?B\b")
@@ -78,6 +78,8 @@ class Store:
     wall clock, which may jump.
     """
 
+    kept_samples = 500_000
+
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = Path(path)
         self._database = Database(self.path)
@@ -103,7 +105,7 @@ class Store:
         check_specs(specs)
         now = self._clock()
         with self._database.write() as connection:
-            name = free_name(connection, name)
+            name = self.free_name(name)
             for spec in specs:
                 self._check_owner(connection, spec)
             group = connection.execute(
@@ -219,6 +221,12 @@ class Store:
         """The submission of this name; None when there is none."""
         rows = self._database.read(f"{_GROUPS} WHERE name = ?", (name,))
         return _group(rows[0]) if rows else None
+
+    def free_name(self, name: str) -> str:
+        """``NAME``, or ``NAME-2``, ``NAME-3``... when a submission has that name."""
+        taken = {row["name"] for row in self._database.read("SELECT name FROM groups")}
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        return name if name not in taken else next(other for other in numbered if other not in taken)
 
     def environment(self, group: str) -> dict[str, str] | None:
         """Variables of the shell that the group was submitted from; None when none were recorded. May hold secrets."""
@@ -377,7 +385,8 @@ class Store:
     # Measurements
 
     def record_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append measurements: plain mappings; ``subject`` ("host", "cuda:0", "j3") and ``at`` are taken out."""
+        """Append measurements: plain mappings; ``subject`` ("host", "cuda:0", "j3") and ``at`` are taken out. The
+        oldest beyond ``kept_samples`` are dropped."""
         now = self._clock()
         values = [
             (
@@ -389,6 +398,8 @@ class Store:
         ]
         with self._database.write() as connection:
             connection.executemany("INSERT INTO samples (at, subject, data) VALUES (?, ?, ?)", values)
+            newest = "(SELECT coalesce(max(seq), 0) FROM samples)"
+            connection.execute(f"DELETE FROM samples WHERE seq <= {newest} - ?", (self.kept_samples,))
 
     def samples(self, since: float = 0.0, subject: str | None = None) -> list[dict[str, Any]]:
         """Measurements taken at ``since`` (wall clock) or later, in the order of their recording."""
@@ -417,16 +428,6 @@ class Store:
             (key, _KEPT_OBSERVATIONS),
         )
         return (statistics.median(row["ratio"] for row in rows), len(rows)) if rows else (1.0, 0)
-
-    def vacuum(self, keep_samples: int = _KEPT_SAMPLES) -> None:
-        """Drop all but the newest samples and give free pages back to the disk. Events and jobs stay."""
-        with self._database.write() as connection:
-            connection.execute(
-                "DELETE FROM samples WHERE seq <= (SELECT coalesce(max(seq), 0) FROM samples) - ?",
-                (keep_samples,),
-            )
-        self._database.run("VACUUM")
-        self._database.run("PRAGMA wal_checkpoint (TRUNCATE)")
 
     def close(self) -> None:
         """Close this thread's connection."""

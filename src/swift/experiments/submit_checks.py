@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import graphlib
 import os
-import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from swift.core.errors import UsageError
 from swift.core.registry import closest
 from swift.experiments.types import JobSpec
 
-__all__ = ["check_specs", "free_name", "run_folder"]
+__all__ = ["check_specs", "find_circle", "run_folder"]
 
 
 def check_specs(specs: Sequence[JobSpec]) -> None:
@@ -41,32 +40,22 @@ def check_specs(specs: Sequence[JobSpec]) -> None:
                 where=folder,
                 fix="rename one of them",
             )
-    try:
-        graphlib.TopologicalSorter(
-            {spec.name: [entry.job for entry in spec.after] for spec in specs}
-        ).prepare()
-    except graphlib.CycleError as error:
-        circle = " -> ".join(reversed(error.args[1]))
+    circle = find_circle({spec.name: [entry.job for entry in spec.after] for spec in specs})
+    if circle:
         raise UsageError(
-            f"jobs wait for each other in a circle: {circle}", fix="remove one of the waits"
-        ) from error
+            f"jobs wait for each other in a circle: {' -> '.join(circle)}", fix="remove one of the waits"
+        )
+
+
+def find_circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The names along one circle of needs, the first again at the end; empty when there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
 
 
 def run_folder(spec: JobSpec) -> str | None:
     """The run folder under its one true name, so that a link cannot hide that two jobs share it."""
     return os.path.realpath(Path(spec.cwd) / spec.run_dir) if spec.run_dir is not None else None
-
-
-def free_name(connection: sqlite3.Connection, name: str) -> str:
-    """``NAME``, or ``NAME-2``, ``NAME-3``... when a submission has that name."""
-    pattern = name.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "-%"
-    rows = connection.execute(
-        "SELECT name FROM groups WHERE name = ? OR name LIKE ? ESCAPE '\\'", (name, pattern)
-    )
-    taken = {row["name"] for row in rows}
-    if name not in taken:
-        return name
-    number = 2
-    while f"{name}-{number}" in taken:
-        number += 1
-    return f"{name}-{number}"
