@@ -20,13 +20,7 @@ from swift.experiments.types import TRAINING, Inventory, Job, Launch, Placement
 from swift.runs.folder import RunFolder
 from swift.runs.status import read_status
 
-__all__ = [
-    "attempt_log",
-    "build_launch",
-    "effective_options",
-    "processes_of",
-    "run_status",
-]
+__all__ = ["attempt_log", "build_launch", "effective_options", "processes_of", "run_status"]
 
 _LOG_BYTES = 32_768
 _LEAST_HOST_BYTES = 2 * 2**30

@@ -86,10 +86,7 @@ def _leave_out_merges(stages: dict[str, Stage], bound: BoundJob) -> None:
     gone = {name for name, stage in stages.items() if stage.kind == "merge"}
     own = [stages[name] for name in gone if not stages[name].shared]
     if own:
-        raise about(
-            fail("there is no adapter that can be merged", own[0].written, own[0].name),
-            bound.name,
-        )
+        raise about(fail("there is no adapter that can be merged", own[0].written, own[0].name), bound.name)
     while gone:
         for name in gone:
             stages.pop(name, None)

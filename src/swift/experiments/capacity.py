@@ -278,12 +278,7 @@ class Host:
     """
 
     def __init__(
-        self,
-        slots: Sequence[Device],
-        cores: int,
-        memory_bytes: int,
-        running: Iterable[Use],
-        usable: float,
+        self, slots: Sequence[Device], cores: int, memory_bytes: int, running: Iterable[Use], usable: float
     ) -> None:
         self._indices = [slot.index for slot in slots]
         self._total = len(slots) or cores

@@ -33,10 +33,13 @@ def find_service(home: Home) -> dict[str, Any] | None:
     """``service.json`` of the service that runs for this home; None when none does."""
     try:
         record = json.loads(home.service_file.read_text(encoding="utf-8"))
-        identity = ProcessIdentity(record["pid"], record["start_time"], record["boot_id"])
+        return record if _identity(record).is_alive() else None
     except (OSError, ValueError, KeyError):
         return None
-    return record if identity.is_alive() else None
+
+
+def _identity(record: dict[str, Any]) -> ProcessIdentity:
+    return ProcessIdentity(record["pid"], record["start_time"], record["boot_id"])
 
 
 def stop_service(home: Home, deadline_seconds: float = 30.0) -> bool:
@@ -44,7 +47,7 @@ def stop_service(home: Home, deadline_seconds: float = 30.0) -> bool:
     record = find_service(home)
     if record is None:
         return False
-    identity = ProcessIdentity(record["pid"], record["start_time"], record["boot_id"])
+    identity = _identity(record)
     send_signal(identity, signal.SIGTERM)
     deadline = time.monotonic() + deadline_seconds
     while identity.is_alive():
@@ -76,7 +79,7 @@ class Client:
         self.record = record
         self._token = home.token_file.read_text(encoding="utf-8").strip()
 
-    def request(self, method: str, path: str, body: Any = None) -> Any:
+    def request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The JSON answer. An error of the service becomes the SwiftError it was there."""
         connection = http.client.HTTPConnection("127.0.0.1", self.record["port"], timeout=ANSWER_SECONDS)
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
@@ -94,27 +97,24 @@ class Client:
             ) from error
         if answer.status >= 400:
             raise _error(answer.status, text)
-        return json.loads(text) if text else None
+        answer_fields: dict[str, Any] = json.loads(text)
+        return answer_fields
 
     def submit(self, submission: Submission) -> dict[str, Any]:
         """Queue jobs; returns ``{"group", "jobs"}`` once they are recorded."""
-        answer: dict[str, Any] = self.request("POST", "/submit", submission.to_dict())
-        return answer
+        return self.request("POST", "/submit", submission.to_dict())
 
     def control(self, action: str, words: Sequence[str], **fields: Any) -> dict[str, Any]:
         """stop, pause, resume, retry: ``{"jobs", "refused"}``."""
-        answer: dict[str, Any] = self.request("POST", f"/{action}", {"jobs": list(words), **fields})
-        return answer
+        return self.request("POST", f"/{action}", {"jobs": list(words), **fields})
 
     def clone(self, word: str, name: str | None = None) -> dict[str, Any]:
         """The same job once more: ``{"group", "jobs"}``."""
-        answer: dict[str, Any] = self.request("POST", "/clone", {"job": word, "name": name})
-        return answer
+        return self.request("POST", "/clone", {"job": word, "name": name})
 
     def job(self, word: str) -> dict[str, Any]:
         """One job with its snapshot."""
-        answer: dict[str, Any] = self.request("GET", f"/jobs/{quote(word, safe='')}")
-        return answer
+        return self.request("GET", f"/jobs/{quote(word, safe='')}")
 
 
 def _error(status: int, text: str) -> SwiftError:

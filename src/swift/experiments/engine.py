@@ -24,13 +24,7 @@ from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.core.logging import get_logger
-from swift.experiments.attempt import (
-    attempt_log,
-    build_launch,
-    effective_options,
-    processes_of,
-    run_status,
-)
+from swift.experiments.attempt import attempt_log, build_launch, effective_options, processes_of, run_status
 from swift.experiments.control import Control, intent_of
 from swift.experiments.demand import estimate_memory, memory_key, placed, queued
 from swift.experiments.dependencies import settle_waiting

@@ -17,19 +17,8 @@ __all__ = ["follow", "is_over", "live_table", "newest_samples", "print_summary"]
 
 REFRESH_SECONDS = 1.0
 _COLUMNS = (
-    "id",
-    "name",
-    "state",
-    "step",
-    "loss",
-    "tokens/s",
-    "ETA",
-    "time",
-    "devices",
-    "memory",
-    "util",
-    "reason",
-)
+    "id", "name", "state", "step", "loss", "tokens/s", "ETA", "time", "devices", "memory", "util", "reason",
+)  # fmt: skip
 _DISPENSABLE = ("util", "memory", "tokens/s", "devices", "time", "step")
 """Columns that a narrow terminal goes without, the first one first."""
 _LEAST_REASON = 24

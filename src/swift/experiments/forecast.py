@@ -23,14 +23,7 @@ from swift.experiments.store import Store
 from swift.experiments.types import Inventory, Job, JobSpec, Placement
 from swift.runs.metrics import read_metrics
 
-__all__ = [
-    "forecast",
-    "forecast_file",
-    "forecast_text",
-    "impossible",
-    "memory_of",
-    "speeds_of",
-]
+__all__ = ["forecast", "forecast_file", "forecast_text", "impossible", "memory_of", "speeds_of"]
 
 
 _NO_LENGTH = 1.0

@@ -24,16 +24,7 @@ from swift.experiments.processes import send_signal
 from swift.experiments.supervisor import EXIT_LOCKED, clear_leftovers, read_json, take_lock, write_exit
 from swift.experiments.types import Launch
 
-__all__ = [
-    "AlreadyRunning",
-    "Exit",
-    "Observation",
-    "Runner",
-    "Supervisors",
-    "launch",
-    "observe",
-    "stop",
-]
+__all__ = ["AlreadyRunning", "Exit", "Observation", "Runner", "Supervisors", "launch", "observe", "stop"]
 
 DEADLINE_SECONDS = 10.0
 STARTING_SECONDS = 30.0

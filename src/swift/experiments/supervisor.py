@@ -119,10 +119,7 @@ class Supervisor:
     """
 
     def __init__(
-        self,
-        attempt: Path,
-        run_child: Callable[[Launch], NoReturn] | None = None,
-        note: str = "cold",
+        self, attempt: Path, run_child: Callable[[Launch], NoReturn] | None = None, note: str = "cold"
     ) -> None:
         self.attempt = attempt
         self.job_dir = attempt.parent
