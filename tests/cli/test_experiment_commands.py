@@ -129,7 +129,7 @@ def test_a_narrow_live_table_has_fewer_columns_and_whole_cells(home):
     shown = {}
     for width in (60, 200):
         console = Console(width=width, record=True, file=io.StringIO())
-        console.print(live_table(store.jobs(), {}, Home.find(), width=width))
+        console.print(live_table(store.jobs(), {}, width=width))
         shown[width] = console.export_text()
     assert "memory" in shown[200] and "memory" not in shown[60]
     for cell in ("j1", "a-rather-long-name", "running"):

@@ -108,7 +108,7 @@ class World:
     def end(self, name, code=0, *, signal=None, reason="exited", log="", status=None):
         """The running attempt of a job ends."""
         job = self.job(name)
-        exit = Exit(None if signal else code, signal, reason, 0.0, 100, 1.0)
+        exit = Exit(None if signal else code, signal, reason, self.store._clock(), 100, 1.0)
         folder = self.home.attempt_dir(job.id, job.attempt)
         folder.mkdir(parents=True, exist_ok=True)
         if log:

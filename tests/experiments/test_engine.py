@@ -11,9 +11,11 @@ from tests.experiments.engines import GIB, World
 from swift.core.errors import SwiftError, UsageError
 from swift.experiments.database import StoreUnusable
 from swift.experiments.isolation import from_shell
-from swift.experiments.launch import Observation
+from swift.experiments.launch import Exit, Observation
 from swift.experiments.open_sweeps import sweep_failure, sweep_is_open
 from swift.experiments.policies import Policies
+from swift.experiments.progress import seconds_of
+from swift.experiments.show import live_row
 from swift.experiments.types import Device, Needs
 
 
@@ -486,6 +488,14 @@ def test_the_time_of_all_attempts_is_added_up(tmp_path):
         world.end("a", reason="lost", code=None)
     job = world.job("a")
     assert (job.attempt, job.spent, job.to_dict()["spent_seconds"], job.started) == (3, 42.0, 42.0, 142.0)
+    now[0] += 8.0
+    assert live_row(job, {})["state"] == "starting" and seconds_of(job, now[0]) == 50.0
+    world.runner.seen[job.id, 3] = Observation("ended", Exit(0, None, "exited", 145.0))
+    now[0] += 3600.0  # nobody looked for an hour: a service that was dead
+    world.tick()
+    job = world.job("a")
+    assert (job.state, job.ended, seconds_of(job, now[0])) == ("succeeded", 145.0, 45.0)
+    assert live_row(job, {})["time"] == "45.0s"
 
 
 def test_what_earlier_attempts_left_in_the_run_folder(world):

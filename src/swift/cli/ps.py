@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from swift.cli.arguments import ArgumentParser
 
 if TYPE_CHECKING:
-    from swift.experiments.home import Home
     from swift.experiments.store import Store
     from swift.experiments.types import Job
 
@@ -42,7 +41,7 @@ def run(argv: list[str]) -> int:
         record: dict[str, Any] = {"jobs": [job.to_dict() for job in jobs], "finished_not_shown": hidden}
         print(json.dumps(record, ensure_ascii=False, indent=2))
         return 0
-    _print(jobs, hidden, home)
+    _print(jobs, hidden)
     return 0
 
 
@@ -66,14 +65,14 @@ def _jobs(store: Store | None, words: list[str], limit: int | None) -> tuple[lis
     return sorted([*ended, *going], key=lambda job: int(job.id[1:])), max(0, hidden)
 
 
-def _print(jobs: list[Job], hidden: int, home: Home) -> None:
+def _print(jobs: list[Job], hidden: int) -> None:
     from swift.experiments.show import live_row, table_text, terminal_width
 
     if not jobs:
         print("no jobs; queue some: swift run FILE.yaml")
         return
     columns = ("id", "name", "group", "state", "step", "loss", "time", "devices", "reason")
-    rows = [{**live_row(job, {}, home), "group": job.group} for job in jobs]
+    rows = [{**live_row(job, {}), "group": job.group} for job in jobs]
     cells = [[row[name] for name in columns] for row in rows]
     print(table_text([name.upper() for name in columns], cells, terminal_width(sys.stdout)))
     if hidden:

@@ -215,45 +215,41 @@ class Engine(Control):
 
     def _conclude(self, job: Job, seen: Observation) -> None:
         """An attempt is over: what the job becomes."""
-        exit, intent = seen.exit, intent_of(self.store, job)
-        action = intent.get("action") if intent else None
-        code = exit.code if exit else None
-        if exit is not None and code == 0 and exit.reason != "lost":
+        exit, intent = seen.exit, intent_of(self.store, job) or {}
+        action, reason = intent.get("action"), str(intent.get("reason"))
+        over = {"exit_code": exit.code, "ended": exit.ended} if exit else {"exit_code": None}
+        if exit is not None and exit.code == 0 and exit.reason != "lost":
             self._learn(job, exit)
-            self._move(job, "succeeded", "done", exit_code=0)
+            self._move(job, "succeeded", "done", **over)
         elif action in ("cancel", "prune"):
-            self._move(job, "cancelled", str((intent or {})["reason"]), exit_code=code)
+            self._move(job, "cancelled", reason, **over)
         elif action == "pause":
-            self._move(job, "paused", str((intent or {})["reason"]), exit_code=code, placement=None)
+            self._move(job, "paused", reason, placement=None, **over)
         elif action == "preempt":
-            reason = f"{(intent or {})['reason']}; goes on from its checkpoint when there is room"
-            self._move(job, "queued", reason, exit_code=code)
+            self._move(job, "queued", f"{reason}; goes on from its checkpoint when there is room", **over)
         elif exit is None or exit.reason == "not_begun":
             self._move(job, "queued", "the service ended before the job was started")
         else:
             answers = job.spec.command != "resume" and COMMANDS[job.spec.command].own_arguments
             log, status = attempt_log(self.home, job), run_status(self.home, job)
-            self._fail(job, classify(exit, status, log, action, answers=answers), code)
+            self._fail(job, classify(exit, status, log, action, answers=answers), over)
 
-    def _fail(self, job: Job, failure: Failure, code: int | None) -> None:
+    def _fail(self, job: Job, failure: Failure, over: dict[str, Any]) -> None:
         largest = max((device.memory_bytes for device in self.machine().devices), default=None)
         options: dict[str, Any] = {}
         if failure.kind == "out_of_memory":
-            with contextlib.suppress(
-                SwiftError
-            ):  # options that no longer resolve: only a larger slot is left
+            with contextlib.suppress(SwiftError):  # no longer resolve: only a larger slot is left
                 options = effective_options(job)
         action = after_failure(job, failure, options, self.policies, largest_bytes=largest)
-        self.store.event(
-            job.id, "failure", {"attempt": job.attempt, "kind": failure.kind, "message": failure.message}
-        )
+        record = {"attempt": job.attempt, "kind": failure.kind, "message": failure.message}
+        self.store.event(job.id, "failure", record)
         if not action.retry:
-            self._move(job, "failed", action.reason, exit_code=code)
+            self._move(job, "failed", action.reason, **over)
             return
         if action.delay_seconds:
             self._not_before[job.id] = self.monotonic() + action.delay_seconds
         retries = [*job.retries, action.record]
-        self._move(job, "queued", action.reason, exit_code=code, retries=retries, overrides=action.overrides)
+        self._move(job, "queued", action.reason, retries=retries, overrides=action.overrides, **over)
 
     def _learn(self, job: Job, exit: Exit) -> None:
         """Remember what the job really took, so that the next estimate is better."""
@@ -413,7 +409,7 @@ class Engine(Control):
             # First make sure that nothing of it lives or comes to life later.
             if self.runner.observe(job.id, job.attempt).state in ("starting", "running", "ended"):
                 return
-            self._fail(self.store.job(job.id), Failure("launch", message), None)
+            self._fail(self.store.job(job.id), Failure("launch", message), {"exit_code": None})
         except SwiftError as second:
             logger.warning("%s: %s; %s", job.id, message, second.message)
 

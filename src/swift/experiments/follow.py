@@ -61,7 +61,7 @@ def _follow_table(home: Home, store: Store, group: str, pause: Callable[[float],
         while True:
             jobs = store.jobs(group=group)
             samples, width = newest_samples(store), live.console.width
-            live.update(live_table(jobs, samples, home, title=group, width=width), refresh=True)
+            live.update(live_table(jobs, samples, title=group, width=width), refresh=True)
             if is_over(home, group, jobs):
                 return jobs
             pause(REFRESH_SECONDS)
@@ -73,11 +73,7 @@ def newest_samples(store: Store) -> dict[str, dict[str, Any]]:
 
 
 def live_table(
-    jobs: Sequence[Job],
-    samples: dict[str, dict[str, Any]],
-    home: Home,
-    title: str = "",
-    width: int | None = None,
+    jobs: Sequence[Job], samples: dict[str, dict[str, Any]], title: str = "", width: int | None = None
 ) -> Any:
     """A rich table: active jobs first, then those that wait, then the newest that ended.
 
@@ -89,7 +85,7 @@ def live_table(
 
     order = dict.fromkeys(ACTIVE, 0) | {"queued": 1, "waiting": 1, "paused": 1}
     shown = sorted(jobs, key=lambda job: order.get(job.state, 2))[:_ROWS]
-    cells = [live_row(job, samples, home) for job in shown]
+    cells = [live_row(job, samples) for job in shown]
     used = [name for name in _COLUMNS if any(row[name] for row in cells)] or ["id", "name", "state"]
     for name in _DISPENSABLE:
         if width is not None and name in used and _width(used, cells) > width:
@@ -119,7 +115,7 @@ def _width(columns: Sequence[str], cells: Sequence[dict[str, str]]) -> int:
 
 def print_summary(group: str, jobs: Sequence[Job], home: Home) -> None:
     """The table at the end, and what one may want to do now."""
-    header, rows = summary_rows(jobs, home)
+    header, rows = summary_rows(jobs)
     print()
     print(table_text(header, rows, terminal_width(sys.stdout)))
     failure = sweep_failure(home, group)

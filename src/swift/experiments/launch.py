@@ -208,8 +208,11 @@ def observe(job_dir: Path, attempt: int) -> Observation:
             raise SwiftError(
                 "processes of a lost job cannot be killed", where=str(folder), why=f"pids {pids}"
             )
-        if folder.is_dir():
-            write_exit(folder, "lost" if (folder / "supervisor.json").exists() else "not_begun")
+        if (folder / "supervisor.json").exists():
+            heard = folder / "heartbeat"  # of the dead supervisor
+            write_exit(folder, "lost", ended=heard.stat().st_mtime if heard.exists() else time.time())
+        elif folder.is_dir():
+            write_exit(folder, "not_begun")
     finally:
         os.close(lock)
     return _look(folder) or Observation("vanished")

@@ -112,12 +112,11 @@ def attempts_of(job: Job, home: Home | None, now: float) -> list[Attempt]:
     return found
 
 
-def seconds_of(job: Job, home: Home | None, now: float) -> float | None:
+def seconds_of(job: Job, now: float) -> float | None:
     """How long it has run in all its attempts; None before the first."""
-    attempts = attempts_of(
-        job, home if job.attempt > 1 else None, now
-    )  # one attempt: no file needs to be read
-    return sum(attempt.seconds for attempt in attempts) if attempts else None
+    if job.started is None:
+        return None
+    return job.spent + (max(0.0, now - job.started) if job.state in ACTIVE else 0.0)
 
 
 def read_json(path: Path) -> dict[str, Any]:

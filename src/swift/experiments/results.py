@@ -68,7 +68,7 @@ def _rows(home: Home, group: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     failure = sweep_failure(home, group)
     if failure:
         logger.warning("the sweep of %s ended before its time: %s", group, failure)
-    return result_rows(jobs, home)
+    return result_rows(jobs)
 
 
 def _wait_quietly(home: Home, store: Store, group: str, pause: Callable[[float], None]) -> list[Job]:
@@ -77,7 +77,7 @@ def _wait_quietly(home: Home, store: Store, group: str, pause: Callable[[float],
     return jobs
 
 
-def result_rows(jobs: Sequence[Job], home: Home) -> list[dict[str, Any]]:
+def result_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """One row for each experiment among the jobs of a group."""
     rows = []
     for job in jobs:
@@ -95,7 +95,7 @@ def result_rows(jobs: Sequence[Job], home: Home) -> list[dict[str, Any]]:
                 **job.spec.parameters,
                 **_read(job, "summary.json"),
                 **{f"evaluate_{name}": value for name, value in _read(job, "evaluation.json").items()},
-                "seconds": seconds_of(job, home, time.time()),
+                "seconds": seconds_of(job, time.time()),
                 "retries": len(job.retries),
                 "reason": job.reason,
                 "stages": {other.spec.name.rpartition("/")[2]: other.state for other in stages},

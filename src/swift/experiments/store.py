@@ -253,7 +253,7 @@ class Store:
         """Move a job to state ``to``, if it still is in one of ``from_states``; of two callers only one succeeds.
 
         ``starting`` counts a new attempt: ``attempt`` (default: the next) must be above the recorded one, so that a
-        decision taken before somebody else's attempt is void. ``started`` and ``ended`` are set here, unless given.
+        decision taken before somebody else's attempt is void. ``started`` is now, ``ended`` too unless given.
 
         Args:
             fields: attempt, placement, exit_code, retries, overrides, started, ended, priority, preempted.
@@ -283,9 +283,11 @@ class Store:
 
     def _changes(self, job: Job, to: State, fields: dict[str, Any]) -> dict[str, Any]:
         now = self._clock()
+        # An attempt may have ended long before somebody looked.
+        end = fields.pop("ended", None) or now
         changes: dict[str, Any] = {}
         if job.state in ACTIVE and to not in ACTIVE and job.started is not None:
-            changes["spent"] = job.spent + max(0.0, now - job.started)
+            changes["spent"] = job.spent + max(0.0, end - job.started)
         if to == "starting":
             attempt = fields.get("attempt", job.attempt + 1)
             if attempt <= job.attempt:
@@ -298,7 +300,7 @@ class Store:
                 "preempted": None,
             }
         elif to in FINISHED:
-            changes["ended"] = max(now, job.started or now)  # a clock set back makes no negative times
+            changes["ended"] = max(end, job.started or end)  # a clock set back makes no negative times
         elif to in ("queued", "waiting"):
             changes |= {"ended": None, "placement": None}
         return {**changes, **fields}
