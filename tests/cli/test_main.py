@@ -87,8 +87,16 @@ def test_debug_shows_the_traceback(error: Exception, command) -> None:
     [
         (["sftt"], "error: unknown command 'sftt'\n  fix: did you mean swift sft?\n"),
         (["merge-lore"], "error: unknown command 'merge-lore'\n  fix: did you mean swift merge-lora?\n"),
-        (["deploy"], "error: swift deploy comes with a later version\n  fix: use swift infer (swift plan deploy ... plans it)\n"),
-        (["web_ui"], "error: swift web-ui comes with a later version\n  fix: use the command line (swift plan web-ui ... plans it)\n"),
+        (
+            ["deploy"],
+            "error: swift deploy comes with a later version\n"
+            "  fix: use swift infer (swift plan deploy ... plans it)\n",
+        ),
+        (
+            ["web_ui"],
+            "error: swift web-ui comes with a later version\n"
+            "  fix: use the command line (swift plan web-ui ... plans it)\n",
+        ),
         (["qqqq"], "error: unknown command 'qqqq'\n  fix: swift --help lists the commands\n"),
         (
             ["--lora_rank", "3"],

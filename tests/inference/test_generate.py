@@ -172,9 +172,12 @@ def test_ctrl_c_stops_the_thread_and_reaches_the_caller(
     slow = generator.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
     out = io.StringIO()
     chat = Chat(generator, GREEDY.model_copy(update={"max_new_tokens": 400}), out=out)
+    # A test run in the background of a script has inherited an ignored SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert chat.handle("Reverse the letters: a b c d e.")
     finally:
+        signal.signal(signal.SIGINT, before)
         slow.remove()
     assert out.getvalue().endswith(" … (stopped)\n") and count == 4
     assert not [thread for thread in threading.enumerate() if thread.name == "swift-generate"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from swift.cli.arguments import ArgumentParser
@@ -31,7 +32,7 @@ def _parser() -> ArgumentParser:
     ls.add_argument("--json", action="store_true", help="print one JSON array")
     ls.set_defaults(action=_list)
     show = actions.add_parser("show", help="everything known about one model")
-    show.add_argument("name", metavar="NAME", help="a short name or an id")
+    show.add_argument("name", metavar="NAME", help="a short name, an id, or a folder")
     show.add_argument("--json", action="store_true", help="print one JSON object")
     show.set_defaults(action=_show)
     tiny = actions.add_parser("tiny", help="write a small random model and its tokenizer")
@@ -54,7 +55,7 @@ def _parser() -> ArgumentParser:
 
 
 def _list(arguments: Namespace) -> int:
-    from swift.models.registry import model_entries
+    from swift.models.registry import model_entries, own_models
 
     wanted = arguments.pattern.lower()
     glob = wanted if any(sign in wanted for sign in "*?[") else f"*{wanted}*"
@@ -63,8 +64,14 @@ def _list(arguments: Namespace) -> int:
         for name, entry in model_entries().items()
         if any(fnmatch(word.lower(), glob) for word in (name, entry.hf_id, entry.family, *entry.aliases))
     ]
+    own = {name: str(folder) for name, folder in own_models().items() if fnmatch(name.lower(), glob)}
     if arguments.json:
-        print(json.dumps([_facts(entry) for entry in found], ensure_ascii=False))
+        mine = [{"name": name, "folder": folder} for name, folder in own.items()]
+        print(json.dumps([*mine, *(_facts(entry) for entry in found)], ensure_ascii=False))
+        return 0
+    for name, folder in own.items():
+        print(f"{name}\t{folder}")
+    if not found:
         return 0
     from rich.console import Console
     from rich.table import Table
@@ -106,8 +113,11 @@ def _facts(entry: Any) -> dict[str, Any]:
 
 
 def _show(arguments: Namespace) -> int:
-    from swift.models.registry import find_entry, nearest_name
+    from swift.models.registry import find_entry, nearest_name, own_folder
 
+    folder = Path(arguments.name) if Path(arguments.name).is_dir() else own_folder(arguments.name)
+    if folder is not None:
+        return _show_folder(folder, arguments.json)
     entry = find_entry(arguments.name)
     if entry is None:
         near = nearest_name(arguments.name)
@@ -129,9 +139,32 @@ def _show(arguments: Namespace) -> int:
         **{key: str(value) for key, value in entry.config.items() if key != "architectures"},
         "note": "; ".join(entry.notes(arguments.name)),
     }
+    _print_lines(lines)
+    return 0
+
+
+def _show_folder(folder: Path, as_json: bool) -> int:
+    from swift.models.facts import ModelFacts
+
+    facts = ModelFacts.read(folder)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "config": facts.config}, ensure_ascii=False, indent=2))
+        return 0
+    sizes = {key: str(value) for key, value in facts.config.items() if isinstance(value, int | str)}
+    _print_lines(
+        {
+            "folder": str(folder),
+            "architecture": facts.architecture,
+            "parameters": f"{facts.num_parameters:,}",
+            **sizes,
+        }
+    )
+    return 0
+
+
+def _print_lines(lines: Mapping[str, str]) -> None:
     width = max(map(len, lines))
     print("\n".join(f"{key:<{width}}  {value}" for key, value in lines.items() if value))
-    return 0
 
 
 def _tiny(arguments: Namespace) -> int:

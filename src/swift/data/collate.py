@@ -29,6 +29,7 @@ class Batch:
         num_tokens: tokens that are not padding.
         num_targets: targets that are learned.
         sample_ids: the samples, in reading order.
+        samples_per_row: how many of them each row holds.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +40,7 @@ class Batch:
     num_tokens: int
     num_targets: int
     sample_ids: list[int]
+    samples_per_row: list[int]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -71,4 +73,5 @@ def batch_of(layout: Layout) -> Batch:
         num_tokens=layout.num_tokens,
         num_targets=layout.num_targets,
         sample_ids=layout.sample_ids,
+        samples_per_row=layout.samples_per_row,
     )

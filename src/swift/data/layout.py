@@ -30,6 +30,7 @@ class Layout:
     num_tokens: int
     num_targets: int
     sample_ids: list[int]
+    samples_per_row: list[int]
 
 
 def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
@@ -75,6 +76,7 @@ def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: i
         num_tokens=sum(used),
         num_targets=int((targets != IGNORE).sum()),
         sample_ids=[sample for row in rows for sample in row],
+        samples_per_row=[len(row) for row in rows],
     )
 
 

@@ -15,7 +15,6 @@ one of ``hf``, ``ms`` and ``path``::
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +24,7 @@ from typing import Any
 import yaml
 
 from swift.core.errors import DataError
+from swift.core.home import swift_home
 from swift.core.registry import closest
 from swift.data.mapping import ColumnMapping
 
@@ -135,7 +135,7 @@ def all_datasets(pattern: str | None = None) -> list[DatasetEntry]:
 
 
 def _own_folder() -> Path:
-    return Path(os.environ.get("SWIFT_HOME") or "~/.swift").expanduser() / "datasets"
+    return swift_home() / "datasets"
 
 
 def _key(name: str) -> str:

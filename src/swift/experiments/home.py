@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from swift.core.errors import SwiftError
+from swift.core.home import swift_home
 
 __all__ = ["Home"]
 
@@ -23,7 +23,7 @@ class Home:
 
         Raises SwiftError when it cannot be made.
         """
-        root = Path(path or os.environ.get("SWIFT_HOME") or "~/.swift").expanduser().absolute()
+        root = Path(path).expanduser().absolute() if path else swift_home()
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

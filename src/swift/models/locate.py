@@ -13,7 +13,7 @@ from swift.hubs.clients import find_hub, wants_hf
 from swift.hubs.fetch import fetch, find_cached
 from swift.hubs.names import find_repo, is_local_name
 from swift.models.facts import check_model_folder, resolve_model_path
-from swift.models.registry import find_entry, model_entries, resolve
+from swift.models.registry import find_entry, model_entries, own_folder, resolve
 
 __all__ = ["LocatedModel", "find_model", "locate_model", "not_here", "pin_model"]
 
@@ -55,8 +55,9 @@ def locate_model(section: ModelSection) -> LocatedModel:
 def find_model(section: ModelSection) -> LocatedModel | None:
     """The same without the network; None for a model of a hub that is not on this machine."""
     name = section.model or ""
-    if is_local_name(name) or _names_near_folder(name):
-        folder = resolve_model_path(name)
+    own = own_folder(name)
+    if own is not None or is_local_name(name) or _names_near_folder(name):
+        folder = resolve_model_path(str(own or name))
         if section.model_revision not in (None, folder.resolve().name):
             raise ConfigError(
                 f"{name} is a folder: it has no revision {section.model_revision!r}",

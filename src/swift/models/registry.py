@@ -1,6 +1,7 @@
 """Short names of models: ids on both hubs, template, licence and enough sizes to plan without a download.
 
-The table is registry.yaml. A ``--model`` value is, in this order: a folder on disk, a short name, an id with a slash.
+The table is registry.yaml. A ``--model`` value is, in this order: a folder on disk, a name of the user's own
+(``$SWIFT_HOME/models.yaml``), a short name, an id with a slash.
 Imports neither torch nor transformers.
 """
 
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from swift.core.errors import ModelError
+from swift.core.home import swift_home
 from swift.core.registry import closest, looks_like_hub_name
 from swift.models.facts import ModelFacts
 
@@ -25,6 +27,8 @@ __all__ = [
     "find_entry",
     "model_entries",
     "nearest_name",
+    "own_folder",
+    "own_models",
     "resolve",
     "short_names",
 ]
@@ -221,6 +225,30 @@ def _index() -> dict[str, ModelEntry]:
             if hub_id:
                 index.setdefault(_key(hub_id), entry)
     return index
+
+
+def own_models() -> dict[str, Path]:
+    """Name -> folder, as the user wrote them into ``$SWIFT_HOME/models.yaml``; folders are relative to it.
+
+    Raises ModelError when the file is not such a table.
+    """
+    file = swift_home() / "models.yaml"
+    try:
+        table = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ModelError("cannot be read", where=str(file), why=" ".join(str(error).split())) from error
+    if not isinstance(table, dict) or not all(isinstance(folder, str) for folder in table.values()):
+        raise ModelError("not a table of models", where=str(file), fix="my-model: /folder/of/the/model")
+    return {str(name): file.parent / Path(folder).expanduser() for name, folder in table.items()}
+
+
+def own_folder(name: str) -> Path | None:
+    """The folder to which the user gave this name. A folder that is called so itself is meant before it."""
+    if Path(name).expanduser().exists():
+        return None
+    return next((folder for own, folder in own_models().items() if _key(own) == _key(name)), None)
 
 
 def short_names() -> list[str]:

@@ -18,7 +18,7 @@ from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.locate import find_model, not_here
 from swift.models.quantised import stored_method
-from swift.models.registry import ModelEntry, find_entry
+from swift.models.registry import ModelEntry, find_entry, own_folder
 from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.modules import (
@@ -113,7 +113,7 @@ def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | N
     name = resolved.config.model.model
     if not name:
         return None, None
-    entry = None if Path(name).expanduser().exists() else find_entry(name)
+    entry = None if Path(name).expanduser().exists() or own_folder(name) else find_entry(name)
     if entry is not None:
         warnings += [f"--model {name}: {note}" for note in entry.notes(name)]
     try:
@@ -344,6 +344,8 @@ def _setup(
         dropout=tuner.lora_dropout if is_lora else 0.0,
         tokens=widest,
         checkpointing=bool(config.training.gradient_checkpointing),
+        recomputed=config.training.recompute_num_layers,
+        offloaded=config.training.activation_cpu_offload,
         chunk=config.training.logits_chunk_size,
         device=device.kind,
         model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
@@ -440,8 +442,18 @@ def _model(
         "context_length": facts.max_position_embeddings,
         "stored_dtype": facts.dtype,
         "dtype": _compute_dtype(resolved, device),
+        "quantized": _quantized(resolved),
         "weights_bytes": facts.weights_bytes,
     }
+
+
+def _quantized(resolved: Resolved) -> str | None:
+    """How the base is quantised when it is loaded: ``4-bit nf4``; None when it is not."""
+    section = resolved.config.quantization
+    if not section.is_active:
+        return None
+    is_nf4 = section.quant_method == "bnb" and section.quant_bits == 4
+    return f"{section.quant_bits}-bit {section.bnb_4bit_quant_type if is_nf4 else section.quant_method}"
 
 
 def _fits(plan: Plan, device: DeviceFacts) -> bool | None:

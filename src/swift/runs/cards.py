@@ -64,11 +64,12 @@ def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
     if model:
         trainable = model.get("trainable_parameters")
         share = f", {format_count(trainable)} trained" if trainable else ""
+        stored = f", base in {model['quantized']}" if model.get("quantized") else ""
         lines.append(
             (
                 "model",
                 f"{model['path']}  ({model['architecture']}, {format_count(model['parameters'])}"
-                f" parameters{share}, {model['dtype']})",
+                f" parameters{share}, {model['dtype']}{stored})",
             )
         )
     if data:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from swift.tuners.adapter import OtherAdapter
 from swift.tuners.apply import TunedModel, apply_tuner
 from swift.tuners.peft_format import adapter_folder, load_adapter
 from swift.tuners.starts import needs_data
-from swift.tuners.targets import output_head_name
+from swift.tuners.targets import decoder_layers, output_head_name
 
 __all__ = ["build"]
 
@@ -56,14 +57,57 @@ def build(
     closing: contextlib.ExitStack,
 ) -> Trainer:
     """Model, engine and trainer, ready for the next step; ``closing`` gets what must be closed in the end."""
-    resolved, config, device = prepared.resolved, prepared.resolved.config, prepared.device
+    resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
+    pad_token_id: int = tokenizer.pad_token_id
     tuned = _tune(_load_weights(prepared), prepared)
     engine = _engine(prepared, tuned)
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
     if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
-        start_from_data(engine, prepared.data.train, resolved, tokenizer.pad_token_id)
+        start_from_data(engine, prepared.data.train, resolved, pad_token_id)
+    state = _restored(prepared, tuned, engine)
+    _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
+    if config.training.neftune_noise_alpha:
+        add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
+    objective = _objective(prepared, validation=False)
+    if prepared.device.type != "cpu":
+        rows = prepared.schedule.largest_micro_batch()
+        engine.rehearse(collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), objective)
+    loader = _loader(prepared, pad_token_id)
+    closing.callback(loader.close)
+    if config.report.debug_mode:
+        batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(prepared.device)
+        say(inspection_report(tuned.model, batch, tokenizer))
+    if checkpoint is not None:
+        _set_aside(folder, state, say)
+    metrics = MetricsLog(folder.path / "metrics.jsonl")
+    closing.callback(metrics.close)
+    metrics.truncate_after(state.step)
+    return Trainer(
+        resolved=resolved,
+        folder=folder,
+        engine=engine,
+        objective=objective,
+        loader=loader,
+        plan=prepared.plan,
+        state=state,
+        save=partial(_save, prepared, folder, tuned, engine),
+        metrics=metrics,
+        status=status,
+        device=prepared.device,
+        evaluator=_evaluator(prepared, pad_token_id),
+        group_names=_group_names(prepared),
+        callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
+    )
+
+
+def _restored(prepared: Prepared, tuned: TunedModel, engine: NativeEngine) -> TrainState:
+    """The state of the checkpoint (its weights and optimizer are loaded), or of a beginning.
+
+    Raises SwiftError when the checkpoint's place in the data means another one by now.
+    """
+    checkpoint = prepared.checkpoint
     state = load_checkpoint(checkpoint, tuned=tuned, engine=engine) if checkpoint else TrainState()
     cursor = _cursor_fingerprint(prepared)
     if state.cursor_fingerprint not in ("", cursor):
@@ -75,63 +119,38 @@ def build(
         )
     state.cursor_fingerprint = cursor
     state.order_batch_size = prepared.schedule.batch_size
-    only_model = config.checkpoint.save_only_model
-    _check_disk(folder.path, tuned, only_model)
-    pad_token_id = tokenizer.pad_token_id
-    if config.training.neftune_noise_alpha:
-        add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
-    if device.type != "cpu":
-        rows = prepared.schedule.largest_micro_batch()
-        engine.rehearse(
-            collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), SftObjective()
-        )
-    loader = (
-        StreamLoader(prepared.stream, pad_token_id=pad_token_id)
-        if prepared.stream is not None
-        else BatchLoader(
-            prepared.data.train,
-            prepared.schedule,
-            num_workers=config.data.dataloader_num_workers,
-            pad_token_id=pad_token_id,
-        )
+    return state
+
+
+def _loader(prepared: Prepared, pad_token_id: int) -> StreamLoader | BatchLoader:
+    if prepared.stream is not None:
+        return StreamLoader(prepared.stream, pad_token_id=pad_token_id)
+    return BatchLoader(
+        prepared.data.train,
+        prepared.schedule,
+        num_workers=prepared.resolved.config.data.dataloader_num_workers,
+        pad_token_id=pad_token_id,
     )
-    closing.callback(loader.close)
-    if config.report.debug_mode:
-        batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(device)
-        say(inspection_report(tuned.model, batch, tokenizer))
-    if checkpoint is not None:
-        _set_aside(folder, state, say)
-    metrics = MetricsLog(folder.path / "metrics.jsonl")
-    closing.callback(metrics.close)
-    metrics.truncate_after(state.step)
 
-    def save(path: Path, at: TrainState) -> None:
-        save_checkpoint(
-            path,
-            tuned=tuned,
-            tokenizer=tokenizer,
-            base_path=prepared.model_path,
-            export_dtype=prepared.export_dtype,
-            engine=engine,
-            state=at,
-            config_file=folder.path / "config.yaml",
-            only_model=only_model,
-        )
 
-    return Trainer(
-        resolved=resolved,
-        folder=folder,
+def _save(
+    prepared: Prepared,
+    folder: RunFolder,
+    tuned: TunedModel,
+    engine: NativeEngine,
+    path: Path,
+    at: TrainState,
+) -> None:
+    save_checkpoint(
+        path,
+        tuned=tuned,
+        tokenizer=prepared.template.tokenizer,
+        base_path=prepared.model_path,
+        export_dtype=prepared.export_dtype,
         engine=engine,
-        objective=SftObjective(),
-        loader=loader,
-        plan=prepared.plan,
-        state=state,
-        save=save,
-        metrics=metrics,
-        status=status,
-        device=device,
-        evaluator=_evaluator(prepared, pad_token_id),
-        callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
+        state=at,
+        config_file=folder.path / "config.yaml",
+        only_model=prepared.resolved.config.checkpoint.save_only_model,
     )
 
 
@@ -209,8 +228,21 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
             if not parameter.requires_grad and tuned.kind == "full":
                 parameter.data = parameter.data.to(dtype)
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model, config.training.recompute_num_layers)
     return tuned
+
+
+def _recompute(model: Any, num_layers: int | None) -> None:
+    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if num_layers is None:
+        return
+    layers: Any = decoder_layers(model)[1]
+    for layer in layers[num_layers:]:
+        if not hasattr(layer, "gradient_checkpointing"):
+            why = f"{type(layer).__name__} cannot be told apart from the others"
+            raise ConfigError("all layers or none", where="--recompute_num_layers", why=why)
+        layer.gradient_checkpointing = False
 
 
 def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
@@ -249,6 +281,7 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
         chunk_size=training.logits_chunk_size,
         compile_model=training.torch_compile,
         penalty=tuned.other.penalty if tuned.other else None,
+        offload_activations=training.activation_cpu_offload,
     )
 
 
@@ -264,7 +297,26 @@ def _evaluator(prepared: Prepared, pad_token_id: int) -> LossEvaluator | None:
     if dataset is None:
         return None
     size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
-    return LossEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id)
+    return LossEvaluator(
+        dataset,
+        batch_size=size,
+        pad_token_id=pad_token_id,
+        objective=_objective(prepared, validation=True),
+        group_names=_group_names(prepared),
+    )
+
+
+def _objective(prepared: Prepared, *, validation: bool) -> SftObjective:
+    """Dynamic weights are for learning only: what is measured stays the cross-entropy."""
+    dynamic = prepared.resolved.config.training.enable_dft_loss and not validation
+    if not prepared.data.channels:
+        return SftObjective(dynamic=dynamic)
+    channels = prepared.data.channels[1 if validation else 0]
+    return SftObjective(dynamic=dynamic, groups=channels.of_targets, num_groups=len(channels.names))
+
+
+def _group_names(prepared: Prepared) -> tuple[str, ...]:
+    return prepared.data.channels[0].names if prepared.data.channels else ()
 
 
 def _cursor_fingerprint(prepared: Prepared) -> str:

@@ -6,7 +6,6 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from swift.data.stream import Stream, open_stream
 from swift.models.facts import ModelFacts
 from swift.models.load import isolates_documents, load_template
 from swift.models.quantised import check_loadable
+from swift.models.template import Template
 from swift.train.callbacks.trackers import check_trackers
 from swift.train.checkpoints import read_state
 from swift.train.loop import StepPlan
@@ -39,7 +39,7 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     export_dtype: torch.dtype
-    template: Any
+    template: Template
     data: LoadedData
     schedule: BatchSchedule
     plan: StepPlan
@@ -68,25 +68,16 @@ def prepare(resolved: Resolved) -> Prepared:
         raise ConfigError(
             "liger kernels need a CUDA device", where="--use_liger_kernel", fix="leave the option out"
         )
-    # oneDNN keeps a compiled kernel for each of the last 1,024 shapes; rows of every length would make that 0.4 GB.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    if config.training.activation_cpu_offload and device.type == "cpu":
+        why = "they are in host memory already"
+        raise ConfigError("needs an accelerator", where="--activation_cpu_offload", why=why)
     dtype = pick_dtype(config.model.torch_dtype, device)
     check_precision(resolved, dtype)
     resolved.derive("gradient_checkpointing", device.type != "cpu", "device")
-    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
-    resolved.derive("num_threads", threads, "OMP_NUM_THREADS or the cores")
-    torch.set_num_threads(config.training.num_threads or threads)
-    template = load_template(
-        model_path,
-        config.template,
-        pretraining=resolved.command == "pt",
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    if template.chat is not None and config.template.chat_template:
-        # Checkpoints carry the template they were trained with, so that other programs use it as well.
-        template.tokenizer.chat_template = template.chat.source
+    _settle_cpu(resolved)
+    template = _template(resolved, model_path)
     assert config.data.max_length is not None
-    data = None if config.data.streaming else load_data(resolved, template, config.data.max_length)
+    loaded = None if config.data.streaming else load_data(resolved, template, config.data.max_length)
     derive_layout(
         resolved,
         isolates_documents(
@@ -94,35 +85,24 @@ def prepare(resolved: Resolved) -> Prepared:
         ),
     )
     order_batch_size, split = _data_order(resolved, checkpoint)
-    if data is None:
+    stream = None
+    if loaded is None:
         stream, data, schedule = open_stream(resolved, template, order_batch_size, split)
-        return Prepared(
-            resolved,
-            model_path,
-            checkpoint,
-            device,
-            dtype,
-            export_dtype(facts, dtype),
-            template,
-            data,
-            schedule,
-            StepPlan(
-                config.training.max_steps,
-                config.training.max_steps,
-                config.training.gradient_accumulation_steps or 1,
-            ),
-            stream,
+        steps = config.training.max_steps
+        plan = StepPlan(steps, steps, config.training.gradient_accumulation_steps or 1)
+    else:
+        data = loaded
+        schedule = BatchSchedule(
+            data.train.lengths,
+            batch_size=order_batch_size,
+            split=split,
+            mode=batch_mode(config.data),
+            max_length=config.data.max_length,
+            group_by_length=config.data.group_by_length,
+            shuffle=config.data.dataset_shuffle,
+            seed=config.data.data_seed or 0,
         )
-    schedule = BatchSchedule(
-        data.train.lengths,
-        batch_size=order_batch_size,
-        split=split,
-        mode=batch_mode(config.data),
-        max_length=config.data.max_length,
-        group_by_length=config.data.group_by_length,
-        shuffle=config.data.dataset_shuffle,
-        seed=config.data.data_seed or 0,
-    )
+        plan = _step_plan(resolved, schedule)
     return Prepared(
         resolved,
         model_path,
@@ -133,8 +113,32 @@ def prepare(resolved: Resolved) -> Prepared:
         template,
         data,
         schedule,
-        _step_plan(resolved, schedule),
+        plan,
+        stream,
     )
+
+
+def _settle_cpu(resolved: Resolved) -> None:
+    """Threads, and the memory of oneDNN."""
+    # oneDNN keeps a compiled kernel for each of the last 1,024 shapes; rows of every length would make that 0.4 GB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
+    resolved.derive("num_threads", threads, "OMP_NUM_THREADS or the cores")
+    torch.set_num_threads(resolved.config.training.num_threads or threads)
+
+
+def _template(resolved: Resolved, model_path: Path) -> Template:
+    config = resolved.config
+    template = load_template(
+        model_path,
+        config.template,
+        pretraining=resolved.command == "pt",
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    if template.chat is not None and config.template.chat_template:
+        # Checkpoints carry the template they were trained with, so that other programs use it as well.
+        template.tokenizer.chat_template = template.chat.source
+    return template
 
 
 def _limit_device_memory(device: torch.device) -> None:
