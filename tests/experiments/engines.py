@@ -5,7 +5,7 @@ from pathlib import Path
 
 from swift.experiments.engine import Engine
 from swift.experiments.home import Home
-from swift.experiments.launch import Exit, Observation
+from swift.experiments.runner import Exit, Observation
 from swift.experiments.store import Store
 from swift.experiments.types import ACTIVE, Dependency, Device, Inventory, JobSpec, Needs
 

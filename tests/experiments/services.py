@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from swift.experiments import launch as launching
+from swift.experiments import runner
 from swift.experiments.client import find_service
 from swift.experiments.home import Home
-from swift.experiments.launch import observe
+from swift.experiments.runner import observe
 from swift.experiments.store import Store
 from swift.experiments.types import FINISHED, JobSpec, Launch, Needs
 
@@ -116,7 +116,7 @@ class Services:
         for folder in self.home.root.glob("jobs/*/attempt-*"):
             if (folder / "supervisor.json").exists():
                 number = int(folder.name.removeprefix("attempt-"))
-                launching.stop(folder.parent, number, grace_seconds=0)
+                runner.stop(folder.parent, number, grace_seconds=0)
                 wait_for(
                     lambda job=folder.parent, n=number: observe(job, n).state in ("ended", "vanished"),
                     "a job to end",

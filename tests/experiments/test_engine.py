@@ -11,10 +11,10 @@ from tests.experiments.engines import GIB, World
 from swift.core.errors import SwiftError, UsageError
 from swift.experiments.database import StoreUnusable
 from swift.experiments.isolation import from_shell
-from swift.experiments.launch import Exit, Observation
 from swift.experiments.open_sweeps import sweep_failure, sweep_is_open
 from swift.experiments.policies import Policies
 from swift.experiments.progress import seconds_of
+from swift.experiments.runner import Exit, Observation
 from swift.experiments.show import live_row
 from swift.experiments.types import Device, Needs
 
@@ -50,7 +50,7 @@ def test_a_new_engine_adopts_what_runs_and_sees_what_ended_meanwhile(world):
 
 
 def world_exit(code, **fields):
-    from swift.experiments.launch import Exit
+    from swift.experiments.runner import Exit
 
     return Exit(code, None, "exited", 0.0, **fields)
 

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from swift.experiments.launch import Exit
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
+from swift.experiments.runner import Exit
 from swift.experiments.types import Job, JobSpec, Placement
 
 GIB = 2**30

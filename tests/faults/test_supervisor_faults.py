@@ -9,7 +9,7 @@ import time
 import pytest
 from tests.experiments.supervised import Jobs, wait_for
 
-from swift.experiments.launch import AlreadyRunning
+from swift.experiments.runner import AlreadyRunning
 
 # A job with everything that is hard to find again: a child, a daemon in its own session, one without parent.
 FAMILY = "sleep 600 & setsid sleep 600 & (setsid sh -c 'sleep 600 & sleep 600' &); sleep 600"

@@ -18,8 +18,8 @@ from urllib.parse import quote
 from swift.core.errors import SwiftError, UsageError
 from swift.core.process import ProcessIdentity
 from swift.experiments.home import Home
-from swift.experiments.launch import log_tail
 from swift.experiments.processes import send_signal
+from swift.experiments.runner import log_tail
 from swift.experiments.submission import Submission
 
 __all__ = ["Client", "find_service", "stop_service"]

@@ -18,8 +18,8 @@ from typing import Any
 from swift.core.errors import UsageError
 from swift.experiments.dependencies import dependents
 from swift.experiments.home import Home
-from swift.experiments.launch import Runner
 from swift.experiments.open_sweeps import OpenSweeps
+from swift.experiments.runner import Runner
 from swift.experiments.store import Group, StateConflict, Store
 from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec, State
 from swift.runs.folder import RunFolder

@@ -32,12 +32,12 @@ from swift.experiments.estimator import changed_data
 from swift.experiments.home import Home
 from swift.experiments.inventory import take_inventory
 from swift.experiments.isolation import as_submitted
-from swift.experiments.launch import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.monitor import Monitor
 from swift.experiments.open_sweeps import OpenSweeps
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
 from swift.experiments.preemption import Preemption, preempt
 from swift.experiments.progress import OUTPUT_LOG, median_step_seconds
+from swift.experiments.runner import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.scheduler import Decision, Policy, decide
 from swift.experiments.store import StateConflict, Store
 from swift.experiments.types import ACTIVE, Inventory, Job, Launch, Placement

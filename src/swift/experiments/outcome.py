@@ -12,9 +12,9 @@ import yaml
 
 from swift.core.errors import DataError
 from swift.experiments.home import Home
-from swift.experiments.progress import attempts_of, read_json
+from swift.experiments.progress import read_json
 from swift.experiments.statistics import Interval, bootstrap, is_number
-from swift.experiments.types import FINISHED, TRAINING, Job, JobSpec
+from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.metrics import read_metrics
 from swift.runs.status import read_status
@@ -181,7 +181,7 @@ def _was_not_needed(job: Job) -> bool:
 
 def _read_attempts(outcome: Outcome, main: Job, jobs: Iterable[Job], home: Home | None, now: float) -> None:
     for job in jobs:
-        attempts = attempts_of(job, home, now)
+        attempts = _attempts_of(job, home, now)
         if not attempts:
             continue
         spent = sum(attempt.seconds * attempt.num_devices for attempt in attempts)
@@ -190,6 +190,41 @@ def _read_attempts(outcome: Outcome, main: Job, jobs: Iterable[Job], home: Home 
             outcome.wall_seconds = sum(attempt.seconds for attempt in attempts)
             peaks = [attempt.peak_memory_bytes for attempt in attempts if attempt.peak_memory_bytes]
             outcome.peak_memory_bytes = max(peaks, default=None)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """How long a job's process lived, on how many devices, and its peak of host memory where it is known."""
+
+    seconds: float
+    num_devices: int
+    peak_memory_bytes: int | None = None
+
+
+def _attempts_of(job: Job, home: Home | None, now: float) -> list[_Attempt]:
+    """All attempts of a job. The store knows the last one only; a job of several is read from its folder.
+
+    Args:
+        home: where attempts are recorded; None: only the last one is known.
+        now: for a job that still runs.
+    """
+    devices = len(job.placement.devices) if job.placement else 1
+    found = []
+    folders = [home.attempt_dir(job.id, number) for number in range(1, job.attempt + 1)] if home else []
+    for number, folder in enumerate(folders, start=1):
+        try:
+            begun = (folder / "supervisor.json").stat().st_mtime
+            lost = max(path.stat().st_mtime for path in folder.iterdir())
+        except OSError:  # never started
+            continue
+        ended = read_json(folder / "exit.json")
+        running = job.state in ACTIVE and number == job.attempt
+        seconds = max(0.0, float(ended.get("ended", now if running else lost)) - begun)
+        found.append(_Attempt(seconds, devices, ended.get("peak_memory_bytes")))
+    end = job.ended if job.ended is not None else now if job.state in ACTIVE else None
+    if not found and job.started is not None and end is not None:
+        found = [_Attempt(max(0.0, end - job.started), devices)]
+    return found
 
 
 def _read_run(outcome: Outcome, folder: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swift.core.format import format_bytes, format_duration
-from swift.experiments.launch import Exit
+from swift.experiments.runner import Exit
 from swift.experiments.types import Job
 
 __all__ = ["Action", "Failure", "Policies", "after_failure", "classify", "is_stalled"]

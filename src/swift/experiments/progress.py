@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swift.core.errors import SwiftError
-from swift.experiments.home import Home
 from swift.experiments.types import ACTIVE, Job
 from swift.runs.metrics import read_metrics
 
 __all__ = [
     "OUTPUT_LOG",
-    "Attempt",
-    "attempts_of",
     "last_metrics",
     "median_step_seconds",
     "read_json",
@@ -75,41 +71,6 @@ def tail_start(path: Path, lines: int) -> int:
             found = start
     kept = block.splitlines(keepends=True)[-lines:] if lines else []
     return end - sum(map(len, kept))
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """How long a job's process lived, on how many devices, and its peak of host memory where it is known."""
-
-    seconds: float
-    num_devices: int
-    peak_memory_bytes: int | None = None
-
-
-def attempts_of(job: Job, home: Home | None, now: float) -> list[Attempt]:
-    """All attempts of a job. The store knows the last one only; a job of several is read from its folder.
-
-    Args:
-        home: where attempts are recorded; None: only the last one is known.
-        now: for a job that still runs.
-    """
-    devices = len(job.placement.devices) if job.placement else 1
-    found = []
-    folders = [home.attempt_dir(job.id, number) for number in range(1, job.attempt + 1)] if home else []
-    for number, folder in enumerate(folders, start=1):
-        try:
-            begun = (folder / "supervisor.json").stat().st_mtime
-            lost = max(path.stat().st_mtime for path in folder.iterdir())
-        except OSError:  # never started
-            continue
-        ended = read_json(folder / "exit.json")
-        running = job.state in ACTIVE and number == job.attempt
-        seconds = max(0.0, float(ended.get("ended", now if running else lost)) - begun)
-        found.append(Attempt(seconds, devices, ended.get("peak_memory_bytes")))
-    end = job.ended if job.ended is not None else now if job.state in ACTIVE else None
-    if not found and job.started is not None and end is not None:
-        found = [Attempt(max(0.0, end - job.started), devices)]
-    return found
 
 
 def seconds_of(job: Job, now: float) -> float | None:

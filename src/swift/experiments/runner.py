@@ -86,7 +86,7 @@ def launch(
     home: Home,
     job_id: str,
     attempt: int,
-    launch: Launch,
+    wanted: Launch,
     warm: bool,
     deadline_seconds: float = DEADLINE_SECONDS,
 ) -> None:
@@ -104,12 +104,12 @@ def launch(
     folder.chmod(0o700)  # launch.json holds the whole environment of the job
     if not (folder / "supervisor.json").exists():
         atomic_write_json(folder / "launcher.json", ProcessIdentity.of().to_dict(), durable=False)
-        atomic_write_json(folder / "launch.json", launch.to_dict())
+        atomic_write_json(folder / "launch.json", wanted.to_dict())
     note = "cold"
     if warm:
         from swift.experiments.warm import submit
 
-        refusal = submit(home, folder, launch, deadline_seconds)
+        refusal = submit(home, folder, wanted, deadline_seconds)
         if refusal is None:
             return
         note = f"cold ({refusal})"
@@ -278,7 +278,7 @@ def stop(job_dir: Path, attempt: int, grace_seconds: float) -> None:
 class Runner(Protocol):
     """Starts, watches and stops attempts: what the engine needs; tests put a fake in its place."""
 
-    def launch(self, job_id: str, attempt: int, launch: Launch, warm: bool) -> None:
+    def launch(self, job_id: str, attempt: int, wanted: Launch, warm: bool) -> None:
         """Begin an attempt; returns when somebody is responsible for it. Raises SwiftError."""
 
     def observe(self, job_id: str, attempt: int) -> Observation:
@@ -297,8 +297,8 @@ class Supervisors:
     def __init__(self, home: Home) -> None:
         self.home = home
 
-    def launch(self, job_id: str, attempt: int, launch_: Launch, warm: bool) -> None:
-        launch(self.home, job_id, attempt, launch_, warm)
+    def launch(self, job_id: str, attempt: int, wanted: Launch, warm: bool) -> None:
+        launch(self.home, job_id, attempt, wanted, warm)
 
     def observe(self, job_id: str, attempt: int) -> Observation:
         return observe(self.home.job_dir(job_id), attempt)
