@@ -27,6 +27,9 @@ _FIELDS = (
     "attempt", "placement", "exit_code", "retries", "overrides", "started", "ended", "priority",
     "spent", "preempted",
 )  # fmt: skip
+_PLAIN_FIELDS = (
+    "state", "reason", "attempt", "exit_code", "submitted", "started", "ended", "priority", "spent",
+)  # fmt: skip
 _JSON_FIELDS = ("placement", "retries", "overrides", "preempted")
 _KEPT_OBSERVATIONS = 20
 _ID = re.compile(r"j([1-9]\d{0,17})")
@@ -453,17 +456,6 @@ class Store:
         placement = json.loads(row["placement"]) if row["placement"] else None
         if placement is not None:
             placement = Placement(**{**placement, "devices": tuple(placement["devices"])})
-        plain = (
-            "state",
-            "reason",
-            "attempt",
-            "exit_code",
-            "submitted",
-            "started",
-            "ended",
-            "priority",
-            "spent",
-        )
         return Job(
             id=f"j{row['seq']}",
             group=row["group_name"],
@@ -472,7 +464,7 @@ class Store:
             retries=json.loads(row["retries"]),
             overrides=json.loads(row["overrides"]),
             preempted=json.loads(row["preempted"]) if row["preempted"] else None,
-            **{name: row[name] for name in plain},
+            **{name: row[name] for name in _PLAIN_FIELDS},
         )
 
 
