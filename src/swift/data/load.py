@@ -75,6 +75,9 @@ def load_data(
     specs = dataset_specs(section, section.dataset)
     val_specs = dataset_specs(section, section.val_dataset)
     files = {spec.text: find_files(spec) for spec in [*specs, *val_specs]}
+    notes += [
+        f"{spec.text}: {spec.entry.note}" for spec in [*specs, *val_specs] if spec.entry and spec.entry.note
+    ]
 
     def load(chosen: list[DatasetSpec], weights: Sequence[float]) -> TokenDataset:
         parts = [_load_one(spec, files[spec.text], section, encoder, seed, notes) for spec in chosen]

@@ -19,6 +19,7 @@ from swift.data.loader import BatchLoader
 from swift.data.stream import StreamLoader
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
+from swift.models.quantised import stored_weights
 from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
@@ -40,9 +41,10 @@ from swift.train.schedules import learning_rate_schedule
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
 from swift.tuners.adapter import OtherAdapter
-from swift.tuners.apply import TunedModel, apply_tuner
+from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
+from swift.tuners.longlora import use_shifted_groups
 from swift.tuners.peft_format import adapter_folder, load_adapter
-from swift.tuners.starts import needs_data
+from swift.tuners.starts import needs_data, start_from_rounding
 from swift.tuners.targets import decoder_layers, output_head_name
 
 __all__ = ["build"]
@@ -224,9 +226,13 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
             total_steps=prepared.plan.total_steps,
             restored=prepared.checkpoint is not None,
         )
+        if config.tuner.init_weights == "loftq" and prepared.checkpoint is None:
+            start_from_rounding(model, DEFAULT_ADAPTER, stored_weights(prepared.model_path))
         for parameter in model.parameters():
             if not parameter.requires_grad and tuned.kind == "full":
                 parameter.data = parameter.data.to(dtype)
+    if config.tuner.longlora_group_size:
+        use_shifted_groups(model, config.tuner.longlora_group_size)
     if config.training.gradient_checkpointing:
         _recompute(model, config.training.recompute_num_layers)
     return tuned
