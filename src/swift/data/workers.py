@@ -55,6 +55,8 @@ class WorkerPool(Generic[In, Out]):
         # forkserver: a plain fork would copy this process with its threads, locks and CUDA context.
         known = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+        if "forkserver" in known:  # what every process needs is imported once, by their common parent
+            context.set_forkserver_preload([function.__module__])
         self._under_way: deque[Future[Out]] = deque()
         ended, self._end = context.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(

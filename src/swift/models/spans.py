@@ -15,6 +15,7 @@ Nothing is guessed: where both fail, `DataError` is raised.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,6 @@ def fit_end(text: str, start: int, end: int, end_tokens: Sequence[str]) -> int:
     """
     if not end_tokens:
         return max(start, len(text[:end].rstrip()))
-    token = "|".join(re.escape(token) for token in sorted(end_tokens, key=len, reverse=True))
     # All of the end tokens and white space at the end of the range; the first of these tokens ends the turn.
     cut = end
     while True:
@@ -92,9 +92,16 @@ def fit_end(text: str, start: int, end: int, end_tokens: Sequence[str]) -> int:
         if last is None:
             break
         cut -= len(last)
-    if first := re.compile(rf"\s*({token})").match(text, cut):
+    if first := _any_of(tuple(end_tokens)).match(text, cut):
         return first.end()
     return cut
+
+
+@functools.cache
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """White space and one of the tokens; the longest where one begins like another."""
+    words = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.compile(rf"\s*({words})")
 
 
 def end_of_turn_token(render: Render, tokens: Sequence[str]) -> str | None:
