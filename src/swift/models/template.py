@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, DataError, ModelError
 from swift.core.registry import closest
 from swift.models.agents import write_tools
+from swift.models.encoding import TextEncoder, Tokens
 from swift.models.jinja import ChatTemplate
 from swift.models.messages import Conversation, read_conversation
 from swift.models.spans import Turn, end_of_turn_token, find_turns, fit_end
@@ -94,6 +96,7 @@ class Template:
         )
         self.system = _read_system(section.system)
         self.chat = _read_chat_template(tokenizer, section) if self.uses_chat_template else None
+        self._encoder = TextEncoder(tokenizer.backend_tokenizer)
         self._folder = Path(str(tokenizer.name_or_path))
         self._end_tokens = self._find_end_tokens()
         ids = (tokenizer.convert_tokens_to_ids(token) for token in self._end_tokens)
@@ -117,11 +120,11 @@ class Template:
         for add_special in set(special):
             chosen = [number for number, flag in enumerate(special) if flag is add_special]
             texts = [prepared[number][0] for number in chosen]
-            for number, encoding in zip(chosen, self._tokenize(texts, add_special), strict=True):
-                encodings[number] = encoding
+            for number, tokens in zip(chosen, self._encoder.encode(texts, add_special), strict=True):
+                encodings[number] = tokens
         return [
-            self._label(encoding.ids, encoding.offsets, spans, open_end)
-            for encoding, (_, spans, open_end) in zip(encodings, prepared, strict=True)
+            self._label(tokens, spans, open_end)
+            for tokens, (_, spans, open_end) in zip(encodings, prepared, strict=True)
         ]
 
     def encode_prompt(
@@ -130,7 +133,7 @@ class Template:
         """Token ids up to where the assistant's answer begins."""
         text = self.render(messages, tools, add_generation_prompt=True)
         add_special = self.chat is None and not self._begins_with_bos(text)
-        ids: list[int] = self._tokenize([text], add_special)[0].ids
+        ids = self._encoder.encode([text], add_special)[0].ids
         if add_special and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()  # Some tokenizers close every text; this one goes on.
         return ids
@@ -264,31 +267,22 @@ class Template:
 
     # -- tokens -------------------------------------------------------------------------------------------
 
-    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
-        """An Encoding of the tokenizers library (ids, offsets) for each text; no truncation, no padding."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-        return encodings
-
-    def _label(
-        self, ids: list[int], offsets: list[tuple[int, int]], spans: list[Span], open_end: bool
-    ) -> Encoded:
+    def _label(self, tokens: Tokens, spans: list[Span], open_end: bool) -> Encoded:
+        ids, starts, stops = tokens.ids, tokens.starts, tokens.stops
         eos = self.tokenizer.eos_token_id
-        if len(ids) > 1 and offsets[-1] == (0, 0) and ids[-1] == eos:
+        if len(ids) > 1 and stops[-1] == 0 and ids[-1] == eos:
             # The tokenizer closes every text itself; whether this one ends here is decided below.
-            ids.pop(), offsets.pop()
-        # Only parts need where tokens end; they are few.
-        stops = [end for _, end in offsets] if any(span.is_part for span in spans) else []
+            ids.pop()
+            starts, stops = starts[:-1], stops[:-1]
         ranges: list[tuple[int, int, float]] = []
         outer = (0, len(ids))
         for span in spans:
-            if span.is_part:
-                first = max(outer[0], bisect_right(stops, span.start))
-                last = max(first, min(outer[1], bisect_right(stops, span.end)))
-            else:  # a tuple of one is below every offset that starts there
-                outer = first, last = bisect_left(offsets, (span.start,)), bisect_left(offsets, (span.end,))
+            start, end = tokens.place(span.start), tokens.place(span.end)
+            if span.is_part:  # a token belongs to the part in which it ends
+                first = max(outer[0], int(np.searchsorted(stops, start, side="right")))
+                last = max(first, min(outer[1], int(np.searchsorted(stops, end, side="right"))))
+            else:
+                outer = first, last = int(np.searchsorted(starts, start)), int(np.searchsorted(starts, end))
             ranges.append((first, last, span.weight))
         if open_end and ids[-1:] != [eos] and eos is not None:
             ids.append(eos)
