@@ -29,6 +29,8 @@ class Batch:
         num_tokens: tokens that are not padding.
         num_targets: targets that are learned.
         sample_ids: the samples, in reading order.
+        groups: tasks over whole sequences: how many sequences each sample has; a target marks the end of each.
+        labels: [samples, K] float32, the labels of each sample of such a task.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +41,8 @@ class Batch:
     num_tokens: int
     num_targets: int
     sample_ids: list[int]
+    groups: list[int] | None = None
+    labels: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -48,6 +52,7 @@ class Batch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
         )
 
 
@@ -71,4 +76,6 @@ def batch_of(layout: Layout) -> Batch:
         num_tokens=layout.num_tokens,
         num_targets=layout.num_targets,
         sample_ids=layout.sample_ids,
+        groups=layout.groups,
+        labels=None if layout.labels is None else torch.from_numpy(layout.labels),
     )

@@ -23,6 +23,8 @@ class SftObjective:
     (and not a sum over the token count) keeps the size of the gradient when all weights are scaled alike.
     """
 
+    accuracy: str | None = "token_accuracy"
+
     def denominators(self, batches: Sequence[TargetBatch]) -> Denominators:
         total = 0.0
         for batch in batches:

@@ -19,7 +19,6 @@ from swift.data.loader import BatchLoader
 from swift.data.stream import StreamLoader
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
-from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
 from swift.parallel.native import NativeEngine
@@ -29,7 +28,7 @@ from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.lisa import LisaCallback
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
-from swift.train.evaluation import LossEvaluator
+from swift.train.evaluation import Evaluator, LossEvaluator
 from swift.train.inspection import inspection_report
 from swift.train.loop import Trainer
 from swift.train.neftune import add_embedding_noise
@@ -39,6 +38,8 @@ from swift.train.prepare import Prepared
 from swift.train.schedules import learning_rate_schedule
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
+from swift.train.task_evaluation import TaskEvaluator
+from swift.train.tasks import classifier_head, engine_of, objective_of, tuner_of
 from swift.tuners.adapter import OtherAdapter
 from swift.tuners.apply import TunedModel, apply_tuner
 from swift.tuners.peft_format import adapter_folder, load_adapter
@@ -70,11 +71,10 @@ def build(
     _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
     if config.training.neftune_noise_alpha:
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
+    objective = objective_of(config.task)
     if prepared.device.type != "cpu":
         rows = prepared.schedule.largest_micro_batch()
-        engine.rehearse(
-            collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), SftObjective()
-        )
+        engine.rehearse(collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), objective)
     loader = _loader(prepared, pad_token_id)
     closing.callback(loader.close)
     if config.report.debug_mode:
@@ -89,7 +89,7 @@ def build(
         resolved=resolved,
         folder=folder,
         engine=engine,
-        objective=SftObjective(),
+        objective=objective,
         loader=loader,
         plan=prepared.plan,
         state=state,
@@ -196,8 +196,11 @@ def _load_weights(prepared: Prepared) -> Any:
         attention=config.model.attn_impl,
         trust_remote_code=config.model.trust_remote_code,
         quantization=config.quantization,
+        head=classifier_head(prepared.resolved),
     )
     check_vocabulary(model, prepared.template.tokenizer, folder)
+    if config.task.has_score_head:  # transformers finds the last token of a padded row by it
+        model.config.pad_token_id = prepared.template.tokenizer.pad_token_id
     if config.training.use_liger_kernel:
         apply_liger_kernels(model)
     return model
@@ -218,7 +221,7 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
     else:
         tuned = apply_tuner(
             model,
-            config.tuner,
+            tuner_of(resolved),
             seed=config.training.seed,
             param_dtype=param_dtype(resolved),
             total_steps=prepared.plan.total_steps,
@@ -260,7 +263,8 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
     ]
     if tuned.other is not None:
         sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
-    return NativeEngine(
+    make = engine_of(prepared.resolved.config.task, tuned.model, prepared.template.tokenizer)
+    return make(
         tuned.model,
         sets,
         device=prepared.device,
@@ -278,11 +282,13 @@ def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
     return hook
 
 
-def _evaluator(prepared: Prepared, pad_token_id: int) -> LossEvaluator | None:
+def _evaluator(prepared: Prepared, pad_token_id: int) -> Evaluator | None:
     config, dataset = prepared.resolved.config, prepared.data.validation
     if dataset is None:
         return None
     size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
+    if config.task.task_type != "causal_lm":
+        return TaskEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id)
     return LossEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id)
 
 

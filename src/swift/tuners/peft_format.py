@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from swift.core.errors import ModelError
+from swift.models.classifier import is_classifier
 from swift.runs.folder import RunFolder
 from swift.tuners.adapter import adapter_of
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, attach_adapter, tuned_model
@@ -195,7 +196,7 @@ def _config(
         "rank_pattern": {re.escape(k): s.rank for k, s in specs.items() if s.rank != rank},
         "revision": None,
         "target_modules": short_names(model, list(layers)),
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": first.use_rslora,
     }

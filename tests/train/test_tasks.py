@@ -1,0 +1,174 @@
+"""Training for tasks over whole sequences, from rows to a folder that others load."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swift.runs.metrics import read_metrics
+
+WORDS = {0: "red blue green".split(), 1: "cat dog bird".split(), 2: "runs sleeps sings".split()}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def text_of(generator, kind):
+    return " ".join(generator.choice(WORDS[kind]) for _ in range(generator.randint(2, 6)))
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture
+def class_rows():
+    """Texts of three kinds, which the words give away."""
+    generator = random.Random(1)
+    kinds = [generator.randrange(3) for _ in range(48)]
+    return [{"messages": user(text_of(generator, kind)), "label": kind} for kind in kinds]
+
+
+@pytest.fixture
+def ranking_rows():
+    """A query of one kind; documents of this kind are relevant, those of others are not."""
+    generator = random.Random(2)
+    rows = []
+    for _ in range(24):
+        kind = generator.randrange(3)
+        others = [other for other in WORDS if other != kind]
+        rows.append(
+            {
+                "messages": user(text_of(generator, kind)),
+                "positive_messages": [user(text_of(generator, kind)) for _ in range(generator.randint(1, 2))],
+                "negative_messages": [
+                    user(text_of(generator, generator.choice(others))) for _ in range(generator.randint(1, 3))
+                ],
+            }
+        )
+    return rows
+
+
+@pytest.fixture
+def run_task(run_training, tmp_path):
+    """Call with rows and options; the same rows validate."""
+
+    def run(rows, **options):
+        data = write_rows(tmp_path / "rows.jsonl", rows)
+        return run_training(
+            dataset=data, val_dataset=data, num_train_epochs=1, eval_strategy="epoch", **options
+        )
+
+    return run
+
+
+def last_evaluation(run):
+    return [line for line in read_metrics(run.folder / "metrics.jsonl") if "eval_loss" in line][-1]
+
+
+LEARNS = {
+    "lora": {},
+    "full": {"tuner_type": "full"},
+    "packed": {"packing": True, "per_device_train_batch_size": 1},
+    "padded": {"group_by_length": True},
+}
+
+
+@pytest.mark.parametrize("name", LEARNS)
+def test_classes_are_learned(run_task, class_rows, name):
+    options = {
+        "task_type": "seq_cls",
+        "num_labels": 3,
+        "max_steps": 30,
+        "learning_rate": 3e-3,
+        **LEARNS[name],
+    }
+    run = run_task(class_rows, **options)
+    measured = last_evaluation(run)
+    assert measured["eval_accuracy"] > 0.9
+    assert measured["eval_macro_f1"] > 0.9
+    assert measured["eval_micro_f1"] == pytest.approx(measured["eval_accuracy"])
+    lines = [line for line in read_metrics(run.folder / "metrics.jsonl") if "loss" in line]
+    assert "token_accuracy" not in lines[0]
+    assert lines[-1]["accuracy"] > 0.7
+
+
+def class_options(problem, **options):
+    return {
+        "task_type": "seq_cls",
+        "num_labels": 3,
+        "problem_type": problem,
+        "max_steps": 20,
+        "learning_rate": 3e-3,
+        **options,
+    }
+
+
+def test_several_classes_a_text_are_learned(run_task):
+    generator = random.Random(4)
+    rows = []
+    for _ in range(48):
+        kinds = [kind for kind in WORDS if generator.random() < 0.5]
+        words = [text_of(generator, kind) for kind in kinds] or ["nothing"]
+        rows.append({"messages": user(" ".join(words)), "label": kinds})
+    options = class_options("multi_label_classification", max_steps=60, per_device_train_batch_size=8)
+    measured = last_evaluation(run_task(rows, **options))
+    assert measured["eval_micro_f1"] > 0.9
+    assert measured["eval_macro_f1"] > 0.9
+
+
+def test_numbers_are_learned(run_task):
+    generator = random.Random(5)
+    counts = [generator.randint(0, 6) for _ in range(48)]
+    rows = [{"messages": user("cat " * count + "dog"), "label": count / 2} for count in counts]
+    options = {"task_type": "seq_cls", "num_labels": 1, "max_steps": 60, "learning_rate": 3e-3}
+    run = run_task(rows, **options)
+    measured = last_evaluation(run)
+    assert measured["eval_pearson"] > 0.9
+    assert measured["eval_spearman"] > 0.9
+    assert measured["eval_mae"] < 0.4
+    assert not any("accuracy" in line for line in read_metrics(run.folder / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_classifier_is_what_transformers_and_peft_load(run_task, class_rows, tiny_model_dir, tuner):
+    """Oracle: AutoModelForSequenceClassification, with PEFT for LoRA, gives the loss of the run's evaluation."""
+    from peft import PeftModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    options = class_options("single_label_classification", tuner_type=tuner)
+    run = run_task(class_rows, **options)
+    last = run.folder / "last"
+    tokenizer = AutoTokenizer.from_pretrained(last)
+    if tuner == "full":
+        model = AutoModelForSequenceClassification.from_pretrained(last)
+    else:
+        stored = load_file(last / "adapter_model.safetensors")
+        assert stored["base_model.model.score.weight"].shape == (3, 64)
+        settings = json.loads((last / "adapter_config.json").read_text())
+        assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["score"])
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=3)
+        base.config.pad_token_id = tokenizer.pad_token_id
+        model = PeftModelForSequenceClassification.from_pretrained(base, last)
+    model.eval()
+    loss = 0.0
+    for row in class_rows:
+        ids = tokenizer.apply_chat_template(
+            row["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        with torch.no_grad():
+            loss += float(model(input_ids=ids, labels=torch.tensor([row["label"]])).loss)
+    assert loss / len(class_rows) == pytest.approx(last_evaluation(run)["eval_loss"], abs=1e-5)
+
+
+def test_training_goes_on_from_the_adapter_of_a_classifier(run_task, class_rows):
+    first = run_task(class_rows, **class_options("single_label_classification"))
+    options = class_options("single_label_classification", max_steps=1, learning_rate=1e-9)
+    second = run_task(class_rows, adapters=[str(first.folder)], **options)
+    assert last_evaluation(second)["eval_loss"] == pytest.approx(
+        last_evaluation(first)["eval_loss"], abs=1e-5
+    )
