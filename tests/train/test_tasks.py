@@ -172,3 +172,80 @@ def test_training_goes_on_from_the_adapter_of_a_classifier(run_task, class_rows)
     assert last_evaluation(second)["eval_loss"] == pytest.approx(
         last_evaluation(first)["eval_loss"], abs=1e-5
     )
+
+
+def ranking_options(**options):
+    return {"max_steps": 30, "learning_rate": 3e-3, **options}
+
+
+RANKERS = {
+    "pointwise": {"task_type": "reranker"},
+    "listwise": {"task_type": "reranker", "loss_type": "listwise_reranker", "max_positive_samples": 2},
+    "full": {"task_type": "reranker", "tuner_type": "full"},
+    "generative": {"task_type": "generative_reranker"},
+    "generative listwise": {"task_type": "generative_reranker", "loss_type": "listwise_reranker"},
+}
+ANSWERS = {"generative_reranker_positive_token": "a", "generative_reranker_negative_token": "b"}
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_the_relevant_documents_come_first(run_task, ranking_rows, name):
+    options = ranking_options(max_length=512, max_steps=60, **RANKERS[name])
+    if options["task_type"] == "generative_reranker":
+        options |= ANSWERS  # the tiny tokenizer knows no word "yes"
+    run = run_task(ranking_rows, **options)
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    first = next(line for line in lines if "eval_loss" in line)
+    last = last_evaluation(run)
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["eval_mrr"] > 0.7
+    assert last["eval_ndcg_at_10"] > 0.75
+
+
+EMBEDDERS = {
+    "infonce": {"loss_type": "infonce"},
+    "own negatives": {"infonce_use_batch": False, "infonce_hard_negatives": 2},
+    "matryoshka": {"mrl_dims": [64, 16]},
+    "full": {"tuner_type": "full"},
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_texts_of_a_kind_come_near(run_task, ranking_rows, name):
+    rows = [{**row, "positive_messages": row["positive_messages"][:1]} for row in ranking_rows]
+    options = {
+        "task_type": "embedding",
+        "learning_rate": 3e-3,
+        "max_steps": 40,
+        "per_device_train_batch_size": 6,
+        **EMBEDDERS[name],
+    }
+    run = run_task(rows, **options)
+    lines = [line for line in read_metrics(run.folder / "metrics.jsonl") if "eval_loss" in line]
+    assert lines[-1]["eval_margin"] > lines[0]["eval_margin"]
+    assert lines[-1]["eval_mean_positive"] > lines[-1]["eval_mean_negative"] + 0.3
+    assert ("eval_margin_dim_16" in lines[-1]) == (name == "matryoshka")
+
+
+@pytest.mark.parametrize("loss", ["cosine_similarity", "contrastive", "online_contrastive"])
+def test_labelled_pairs_are_learned(run_task, loss):
+    generator = random.Random(6)
+    rows = []
+    for _ in range(48):
+        first, second = generator.randrange(3), generator.randrange(3)
+        pair = text_of(generator, first), text_of(generator, second)
+        rows.append(
+            {"messages": user(pair[0]), "positive_messages": [user(pair[1])], "label": int(first == second)}
+        )
+    options = {
+        "task_type": "embedding",
+        "loss_type": loss,
+        "max_steps": 60,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 8,
+    }
+    measured = last_evaluation(run_task(rows, **options))
+    assert measured["eval_pearson"] > 0.8
+    assert measured["eval_spearman"] > 0.7
