@@ -6,7 +6,9 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_resume import Kill, final_weights, metric_lines
 
+from swift.core.errors import ConfigError, DataError, ModelError
 from swift.runs.metrics import read_metrics
 
 WORDS = {0: "red blue green".split(), 1: "cat dog bird".split(), 2: "runs sleeps sings".split()}
@@ -59,9 +61,7 @@ def run_task(run_training, tmp_path):
 
     def run(rows, **options):
         data = write_rows(tmp_path / "rows.jsonl", rows)
-        return run_training(
-            dataset=data, val_dataset=data, num_train_epochs=1, eval_strategy="epoch", **options
-        )
+        return run_training(**{"dataset": data, "val_dataset": data, "eval_strategy": "epoch", **options})
 
     return run
 
@@ -249,3 +249,100 @@ def test_labelled_pairs_are_learned(run_task, loss):
     measured = last_evaluation(run_task(rows, **options))
     assert measured["eval_pearson"] > 0.8
     assert measured["eval_spearman"] > 0.7
+
+
+def test_nothing_to_compare_with_is_refused(run_task):
+    rows = [{"messages": user("a"), "positive_messages": [user("b")]} for _ in range(4)]
+    with pytest.raises(ConfigError, match=r"nothing to compare a text with.* a micro-batch is one row"):
+        run_task(rows, task_type="embedding", per_device_train_batch_size=1)
+    with pytest.raises(ConfigError, match="those of a batch are not used"):
+        run_task(rows, task_type="embedding", infonce_use_batch=False)
+    options = {"infonce_hard_negatives": 0, "per_device_train_batch_size": 1}
+    rows = [{**row, "negative_messages": [user("c")]} for row in rows]
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        run_task(rows, task_type="embedding", **options)
+
+
+def test_answers_of_several_tokens_and_too_long_vectors_are_refused(run_task, ranking_rows):
+    with pytest.raises(ConfigError, match=r"'yes' is . tokens for this model"):
+        run_task(ranking_rows, task_type="generative_reranker", max_length=512)
+    rows = [{**row, "positive_messages": row["positive_messages"][:1]} for row in ranking_rows]
+    with pytest.raises(ConfigError, match="vectors of this model have 64 numbers, not 65"):
+        run_task(rows, task_type="embedding", mrl_dims=[65])
+
+
+def test_bad_labels_name_the_line(run_task, class_rows):
+    rows = [*class_rows[:3], {"messages": user("x"), "label": 9}]
+    with pytest.raises(DataError) as caught:
+        run_task(rows, **class_options("single_label_classification"))
+    assert 'rows.jsonl:4: "label" 9 is no class from 0 to 2' in caught.value.render()
+
+
+def test_a_smaller_micro_batch_is_refused_for_in_batch_losses(run_task, ranking_rows):
+    """After memory ran out a job goes on with smaller micro-batches: here that would be another loss."""
+    rows = [{**row, "positive_messages": row["positive_messages"][:1]} for row in ranking_rows]
+    options = {"task_type": "embedding", "run_name": "r", "save_steps": 1}
+    run_task(rows, max_steps=1, per_device_train_batch_size=4, **options)
+    options |= {"max_steps": 2, "resume_from_checkpoint": "last", "gradient_accumulation_steps": 2}
+    with pytest.raises(ConfigError, match="infonce compares the rows of a micro-batch"):
+        run_task(rows, per_device_train_batch_size=2, **options)
+
+
+def test_an_adapter_of_a_classifier_merges_and_cannot_chat(run_task, class_rows, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    from swift.api import infer
+    from swift.cli.merge_lora import run as merge
+
+    run = run_task(class_rows, **class_options("single_label_classification"))
+    merged = tmp_path / "merged"
+    assert merge(["--adapters", str(run.folder), "--output_dir", str(merged)]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    stored = load_file(run.folder / "last" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert torch.equal(model.score.weight, stored)
+    assert model.config.problem_type == "single_label_classification"
+    for options in ({"adapters": [str(run.folder)]}, {"model": str(merged)}):
+        with pytest.raises(ModelError, match="scores or embeds texts; it writes none"):
+            infer("hello", **options)
+
+
+def test_streamed_rows_train_a_classifier(run_task, class_rows):
+    options = class_options("single_label_classification", streaming=True, shuffle_buffer_size=16)
+    assert last_evaluation(run_task(class_rows, **options))["eval_accuracy"] > 0.6
+
+
+def test_the_plan_counts_the_texts_of_a_row(ranking_rows, tiny_model_dir, tmp_path):
+    from swift.config.bind import resolve
+    from swift.plan.plan import make_plan
+
+    data = write_rows(tmp_path / "rows.jsonl", ranking_rows)
+    values = {"model": str(tiny_model_dir), "dataset": data, "task_type": "reranker", "max_length": 160}
+    plan = make_plan(resolve("sft", values=values, planning=True))
+    assert plan.warnings == []
+    assert (plan.data["rows"], plan.data["tokens_exact"]) == (24, True)
+    assert plan.data["tokens"] > 24 * 3 * 20  # three documents of 20 tokens and more
+    assert plan.steps["total"] == 6
+
+
+RESUMED = {
+    "seq_cls": {"task_type": "seq_cls", "num_labels": 3, "lora_dropout": 0.2},
+    "reranker full": {"task_type": "reranker", "tuner_type": "full", "loss_type": "listwise_reranker"},
+    "embedding": {"task_type": "embedding", "lora_dropout": 0.2, "mrl_dims": [64, 8]},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_equals_uninterrupted(run_task, class_rows, ranking_rows, name):
+    rows = class_rows if name == "seq_cls" else ranking_rows
+    if name == "embedding":
+        rows = [{**row, "positive_messages": row["positive_messages"][:1]} for row in rows]
+    options = {"save_steps": 2, "eval_steps": 2, "max_steps": 7, "eval_strategy": "steps", **RESUMED[name]}
+    whole = run_task(rows, run_name="whole", **options)
+    with pytest.raises(Kill.Killed):
+        run_task(rows, callbacks=[Kill(5)], run_name="cut", **options)
+    cut = run_task(rows, run_name="cut", resume_from_checkpoint="last", **options)
+    assert cut.folder.name == "cut"
+    assert metric_lines(cut.folder) == metric_lines(whole.folder)
+    ours, theirs = final_weights(cut.folder), final_weights(whole.folder)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -89,7 +89,9 @@ def _eval_strategy(resolved: Resolved) -> str:
 
 
 def _greater_is_better(resolved: Resolved) -> bool:
-    return not re.search(r"loss|perplexity|ppl", resolved.config.evaluation.metric_for_best_model)
+    return not re.search(
+        r"loss|perplexity|ppl|mae|negative", resolved.config.evaluation.metric_for_best_model
+    )
 
 
 def _scheduler(resolved: Resolved) -> str | None:

@@ -9,7 +9,14 @@ from typing import Any
 
 from swift.core.errors import ModelError
 
-__all__ = ["SCORE", "ClassifierHead", "classifier_of", "is_classifier", "start_head"]
+__all__ = [
+    "SCORE",
+    "ClassifierHead",
+    "classifier_of",
+    "is_classifier",
+    "is_classifier_name",
+    "start_head",
+]
 
 SCORE = "score"
 """Name of the head in all of transformers' decoders: ``Linear(hidden_size, num_labels, bias=False)``."""
@@ -33,7 +40,12 @@ class ClassifierHead:
 
 def is_classifier(model: Any) -> bool:
     """True for ``*ForSequenceClassification``."""
-    return type(model).__name__.endswith(_SUFFIX)
+    return is_classifier_name(type(model).__name__)
+
+
+def is_classifier_name(name: str) -> bool:
+    """True for the names of such classes."""
+    return name.endswith(_SUFFIX)
 
 
 def classifier_of(model_class: Any, config: Any, head: ClassifierHead, folder: Path) -> Any:

@@ -63,6 +63,7 @@ def load_bundle(
     pretraining: bool = False,
     trust_remote_code: bool = False,
     quantization: QuantizationSection | None = None,
+    head: ClassifierHead | None = None,
 ) -> ModelBundle:
     """Model, tokenizer and template of one folder, checked against each other."""
     folder = Path(path)
@@ -76,7 +77,10 @@ def load_bundle(
         attention=attention,
         trust_remote_code=trust_remote_code,
         quantization=quantization,
+        head=head,
     )
+    if head is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     check_vocabulary(model, tokenizer, folder)
     used = model.config._attn_implementation
     return ModelBundle(model, tokenizer, template, ModelFacts.read(folder), folder, used)
