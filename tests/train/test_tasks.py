@@ -346,3 +346,33 @@ def test_resumed_equals_uninterrupted(run_task, class_rows, ranking_rows, name):
     ours, theirs = final_weights(cut.folder), final_weights(whole.folder)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+OTHERS = {
+    "qlora": {"quant_method": "bnb", "quant_bits": 4},
+    "vera": {"tuner_type": "vera"},
+    "dora": {"use_dora": True},
+    "reft": {"tuner_type": "reft"},
+    "workers": {"dataloader_num_workers": 2},
+    "checkpointing": {"gradient_checkpointing": True, "torch_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_vectors_are_trained_in_every_way(run_task, ranking_rows, name):
+    rows = [{**row, "positive_messages": row["positive_messages"][:1]} for row in ranking_rows]
+    options = {"task_type": "embedding", "max_steps": 12, "per_device_train_batch_size": 6}
+    run = run_task(rows, **{**options, "learning_rate": 3e-3, **OTHERS[name]})
+    evaluations = [line for line in read_metrics(run.folder / "metrics.jsonl") if "eval_loss" in line]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+
+
+def test_the_score_head_is_no_matrix_for_muon(tiny_model_dir):
+    """Optimizers that treat matrices apart leave the head to AdamW, as they do for the head of a causal model."""
+    from swift.models.classifier import ClassifierHead
+    from swift.models.load import load_model
+    from swift.tuners.targets import find_targets, output_head_name
+
+    model = load_model(tiny_model_dir, dtype=torch.float32, head=ClassifierHead(3))
+    assert output_head_name(model) == "score"
+    assert "score" not in find_targets(model, ["all-linear"], None)
