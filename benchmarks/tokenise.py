@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def ours(model: Path, data: Path, workers: int) -> int:
         "model": str(model),
         "dataset": str(data),
         "max_length": MAX_LENGTH,
+        "truncation_strategy": "right",
         "dataset_num_proc": workers,
     }
     resolved = resolve("sft", values=values)
@@ -72,6 +74,8 @@ def child(side: str, model: Path, data: Path, workers: int) -> None:
     """One turn: prints tokens, CPU-seconds and wall seconds since the process began to import."""
     start = time.perf_counter()
     tokens = {"ours": ours, "theirs": theirs}[side](model, data, workers)
+    # Our workers are children of the fork server: their time counts here once it has ended and been waited for.
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(usage.ru_utime for usage in usages)
     print(json.dumps({"tokens": tokens, "cpu": round(cpu, 2), "wall": round(time.perf_counter() - start, 2)}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,31 @@ def test_a_name_means_its_folder(
     assert capsys.readouterr().out == f"my-base\t{tiny_model_dir}\n"
     (home.parent / "my-base").mkdir()
     assert own_folder("my-base") is None  # a folder here is meant before it
+
+
+def test_a_base_model_without_a_template_gets_the_one_of_its_name(home: Path, tiny_model_dir: Path) -> None:
+    (home / "chat.jsonl").write_text('{"query": "one two", "response": "three"}\n' * 4, encoding="utf-8")
+    for number, has_template in enumerate((False, True)):
+        folder = home / f"base{number}"
+        shutil.copytree(tiny_model_dir, folder)
+        if not has_template:
+            (folder / "chat_template.jinja").unlink()
+        (home / "models.yaml").write_text(f"yi-6b: {folder}\n", encoding="utf-8")
+        words = [
+            "--model",
+            "yi-6b",
+            "--dataset",
+            str(home / "chat.jsonl"),
+            "--max_steps",
+            "1",
+            "--run_name",
+            f"r{number}",
+        ]
+        assert main(["sft", *words]) == 0
+        config = load_run_config(Path("output") / f"r{number}").config
+        assert config.template.chat_template == (None if has_template else "chatml")
+    checkpoint = Path("output/r0/last")
+    assert "im_start" in (checkpoint / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def test_a_damaged_table_is_named(home: Path) -> None:

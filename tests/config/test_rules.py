@@ -151,9 +151,9 @@ def test_derivations_only_name_options() -> None:
     ("words", "expected"),
     [
         (
-            ["--packing", "--padding_free"],
-            "--packing: does not go together with padding_free: packed rows have no padding anyway\n"
-            "  fix: leave out --packing or --padding_free",
+            ["--packing", "--group_by_length"],
+            "--packing: does not go together with group_by_length: packed rows all have the same length\n"
+            "  fix: leave out --packing or --group_by_length",
         ),
         (
             ["--tuner_type", "full", "--lora_rank", "8"],
@@ -306,6 +306,39 @@ def test_warnings() -> None:
         "--result_path: used for rows of a file only; add --val_dataset FILE",
     ]
     assert resolve("infer", ["--model", "m", "--top_p", "0.9", "--temperature", "1"]).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("words", "warnings"),
+    [
+        (
+            ["--packing", "--padding_free"],
+            ["--padding_free: not needed: packed rows have no padding anyway"],
+        ),
+        (
+            ["--streaming", "--max_steps", "5", "--dataset_num_proc", "4", "--num_workers", "2"],
+            [
+                "--dataset_num_proc: not needed: one process reads a stream",
+                "--num_workers: not needed: one process reads a stream",
+            ],
+        ),
+        (["--padding_free"], []),
+        (["--packing", "--no_padding_free"], []),
+        (["--dataset_num_proc", "4"], []),
+    ],
+)
+def test_what_changes_nothing_is_explained(words: list[str], warnings: list[str]) -> None:
+    assert warned("sft", *words) == warnings
+
+
+def test_a_plan_names_what_a_run_refuses() -> None:
+    words = ["--tuner_type", "full", "--lora_rank", "8", "--warmup_steps", "5", "--warmup_ratio", "0.1"]
+    assert resolve("sft", [*NEEDED, *words], planning=True).warnings == [
+        "--lora_rank: has no effect with tuner_type full; a run refuses it",
+        "--warmup_steps: does not go together with warmup_ratio: both set the length of the warm-up; "
+        "a run refuses it",
+    ]
+    assert refused("sft", *words).startswith("--lora_rank: has no effect with tuner_type full\n")
 
 
 def test_split_is_allowed_in_pretraining() -> None:

@@ -147,3 +147,39 @@ def test_check_tells_rows_that_teach_nothing(files: Path, capsys: pytest.Capture
     assert len(json.loads(capsys.readouterr().out)["warnings"]) == 2
     assert main(["data", "check", "c.jsonl", "--pt"]) == 0
     assert "no assistant message" not in capsys.readouterr().out
+
+
+def test_ls_finds_by_name_and_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "ls", "gsm8k", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["datasets"]
+    assert found and all("gsm8k" in f"{entry['name']} {entry['hf']} {entry['ms']}".lower() for entry in found)
+    assert main(["data", "ls", "dpo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{len(lines) - 2} data sets" and len(lines) > 10
+
+
+def test_a_built_cache_is_the_one_the_run_reads(
+    files: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SWIFT_HOME", str(files / "home"))
+    words = ["--model", str(tiny_model_dir), "--dataset", "good.jsonl", "--max_length", "64"]
+    assert main(["data", "build-cache", *words]) == 0
+    assert capsys.readouterr().out.startswith("training: 2 samples, ")
+    (entry,) = (files / "home/cache/tokens").iterdir()
+    (entry / "mark").touch()  # a run that made its own would replace the folder
+    assert main(["sft", *words, "--max_steps", "1"]) == 0
+    assert [folder.name for folder in (files / "home/cache/tokens").iterdir()] == [entry.name]
+    assert (entry / "mark").exists()
+
+
+def test_what_a_name_stands_for_is_said(
+    files: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that stands for something else than it says must not pass in silence."""
+    monkeypatch.setenv("SWIFT_HOME", str(files / "home"))
+    (files / "home/datasets").mkdir(parents=True)
+    (files / "home/datasets/own.yaml").write_text(
+        f"mine: {{path: {files}/good.jsonl, note: another one is taken}}"
+    )
+    assert main(["sft", "--model", str(tiny_model_dir), "--dataset", "mine", "--max_steps", "1"]) == 0
+    assert "mine: another one is taken" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from swift.core.errors import ConfigError, DataError
 from swift.data.cache import cache_root
 from swift.data.load import LoadedData, describe_rows, load_data
 from swift.data.mixing import mixing_counts
-from swift.data.samples import read_samples
 from swift.data.store import TokenStore
 from swift.data.tokens import TokenDataset
 
@@ -292,14 +292,6 @@ def test_missing_files_are_found_before_anything_is_read(tmp_path: Path) -> None
     assert template.encoded == 0
 
 
-def test_read_samples(faulty: str) -> None:
-    with pytest.raises(DataError, match="6 of 20 rows"):
-        read_samples([faulty], {})
-    samples, bad = read_samples([faulty, f"{faulty}#45"], {}, on_bad_rows="skip")
-    assert (len(samples), len(bad)) == (14 + 45, 12)
-    assert samples[0].location == f"{faulty}:1"
-
-
 # -- cache ---------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +370,20 @@ def test_what_killed_processes_left_is_cleared_after_a_day(tmp_path: Path) -> No
     load(dataset=[rows_file(tmp_path / "a.jsonl", 3)])
     assert not old.exists()
     assert new.exists()
+
+
+def test_the_entries_used_longest_ago_make_room(tmp_path: Path) -> None:
+    files = [rows_file(tmp_path / f"{name}.jsonl", 20) for name in "abc"]
+    for day, file in enumerate(files[:2]):
+        load(dataset=[file])
+        newest = max(entries(), key=lambda entry: entry.stat().st_mtime)
+        os.utime(newest, times=(time.time() - (5 - day) * 86400,) * 2)
+    oldest, second = sorted(entries(), key=lambda entry: entry.stat().st_mtime)
+    size = sum(file.stat().st_size for file in oldest.iterdir())
+    load(dataset=[files[2]], token_cache_gib=2.5 * size / 2**30)
+    assert oldest not in entries() and second in entries() and len(entries()) == 2
+    load(dataset=[files[0]], token_cache_gib=0.0)  # what was used within a day stays whatever the limit
+    assert len(entries()) == 2 and second not in entries()
 
 
 def test_an_unwritable_cache_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from swift.config.sections.generation import GenerationSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, DataError, SwiftError
+from swift.data.sources import parse_dataset_spec
 from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
 from swift.evaluate.results import ResultFile
 from swift.inference.generate import Generator
@@ -25,6 +26,10 @@ from swift.tuners.apply import apply_tuner
 from swift.tuners.peft_format import save_adapter
 
 OPTIONS = GenerationSection(max_new_tokens=6, max_batch_size=2, metric=["exact_match", "rouge", "loss"])
+
+
+def specs(names):
+    return [parse_dataset_spec(name) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -42,34 +47,34 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_rows_become_questions(data: Path) -> None:
-    questions = read_questions([str(data)], {})
+    questions = read_questions(specs([str(data)]), {})
     assert [q.reference for q in questions.good] == ["0", "2", "4", "6", "8", None]
     assert questions.good[3].messages == [{"role": "user", "content": "Add 3 and 3."}]
     assert questions.good[3].extra == {"level": 3} and questions.good[3].location == f"{data}:4"
-    assert len(read_questions([f"{data}#2", f"{data}#1"], {}).good) == 3
+    assert len(read_questions(specs([f"{data}#2", f"{data}#1"]), {}).good) == 3
 
 
 def test_bad_rows_are_refused_or_counted(data: Path) -> None:
     with data.open("a") as file:
         file.write('{"response": \n{"messages": [{"role": "assistant", "content": "only an answer"}]}\n')
     with pytest.raises(DataError) as caught:
-        read_questions([str(data)], {})
+        read_questions(specs([str(data)]), {})
     assert caught.value.where == f"{data}:7"
-    questions = read_questions([str(data)], {}, "skip")
+    questions = read_questions(specs([str(data)]), {}, "skip")
     assert len(questions.good) == 6
     assert questions.bad[1] == f"{data}:8: there is no question before the answer"
 
 
 def test_answers_may_be_twice_as_long_as_the_longest_reference(generator: Generator, data: Path) -> None:
-    questions = read_questions([f"{data}#5"], {}).good
+    questions = read_questions(specs([f"{data}#5"]), {}).good
     longest = max(len(generator.tokenizer.encode(str(2 * n), add_special_tokens=False)) for n in range(5))
     assert answer_limit(questions, generator.tokenizer, 512) == 2 * longest + 16
     assert answer_limit(questions, generator.tokenizer, 10) == 10
-    assert answer_limit(read_questions([str(data)], {}).good, generator.tokenizer, 512) == 512
+    assert answer_limit(read_questions(specs([str(data)]), {}).good, generator.tokenizer, 512) == 512
 
 
 def test_results_hold_answers_and_metrics(generator: Generator, data: Path, tmp_path: Path) -> None:
-    questions = read_questions([str(data)], {}).good
+    questions = read_questions(specs([str(data)]), {}).good
     done: list[int] = []
     results = answer_questions(generator, questions, OPTIONS, tmp_path / "out.jsonl", on_progress=done.append)
     assert done == [0, 2, 4, 6]
@@ -95,7 +100,7 @@ def test_the_loss_is_that_of_the_answer_alone(generator: Generator, tmp_path: Pa
         {"role": "assistant", "content": "Paris."},
     ]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
-    questions = read_questions([str(tmp_path / "a.jsonl")], {}).good
+    questions = read_questions(specs([str(tmp_path / "a.jsonl")]), {}).good
     (result,) = answer_questions(generator, questions, OPTIONS, tmp_path / "out.jsonl")
     encoded = generator.template.encode(messages)
     prompt = generator.template.encode_prompt(messages[:-1])
@@ -114,7 +119,7 @@ def test_the_loss_is_that_of_the_answer_alone(generator: Generator, tmp_path: Pa
 def test_a_cut_file_is_gone_on_with(generator: Generator, data: Path, tmp_path: Path, cut: str) -> None:
     content = data.read_text().replace("no answer known", "Größe?")
     data.write_text(content, encoding="utf-8")
-    questions = read_questions([str(data)], {}).good
+    questions = read_questions(specs([str(data)]), {}).good
     path = tmp_path / "out.jsonl"
     expected = answer_questions(generator, questions, OPTIONS, path)
     whole = path.read_bytes()
@@ -135,7 +140,7 @@ def test_a_cut_file_is_gone_on_with(generator: Generator, data: Path, tmp_path: 
 def test_a_finished_file_is_not_answered_again(
     generator: Generator, data: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    questions = read_questions([str(data)], {}).good
+    questions = read_questions(specs([str(data)]), {}).good
     expected = answer_questions(generator, questions, OPTIONS, tmp_path / "out.jsonl")
     monkeypatch.setattr(generator, "answers", None)
     assert answer_questions(generator, questions, OPTIONS, tmp_path / "out.jsonl") == expected
@@ -143,7 +148,7 @@ def test_a_finished_file_is_not_answered_again(
 
 def test_a_file_of_other_rows_or_options_is_refused(generator: Generator, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    questions = read_questions([str(data)], {}).good
+    questions = read_questions(specs([str(data)]), {}).good
     answer_questions(generator, questions, OPTIONS, path)
     content = path.read_bytes()
     other = OPTIONS.model_copy(update={"max_new_tokens": 7})

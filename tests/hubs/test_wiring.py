@@ -151,3 +151,37 @@ def test_the_command(fake: FakeHub, here: Path, capsys: pytest.CaptureFixture[st
     ]
     assert main(["download", "./owner/tiny/x"]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_training_with_model_and_data_of_a_hub(
+    fake: FakeHub, here: Path, hub_name: str, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From two names to a trained adapter; the second run, and inference, ask the hub nothing."""
+    rows = "".join(f'{{"query": "say {n}", "response": "it is {n}"}}\n' for n in range(8))
+    fake.files = {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()}
+    fake.files["data/train-0.jsonl"] = rows.encode()
+    use_hf = str(hub_name == "huggingface").lower()
+    words = ["--model", "owner/tiny", "--dataset", "owner/tiny#6", "--use_hf", use_hf, "--max_steps", "1"]
+    assert main(["sft", *words, "--run_name", "first"]) == 0
+    notices = [line for line in capsys.readouterr().err.splitlines() if "to fetch" in line]
+    assert [notice.split()[0] for notice in notices] == ["model", "dataset"] and fake.log
+    fake.log.clear()
+    assert main(["sft", *words, "--run_name", "second"]) == 0
+    (here / "ask.jsonl").write_text(rows, encoding="utf-8")
+    assert (
+        main(
+            [
+                "infer",
+                "--adapters",
+                "output/first/last",
+                "--val_dataset",
+                "ask.jsonl",
+                "--max_new_tokens",
+                "2",
+            ]
+        )
+        == 0
+    )
+    assert fake.log == []
+    recorded = [Path("output", run, "config.yaml").read_text(encoding="utf-8") for run in ("first", "second")]
+    assert all(COMMIT in text for text in recorded)

@@ -76,3 +76,22 @@ def test_equals_transformers_loss():
     loss, _ = objective(TokenOutputs(logprobs, logprobs > 0), batch, objective.denominators([batch]))
     expected = ForCausalLMLoss(logits, labels, vocab_size=11, num_items_in_batch=batch.num_targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_dynamic_fine_tuning_weighs_by_the_probability_held_constant():
+    batch = Targets(torch.tensor([[5, -100, 7]]))
+    objective = SftObjective(dynamic=True)
+    said = outputs(-1.0, -0.5)
+    loss, _ = objective(said, batch, objective.denominators([batch]))
+    # (e^-1 * 1 + e^-0.5 * 0.5) / 2; d loss / d logp = -p / 2
+    assert loss.item() == pytest.approx((0.36787944 + 0.30326533) / 2)
+    (gradient,) = torch.autograd.grad(loss, said.logprobs)
+    assert gradient.tolist() == pytest.approx([-0.36787944 / 2, -0.60653066 / 2])
+
+
+def test_sums_of_groups():
+    batch = Targets(torch.tensor([[5, -100, 7, 8]]), torch.tensor([[2.0, 9.0, 0.5, 1.0]]))
+    objective = SftObjective(groups=lambda batch: torch.tensor([1, 0, 1]), num_groups=3)
+    loss, metrics = objective(outputs(-1.0, -0.5, -0.25), batch, objective.denominators([batch]))
+    assert metrics["groups"].tolist() == [[0.25, 2.25, 0.0], [0.5, 3.0, 0.0]]
+    assert loss.item() * 3.5 == pytest.approx(2.5)  # the loss itself is that of all

@@ -11,6 +11,7 @@ from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
 from swift.parallel.native import NativeEngine
+from swift.parallel.offload import OffloadedActivations
 
 DOCUMENTS = [7, 12, 5, 9, 16, 4]
 
@@ -40,7 +41,15 @@ def padded(chosen):
     positions = torch.arange(width).repeat(len(chosen), 1)
     count = int((targets != -100).sum())
     return Batch(
-        ids, positions, targets, weights, None, sum(map(len, chosen)), count, list(range(len(chosen)))
+        ids,
+        positions,
+        targets,
+        weights,
+        None,
+        sum(map(len, chosen)),
+        count,
+        list(range(len(chosen))),
+        [1] * len(chosen),
     )
 
 
@@ -56,6 +65,7 @@ def packed(chosen):
         sum(map(len, chosen)),
         sum(row.num_targets for row in rows),
         [],
+        [len(chosen)],
     )
 
 
@@ -139,3 +149,25 @@ def test_isolation_is_proven_or_refused(tiny_model_dir):
     engine._takes_lengths = False  # as a model would behave that ignores document borders
     with pytest.raises(ConfigError, match="cannot keep packed documents apart"):
         check_isolation(engine)
+
+
+def test_offloaded_activations_give_the_same_gradient(tiny_model_dir, monkeypatch):
+    """The hooks on CPU: every large saved tensor is moved away and back, no parameter is."""
+    monkeypatch.setattr("swift.parallel.offload._LEAST_BYTES", 64)
+    engine = engine_of(tiny_model_dir)
+    expected = gradients(engine, [padded(documents())])
+    moved = []
+    pack = OffloadedActivations._pack
+
+    def counting(self, tensor):
+        packed = pack(self, tensor)
+        moved.append((not isinstance(packed, torch.Tensor), tensor.untyped_storage().data_ptr()))
+        return packed
+
+    monkeypatch.setattr(OffloadedActivations, "_pack", counting)
+    engine._offload = True
+    found = gradients(engine, [padded(documents())])
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert sum(away for away, _ in moved) > 20
+    weights = {parameter.untyped_storage().data_ptr() for parameter in engine.model.parameters()}
+    assert not weights & {place for away, place in moved if away}

@@ -14,7 +14,7 @@ from swift.data.tokens import TokenDataset
 from swift.models.classifier import ClassifierHead
 from swift.models.load import load_model, load_template
 from swift.parallel.pooled import PooledEngine, answer_difference, split_backbone, split_score
-from swift.train.tasks import objective_of
+from swift.train.tasks import pooled_objective
 
 TEXTS = [
     "red",
@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_transformers(tiny_model_dir, tmp_path, problem):
         "Qwen3ForSequenceClassification"
     ]
     batch = collate(dataset, [[i] for i in range(5)], "padded", tokenizer.pad_token_id)
-    objective = objective_of(resolved.config.task)
+    objective = pooled_objective(resolved.config.task)
     loss, _ = objective(engine.predict(batch), batch, objective.denominators([batch]))
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
     wanted = batch.labels if problem != "single_label_classification" else batch.labels[:, 0].long()
@@ -104,7 +104,7 @@ def test_the_loss_is_that_of_transformers(tiny_model_dir, tmp_path, problem):
 def test_gradients_do_not_depend_on_how_a_step_is_split(tiny_model_dir, problem):
     resolved = resolved_task(task_type="seq_cls", num_labels=3, problem_type=problem)
     dataset, _ = dataset_of(tiny_model_dir, class_rows(CLASSES[problem]), resolved)
-    objective = objective_of(resolved.config.task)
+    objective = pooled_objective(resolved.config.task)
 
     def gradient(parts):
         model, engine = classifier(tiny_model_dir, ClassifierHead(3, problem), torch.float64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from swift.config.sections.tuner import TunerSection
@@ -67,6 +70,20 @@ def test_lora_on_cpu() -> None:
         "temporary": 0,
         "framework": FRAMEWORK_BYTES["cpu"],
     }
+
+
+def test_recomputed_and_offloaded_layers() -> None:
+    def kept(**changes: Any) -> int:
+        return memory_parts(FACTS, replace(FULL, **changes))["activations"]
+
+    last_norm = 4 * 8 + 2 * 2 * 8
+    assert kept() == 10 * (2 * 16 + 328 + last_norm)
+    # one layer's input, and that layer again while it is recomputed; the other as it is
+    assert kept(recomputed=1) == 10 * (16 + 2 * 328 + last_norm)
+    assert kept(recomputed=9) == kept()
+    assert kept(checkpointing=False) == 10 * (2 * 328 + last_norm)
+    assert kept(offloaded=True) == 10 * (328 + last_norm)
+    assert kept(offloaded=True, device="cpu") == kept()
 
 
 def test_full_training_with_master_weights_and_checkpointing() -> None:

@@ -24,10 +24,8 @@ def test_a_matrix_of_llama_7b() -> None:
     assert layer_bytes(layer, DOUBLE) / 4096**2 == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256), rel=2e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("section", [SINGLE, DOUBLE, INT8], ids=["nf4", "double", "int8"])
 def test_against_the_tensors_of_a_model(section: QuantizationSection, tiny_model_dir) -> None:
-    pytest.importorskip("bitsandbytes")
     import torch
 
     from swift.models.load import load_model

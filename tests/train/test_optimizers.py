@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 
 import pytest
@@ -37,9 +36,6 @@ def make_model() -> torch.nn.Module:
 def make(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     options, rate = CASES[name]
     section = OptimizerSection(**options)  # type: ignore[arg-type]
-    kind = OPTIMIZERS[section.optim]
-    if kind.module and importlib.util.find_spec(kind.module) is None:
-        pytest.skip(f"{kind.module} is not installed")
     training = TrainingSection(learning_rate=rate, weight_decay=0.01)
     return build_optimizer(dict(model.named_parameters()), training, section, torch.device("cpu"))
 
@@ -64,13 +60,7 @@ def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, 
     return losses
 
 
-def marked(name: str) -> object:
-    """bitsandbytes takes ten seconds to import: torch.compile comes with it."""
-    needs_bnb = OPTIMIZERS[CASES[name][0]["optim"]].module == "bitsandbytes"
-    return pytest.param(name, marks=[pytest.mark.slow] if needs_bnb else [])
-
-
-@pytest.mark.parametrize("name", map(marked, CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_learns_and_resumes_exactly(name: str) -> None:
     model = make_model()
     optimizer = make(name, model)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 
 from swift.config.bind import resolve
 from swift.config.sections.quantization import QuantizationSection
-from swift.core.errors import ConfigError, ModelError
-from swift.models.quantised import check_loadable, check_packages
+from swift.core.errors import ConfigError
+from swift.models.quantised import check_packages
 from swift.runs.metrics import read_metrics
 from swift.train.callbacks.base import Callback
 
@@ -56,10 +55,8 @@ CASES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_learns_and_resumes_exactly(run_training, name):
-    pytest.importorskip("bitsandbytes")
     options = {"save_steps": 3, "max_steps": 6, "num_train_epochs": 9, **CASES[name]}
     whole = run_training(run_name="whole", **options)
     with pytest.raises(Killed):
@@ -71,10 +68,8 @@ def test_learns_and_resumes_exactly(run_training, name):
     assert whole.summary["last_loss"] < whole.summary["first_loss"]
 
 
-@pytest.mark.slow
 def test_merging_takes_the_full_precision_base(run_training, tmp_path):
     """Merged logits are those of the adapter on the unquantised base, to 1e-5 in float32."""
-    pytest.importorskip("bitsandbytes")
     from swift.cli.merge_lora import merge
     from swift.inference.context import find_context, load_context
     from swift.models.load import load_model
@@ -122,20 +117,3 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     with pytest.raises(ConfigError) as caught:
         check_packages(QuantizationSection(**NF4))
     assert caught.value.fix == "pip install 'swift-forge[bnb]'"
-    with pytest.raises(ModelError, match="optimum is not installed") as missing:
-        check_loadable({"quantization_config": {"quant_method": "gptq"}}, "cpu", QuantizationSection(), "m")
-    assert missing.value.fix.startswith("pip install")
-
-
-def test_quantised_folders_are_refused_before_their_weights_are_read(run_training, tiny_model_dir, tmp_path):
-    folder = tmp_path / "fp8"
-    shutil.copytree(tiny_model_dir, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="CUDA"):
-        run_training(model=str(folder), device="cpu")
-    with pytest.raises(ConfigError, match="quantised already"):
-        check_loadable(config, "cuda", QuantizationSection(**NF4), "m")
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        check_loadable({"quantization_config": {"quant_method": "new"}}, "cuda", QuantizationSection(), "m")

@@ -64,6 +64,7 @@ CASES = {
     "full bfloat16 masters": {"tuner_type": "full", "learning_rate": 1e-3, "torch_dtype": "bfloat16"},
     "lora bfloat16": {"torch_dtype": "bfloat16", "lora_dropout": 0.2},
     "gradient checkpointing": {"gradient_checkpointing": True, "lora_dropout": 0.2},
+    "one layer recomputed": {"gradient_checkpointing": True, "recompute_num_layers": 1},
     "streaming": {"streaming": True, "shuffle_buffer_size": 10, "gradient_accumulation_steps": 2},
     "streaming packed": {
         "streaming": True,

@@ -171,14 +171,14 @@ def test_signal_during_an_evaluation_leaves_it_to_the_resumed_run(run_training):
         def on_train_begin(self, run):
             run.evaluator.run = partial(evaluate, run.evaluator.run)
 
-    def evaluate(original, engine, objective, given_up):
+    def evaluate(original, engine, given_up):
         def counting():
             asked.append(given_up())
             if len(asked) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return given_up()
 
-        return original(engine, objective, counting)
+        return original(engine, counting)
 
     with pytest.raises(Interrupted):
         run_training(callbacks=[Terminate()], run_name="stopped", max_steps=7, **options)
@@ -372,3 +372,28 @@ def test_missing_callbacks_and_taken_names_are_refused_before_torch(tiny_model_d
     with pytest.raises(ConfigError, match="already holds a run"):
         preflight(resolve("sft", [*words, "--run_name", "taken"]))
     assert preflight(resolve("sft", [*words, "--run_name", "free"])) == tiny_model_dir
+
+
+def test_recomputing_some_layers_changes_nothing_but_memory(run_training):
+    recomputed = []
+
+    class Count(Callback):
+        def on_train_begin(self, run):
+            layers = run.engine.model.base_model.layers
+            recomputed.append([layer.gradient_checkpointing for layer in layers])
+
+    results = [
+        run_training(callbacks=[Count()], run_name=f"r{number}", gradient_checkpointing=number > 0, **options)
+        for number, options in enumerate([{}, {"recompute_num_layers": 1}, {}])
+    ]
+    assert [sum(flags) for flags in recomputed] == [0, 1, len(recomputed[0])]
+    losses = [
+        [line["loss"] for line in read_metrics(result.folder / "metrics.jsonl") if "loss" in line]
+        for result in results
+    ]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_offloading_needs_an_accelerator(run_training):
+    with pytest.raises(ConfigError, match="needs an accelerator"):
+        run_training(activation_cpu_offload=True)

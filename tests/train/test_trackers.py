@@ -133,4 +133,20 @@ def test_every_choice_has_a_tracker() -> None:
     from swift.config.schema import options
 
     choices = options()["report_to"].info.annotation
-    assert set(TRACKERS) | {"none"} == set(choices.__args__[0].__args__)  # type: ignore[union-attr]
+    assert set(TRACKERS) | {"none", "all"} == set(choices.__args__[0].__args__)  # type: ignore[union-attr]
+
+
+def test_all_means_the_installed_ones() -> None:
+    def load(name: str) -> Any:
+        if name.partition(".")[0] not in ("tensorboard", "mlflow"):
+            raise ImportError(name)
+        return Recorder()
+
+    assert [callback.name for callback in tracker_callbacks(["all"], load)] == ["tensorboard", "mlflow"]
+    assert len(tracker_callbacks(["mlflow", "all"], load)) == 2
+
+    def nothing(name: str) -> Any:
+        raise ImportError(name)
+
+    with pytest.raises(ConfigError, match="no tracker is installed"):
+        check_trackers(["all"], nothing)

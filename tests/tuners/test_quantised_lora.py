@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from swift.config.sections.quantization import QuantizationSection
+from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ModelError
 from swift.models.load import load_model
-from swift.tuners.apply import attach_adapter
+from swift.models.quantised import dequantised
+from swift.tuners.apply import apply_tuner, attach_adapter
 from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, is_linear, lora_layers
 from swift.tuners.merge import merge_adapter
+from swift.tuners.peft_format import load_adapter, save_adapter
 
 NF4 = QuantizationSection(quant_method="bnb", quant_bits=4)
 INT8 = QuantizationSection(quant_method="bnb", quant_bits=8)
@@ -19,7 +22,6 @@ INT8 = QuantizationSection(quant_method="bnb", quant_bits=8)
 
 @pytest.fixture(scope="module", params=[4, 8], ids=["nf4", "int8"])
 def base(request, tiny_model_dir):
-    pytest.importorskip("bitsandbytes")
     section = NF4 if request.param == 4 else INT8
     return load_model(tiny_model_dir, dtype=torch.float32, quantization=section)
 
@@ -97,7 +99,6 @@ def unwrap(base):
         base.set_submodule(name, layer.base)
 
 
-@pytest.mark.slow
 def test_output_and_gradients_equal_pefts(base):
     from peft import LoraConfig
     from peft.tuners.lora.bnb import Linear4bit as Peft4bit
@@ -121,7 +122,6 @@ def test_output_and_gradients_equal_pefts(base):
     unwrap(base)
 
 
-@pytest.mark.slow
 def test_head_and_embedding_keep_their_precision_and_merging_is_refused(base):
     assert base.lm_head.weight.dtype == base.model.embed_tokens.weight.dtype == torch.float32
     tuned(base)
@@ -131,7 +131,6 @@ def test_head_and_embedding_keep_their_precision_and_merging_is_refused(base):
     unwrap(base)
 
 
-@pytest.mark.slow
 def test_evaluating_first_changes_no_gradient(base):
     """bitsandbytes repacks 4-bit layers on some CPUs at their first evaluation; then no gradient passes them."""
     layers = tuned(base)
@@ -153,7 +152,6 @@ def test_evaluating_first_changes_no_gradient(base):
     unwrap(base)
 
 
-@pytest.mark.slow
 def test_adapters_of_one_batch_and_dropout(base):
     layer = next(iter(tuned(base, dropout=0.5).values()))
     layer.add_adapter("other", AdapterSpec(rank=2, alpha=4), seed=5)
@@ -172,13 +170,42 @@ def test_adapters_of_one_batch_and_dropout(base):
     first = layer(x)
     torch.manual_seed(0)
     assert torch.equal(first, layer(x))
-    layer.remove_adapter("other")
     unwrap(base)
 
 
-@pytest.mark.slow
+def test_a_stored_adapter_is_loaded_onto_a_quantised_base(base, tmp_path):
+    """A packed weight has another shape than its layer: 4 bits have one column of half as many bytes."""
+    ids = torch.arange(8)[None]
+    tuned(base)
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+    save_adapter(base, tmp_path)
+    unwrap(base)
+    load_adapter(base, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids).logits, expected)
+    unwrap(base)
+
+
+def test_pissa_starts_from_the_values_of_a_quantised_base(base):
+    """And not from the bytes that these are stored in."""
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+    apply_tuner(base, TunerSection(init_weights="pissa", lora_rank=4))
+    with torch.no_grad():
+        torch.testing.assert_close(base(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+    for layer in lora_layers(base).values():
+        u, s, vh = torch.linalg.svd(dequantised(layer.base))
+        start_a, start_b = layer.starts["default"]
+        found = layer.specs["default"].scaling * start_b @ start_a
+        torch.testing.assert_close(found, u[:, :4] * s[:4] @ vh[:4], rtol=1e-3, atol=1e-5)
+    unwrap(base)
+
+
 def test_sizes_of_a_packed_layer():
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     layer = LoraLinear(bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu"), switch=None)
     assert (layer.in_features, layer.out_features) == (64, 32)
     assert isinstance(layer.base, nn.Linear) and layer.weight.shape != (32, 64)

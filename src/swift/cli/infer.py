@@ -37,6 +37,7 @@ def infer(resolved: Resolved) -> dict[str, Any]:
             the model is loaded.
     """
     from swift.data.hub import pin_datasets
+    from swift.data.persona import dataset_specs
     from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
     from swift.evaluate.results import write_metrics
     from swift.inference.context import find_context
@@ -45,7 +46,7 @@ def infer(resolved: Resolved) -> dict[str, Any]:
     pin_datasets(resolved)
     context = find_context(resolved)
     _say_note(context)
-    questions = read_questions(data.val_dataset, data.columns, data.on_bad_rows)
+    questions = read_questions(dataset_specs(data, data.val_dataset), data.columns, data.on_bad_rows)
     path = _result_path(resolved, context)
     generator = _generator(resolved, context)
     if context.run is not None and not resolved.is_explicit("max_new_tokens"):

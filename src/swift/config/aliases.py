@@ -176,6 +176,14 @@ def _read_aliases(raw: dict[str, Any]) -> Iterator[Alias]:
 def _read_unsupported(groups: list[dict[str, Any]]) -> dict[str, Unsupported]:
     known: dict[str, Unsupported] = {}
     for group in groups:
+        if wrong := group.keys() - {
+            "names",
+            "say",
+            "fix",
+            "off",
+            "plan_as",
+        }:  # YAML reads a bare off as False
+            raise ValueError(f"aliases.yaml: {group['names'][0]} has {wrong.pop()!r}")
         off = frozenset(group.get("off", ["false", "none"]))
         for name in group["names"]:
             if name in known:

@@ -19,6 +19,12 @@ from swift.core.errors import ConfigError
 __all__ = ["Binder", "Layer"]
 
 
+_RAY_GROUPS = ("train", "rollout", "teacher")
+"""Mappings of ms-swift's Ray files: one per role, with the number of its devices (``gpus``) and its options."""
+
+_RAY_KEYS = ("gpus", "nnodes")
+
+
 @dataclass
 class _Entry:
     """A value on its way: parsed, with its source and the key as the user spelled it."""
@@ -38,11 +44,14 @@ class Layer:
     explicit: frozenset[str] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Refused:
+    """What a run refuses and a plan only names."""
+
     where: str
     say: str
     fix: str | None
+    prefix: str = "not in this version: "
 
 
 class Binder:
@@ -97,11 +106,28 @@ class Binder:
                 self._take_command(written)
             elif key == "ENV":
                 self._take_environment(written)
+            elif written.items is not None and key in _RAY_GROUPS and "gpus" in written.items:
+                self._take_ray_group(layer, key, written.items, self._where(written, key))
             elif written.items is not None and section in SECTIONS:
                 for inner, value in written.items.items():
                     self._take_written(layer, section, inner, value)
             else:
                 self._take_written(layer, None, key, written)
+
+    def _take_ray_group(self, layer: Layer, key: str, items: dict[str, Written], where: str) -> None:
+        """The options of one role of ms-swift's Ray files: those of training count, the others must be known."""
+        ray = alias_table().unsupported["use_ray"]
+        self.refused.append(_Refused(where, ray.say, ray.fix))
+        for inner, written in items.items():
+            if inner in _RAY_KEYS:
+                continue
+            if key == "train":
+                self._take_written(layer, None, inner, written)
+                continue
+            try:
+                self.names.find(None, inner, self._where(written, f"{key}.{inner}"))
+            except UnknownOptionError as error:
+                self._remember(error)
 
     @staticmethod
     def _where(written: Written, key: str) -> str:
@@ -180,9 +206,12 @@ class Binder:
                 self.warnings.append(f"{where}: a plan of swift {self.command.name} does not use it yet")
                 return None
             users = [command.name for command in COMMANDS.values() if name in command.options()]
-            raise self.names.not_used(name, where, users)
+            error = self.names.not_used(name, where, users)
+            self.refused.append(_Refused(where, error.message, error.fix, prefix=""))
+            return None
         raw = _without_paths(text if option.kind.is_textual else value)
-        if option.kind.optional and is_none_word(raw):
+        is_word_for_nothing = option.kind.base == "choice" and "none" not in option.kind.choices
+        if (option.kind.optional or is_word_for_nothing) and is_none_word(raw):
             return _Entry(None, source, key, where)
         raw = self._translate(name, raw, where)
         if raw is _REFUSED:
@@ -193,19 +222,31 @@ class Binder:
         """Other words for values, and known words this version cannot do."""
         words = alias_table().values.get(name, {})
         if isinstance(raw, list | tuple):
-            return [words.get(item, item) if isinstance(item, str) else item for item in raw]
+            taken = [item for item in raw if not self._is_refused(name, item, where)]
+            if raw and not taken:
+                return _REFUSED
+            return [words.get(item, item) if isinstance(item, str) else item for item in taken]
         if not isinstance(raw, str):
             return raw
         if name == "tuner_type" and TRAIN_TYPES.get(raw.lower()) == self.command.name:
             return _REFUSED  # it repeats what the command says
-        refused = alias_table().unsupported_values.get((name, raw.lower()))
-        if refused:
-            self.refused.append(_Refused(where, f"{raw}: {refused.say}", refused.fix))
+        if self._is_refused(name, raw, where):
             return _REFUSED
         needed = alias_table().value_needs.get((name, raw))
         if needed:
             self.needs.append((name, where, raw, needed))
         return words.get(raw, words.get(raw.lower(), raw))
+
+    def _is_refused(self, name: str, word: Any, where: str) -> bool:
+        """Remember a known value that this version cannot do. ``last_round+hermes`` is several of one option."""
+        if not isinstance(word, str):
+            return False
+        for part in word.split("+"):
+            refused = alias_table().unsupported_values.get((name, part.lower()))
+            if refused:
+                self.refused.append(_Refused(where, f"{word}: {refused.say}", refused.fix))
+                return True
+        return False
 
     def _assign(
         self, layer: Layer, name: str, value: Any, text: Any, key: str, where: str, source: Source
@@ -216,6 +257,7 @@ class Binder:
         before = layer.entries.get(name)
         # A flag may be repeated (scripts append "$@"); in a file a second mention is a mistake.
         repeated = layer.kind == "flag" and before is not None and _same_key(before.key, key)
+        repeated = repeated or (before is not None and _is_cached(before.key) != _is_cached(key))
         if before is not None and not repeated:
             if before.value != entry.value:
                 raise ConfigError(
@@ -269,11 +311,11 @@ class Binder:
             )
         if self.refused and not planning:
             refused = self.refused[0]
-            raise ConfigError(f"not in this version: {refused.say}", where=refused.where, fix=refused.fix)
-        for say in dict.fromkeys(refused.say for refused in self.refused):
+            raise ConfigError(f"{refused.prefix}{refused.say}", where=refused.where, fix=refused.fix)
+        for prefix, say in dict.fromkeys((refused.prefix, refused.say) for refused in self.refused):
             where = ", ".join(dict.fromkeys(refused.where for refused in self.refused if refused.say == say))
             verb = "refuses it" if ", " not in where else "refuses them"
-            self.warnings.append(f"{where}: not in this version: {say}; a run {verb}")
+            self.warnings.append(f"{where}: {prefix}{say}; a run {verb}")
         for say, places in self.unneeded.items():
             self.warnings.append(f"{', '.join(places)}: not needed: {say}")
         if "json" in switches and not planning:
@@ -319,6 +361,11 @@ _REFUSED: Any = object()
 
 def _same_key(first: str, second: str) -> bool:
     return first.replace("-", "_") == second.replace("-", "_")
+
+
+def _is_cached(key: str) -> bool:
+    """ms-swift trains on ``cached_dataset`` and ``dataset`` together; so for ``cached_val_dataset``."""
+    return key.replace("-", "_").rpartition(".")[2] in ("cached_dataset", "cached_val_dataset")
 
 
 def _without_paths(raw: Any) -> Any:

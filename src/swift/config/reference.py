@@ -12,6 +12,15 @@ from swift.config.schema import SECTIONS, Option, options
 
 __all__ = ["reference_page"]
 
+_MEASURED = """\
+ms-swift's command lines are read as they are. Measured on 2026-11-21 against the scripts in `examples/` of its
+repository: of the 177 command lines in 161 scripts (every third path of a sorted list of 483), 175 (98.9 %) resolve as
+`swift plan` resolves them, with warnings for what this version cannot do; 74.6 % did before these tables were completed
+from that sample. Of 28 lines in 26 scripts that were drawn afterwards, all 28 do (24 before). The two others fail in
+ms-swift too: a comment after a line's backslash, and a command that it no longer has. The option names of its 4.6.0,
+and of 3.0.2, 3.3.0, 3.6.0, 3.9.0 and 3.12.0, are known here.
+"""
+
 _HEAD = """\
 # Reference
 
@@ -103,8 +112,8 @@ def _spellings() -> str:
     ]
     sections = ", ".join(f"`{other}` = `{name}`" for other, name in table.sections.items())
     return (
-        "## Other spellings\n\nPlain other names stand beside each option above. These stand for a value, or depend "
-        f"on the command:\n\n{_table(('Spelling', 'Meaning'), rows)}\nOther words for values:\n\n"
+        f"## Other spellings\n\n{_MEASURED}\nPlain other names stand beside each option above. These stand for a "
+        f"value, or depend on the command:\n\n{_table(('Spelling', 'Meaning'), rows)}\nOther words for values:\n\n"
         f"{_table(('Option', 'Words'), values)}\nSections under other names: {sections}.\n"
     )
 

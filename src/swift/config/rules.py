@@ -12,21 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from swift.config.combinations import check_combinations
 from swift.config.commands import Command
-from swift.config.memory_rules import (
-    FULL_TRAINING_OPTIMIZERS,
-    LOW_RANK_OPTIONS,
-    check_memory,
-    quant_bits,
-    quant_method,
-)
+from swift.config.memory_rules import check_memory, quant_bits, quant_method
 from swift.config.schema import Resolved, Source, options
-from swift.config.task_rules import TASK_DERIVATIONS, TASK_OPTIONS, check_task, eval_metrics, take_environment
-from swift.config.tuner_rules import TUNER_OPTIONS, check_tuner, derived_dropout
+from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
+from swift.config.tuner_rules import check_tuner, derived_dropout
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
 
-__all__ = ["DERIVATIONS", "EXCLUSIVE", "ONLY_WITH", "Derivation", "OnlyWith", "apply"]
+__all__ = ["DERIVATIONS", "Derivation", "apply"]
 
 SAMPLES_PER_STEP = 16
 """Samples an optimizer step should see when nobody says otherwise (as in ms-swift)."""
@@ -141,6 +136,7 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
         _check_required(resolved, command, planning)
     for check in _CHECKS:
         check(resolved)
+    check_combinations(resolved, _where, planning)
     check_tuner(resolved, _where)
     check_task(resolved, _where)
     if not partial:
@@ -183,72 +179,6 @@ def _check_required(resolved: Resolved, command: Command, planning: bool) -> Non
             alternatives = "".join(f" or --{name} {how}" for name in others)
             raise ConfigError("missing", where=f"--{group[0]}", fix=f"add --{group[0]} {how}{alternatives}")
         resolved.warnings.append(f"--{group[0]}: missing; a run needs it")
-
-
-@dataclass(frozen=True)
-class OnlyWith:
-    """Options without effect unless ``option`` has one of ``values``: giving them anyway is a mistake."""
-
-    names: tuple[str, ...]
-    option: str
-    values: tuple[Any, ...]
-
-
-ONLY_WITH: tuple[OnlyWith, ...] = (
-    *(OnlyWith(*row) for row in (*TUNER_OPTIONS, *TASK_OPTIONS)),
-    OnlyWith(("lorap_lr_ratio",), "tuner_type", ("lora",)),
-    OnlyWith(LOW_RANK_OPTIONS, "optim", FULL_TRAINING_OPTIMIZERS),
-    OnlyWith(("galore_quantization", "galore_cos_threshold"), "optim", ("galore_adamw",)),
-    OnlyWith(("apollo_scale_type",), "optim", ("apollo_adamw",)),
-    OnlyWith(
-        ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"), "quant_bits", (4,)
-    ),
-    OnlyWith(("lr_decay_ratio",), "lr_scheduler_type", ("wsd",)),
-    OnlyWith(("min_lr_ratio", "min_lr"), "lr_scheduler_type", ("cosine", "linear", "wsd")),
-    OnlyWith(("chat_template", "enable_thinking", "agent_template"), "use_chat_template", (True,)),
-    OnlyWith(("save_steps",), "save_strategy", ("steps",)),
-    OnlyWith(("shuffle_buffer_size", "stopping_strategy"), "streaming", (True,)),
-    OnlyWith(("dataset_num_proc", "dataloader_num_workers", "split_dataset_ratio"), "streaming", (False,)),
-    OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
-)
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _check_only_with(resolved: Resolved) -> None:
-    for rule in ONLY_WITH:
-        if resolved.value(rule.option) in rule.values:
-            continue
-        for name in rule.names:
-            if resolved.is_explicit(name) and resolved.value(name):
-                raise ConfigError(
-                    f"has no effect with {rule.option} {_word(resolved.value(rule.option))}",
-                    where=_where(resolved, name),
-                    fix=f"leave it out, or set --{rule.option} {_word(rule.values[0])}",
-                )
-
-
-EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
-    ("packing", "padding_free", "packed rows have no padding anyway"),
-    ("target_regex", "target_modules", "both choose the modules that get an adapter"),
-    ("min_lr", "min_lr_ratio", "both set the learning rate at the end"),
-    ("warmup_steps", "warmup_ratio", "both set the length of the warm-up"),
-    ("split_dataset_ratio", "val_dataset", "both provide the validation data"),
-    ("packing", "group_by_length", "packed rows all have the same length"),
-)
-
-
-def _check_exclusive(resolved: Resolved) -> None:
-    for first, second, why in EXCLUSIVE:
-        given = all(resolved.is_explicit(name) and resolved.value(name) for name in (first, second))
-        if given:
-            raise ConfigError(
-                f"does not go together with {second}: {why}",
-                where=_where(resolved, first),
-                fix=f"leave out --{first} or --{second}",
-            )
 
 
 def _check_evaluation(resolved: Resolved) -> None:
@@ -325,6 +255,9 @@ def _check_streaming(resolved: Resolved) -> None:
             where=_where(resolved, "streaming"),
             fix="--max_steps 1000",
         )
+    if resolved.config.data.streaming and resolved.config.training.enable_channel_loss:
+        why = "the rows of a stream are not known beforehand"
+        raise ConfigError("not with a stream", where=_where(resolved, "enable_channel_loss"), why=why)
 
 
 def _check_checkpoint(resolved: Resolved) -> None:
@@ -422,8 +355,6 @@ def _check_patterns(resolved: Resolved) -> None:
 
 _CHECKS: tuple[Callable[[Resolved], None], ...] = (
     _check_patterns,
-    _check_only_with,
-    _check_exclusive,
     _check_data,
     _check_streaming,
     _check_evaluation,

@@ -33,7 +33,11 @@ TASK_OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("mrl_dims",), "task_type", ("embedding",)),
     (("max_positive_samples", "max_negative_samples"), "task_type", _RERANKERS),
     (_ANSWERS, "task_type", ("generative_reranker",)),
-    (("loss_scale", "use_loss_scale", "use_liger_kernel"), "task_type", ("causal_lm",)),
+    (
+        ("loss_scale", "use_loss_scale", "use_liger_kernel", "enable_channel_loss", "enable_dft_loss"),
+        "task_type",
+        ("causal_lm",),
+    ),
     (_INFONCE, "loss_type", ("infonce",)),
     (("contrastive_margin",), "loss_type", ("contrastive", "online_contrastive")),
     (_LISTWISE, "loss_type", ("listwise_reranker",)),

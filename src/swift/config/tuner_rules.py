@@ -16,7 +16,7 @@ __all__ = ["TUNER_OPTIONS", "check_tuner", "derived_dropout"]
 Where = Callable[[Resolved, str], str]
 
 _LINEAR_TUNERS = ("lora", "adalora", "vera", "oft", "boft", "ia3", "loha", "lokr", "fourierft", "bone")
-_LORA_STARTS = ("default", "gaussian", "pissa", "olora", "eva", "lora-ga")
+_LORA_STARTS = ("default", "gaussian", "pissa", "olora", "eva", "lora-ga", "loftq")
 _BONE_STARTS = ("default", "bat")
 _OWN_OPTIONS = {
     "adalora": "adalora_",
@@ -43,7 +43,14 @@ TUNER_OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("lora_dropout",), "tuner_type", ("lora", "adalora")),
     (("init_weights",), "tuner_type", ("lora", "bone")),
     (
-        ("modules_to_save", "use_rslora", "use_dora", "lora_dtype", "target_parameters"),
+        (
+            "modules_to_save",
+            "use_rslora",
+            "use_dora",
+            "lora_dtype",
+            "target_parameters",
+            "longlora_group_size",
+        ),
         "tuner_type",
         ("lora",),
     ),
@@ -73,6 +80,12 @@ def check_tuner(resolved: Resolved, where: Where) -> None:
 
 def _check_start(resolved: Resolved, where: Where) -> None:
     tuner = resolved.config.tuner
+    if tuner.init_weights == "loftq" and resolved.config.quantization.quant_method != "bnb":
+        raise ConfigError(
+            "LoftQ starts from the rounding error of a base that bitsandbytes quantises",
+            where=where(resolved, "init_weights"),
+            fix="add --quant_method bnb --quant_bits 4",
+        )
     starts = _BONE_STARTS if tuner.tuner_type == "bone" else _LORA_STARTS
     if tuner.init_weights in starts:
         return

@@ -29,6 +29,7 @@ class Batch:
         num_tokens: tokens that are not padding.
         num_targets: targets that are learned.
         sample_ids: the samples, in reading order.
+        samples_per_row: how many of them each row holds.
         groups: tasks over whole sequences: how many sequences each sample has; a target marks the end of each.
         labels: [samples, K] float32, the labels of each sample of such a task.
     """
@@ -41,6 +42,7 @@ class Batch:
     num_tokens: int
     num_targets: int
     sample_ids: list[int]
+    samples_per_row: list[int]
     groups: list[int] | None = None
     labels: torch.Tensor | None = None
 
@@ -76,6 +78,7 @@ def batch_of(layout: Layout) -> Batch:
         num_tokens=layout.num_tokens,
         num_targets=layout.num_targets,
         sample_ids=layout.sample_ids,
+        samples_per_row=layout.samples_per_row,
         groups=layout.groups,
         labels=None if layout.labels is None else torch.from_numpy(layout.labels),
     )

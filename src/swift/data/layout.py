@@ -30,6 +30,7 @@ class Layout:
     num_tokens: int
     num_targets: int
     sample_ids: list[int]
+    samples_per_row: list[int]
     groups: list[int] | None = None
     labels: np.ndarray | None = None
 
@@ -79,6 +80,7 @@ def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: i
         num_tokens=sum(used),
         num_targets=int((targets != IGNORE).sum()),
         sample_ids=[sample for row in rows for sample in row],
+        samples_per_row=[len(row) for row in rows],
     )
 
 
@@ -126,6 +128,7 @@ def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_tok
         num_tokens=sum(used),
         num_targets=sum(groups),
         sample_ids=[sample for row in rows for sample in row],
+        samples_per_row=[len(row) for row in rows],
         groups=groups,
         labels=np.stack(labels) if labels else np.zeros((0, dataset.num_labels), np.float32),
     )

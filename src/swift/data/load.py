@@ -15,13 +15,14 @@ from swift.config.sections.data import DataSection
 from swift.core.errors import DataError
 from swift.core.format import format_count
 from swift.data.cache import cached_store, content_key
+from swift.data.channels import Channels, number_channels
 from swift.data.formats import RowError, to_sample
 from swift.data.groups import task_format
 from swift.data.mapping import NO_MAPPING, ColumnMapping
 from swift.data.mixing import mix, repeat_rows, row_ids, split_rows
 from swift.data.persona import dataset_specs
 from swift.data.report import DataReport
-from swift.data.rows import location_of
+from swift.data.rows import Row, location_of
 from swift.data.samples import Selection, bad_rows_error, select
 from swift.data.sources import DatasetSpec, find_files, read_rows
 from swift.data.store import TokenStore
@@ -43,12 +44,14 @@ class LoadedData:
         validation: the same for ``val_dataset`` or the split-off rows; None without either.
         validation_rows: the validation rows as messages, tools and extra columns, for ``val_dataset.jsonl``.
         notes: sentences for the user: what was left out, cut, skipped.
+        channels: groups of the training and the validation samples; empty unless a loss of each is wanted.
     """
 
     train: TokenDataset
     validation: TokenDataset | None
     validation_rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    channels: list[Channels] = field(default_factory=list)
 
 
 def load_data(
@@ -74,6 +77,9 @@ def load_data(
     specs = dataset_specs(section, section.dataset)
     val_specs = dataset_specs(section, section.val_dataset)
     files = {spec.text: find_files(spec) for spec in [*specs, *val_specs]}
+    notes += [
+        f"{spec.text}: {spec.entry.note}" for spec in [*specs, *val_specs] if spec.entry and spec.entry.note
+    ]
 
     def load(chosen: list[DatasetSpec], weights: Sequence[float]) -> TokenDataset:
         parts = [_load_one(spec, files[spec.text], section, encoder, seed, notes) for spec in chosen]
@@ -95,7 +101,11 @@ def load_data(
         train, validation = _split(train, section.split_dataset_ratio, seed)
     mappings = {str(file): spec.mapping for spec in [*specs, *val_specs] for file in files[spec.text]}
     rows = [] if validation is None else _original_rows(validation, section.columns, mappings)
-    return LoadedData(train, validation, rows, notes)
+    channels = []
+    if resolved.config.training.enable_channel_loss:
+        sets = [train] if validation is None else [train, validation]
+        channels = number_channels([_channel_column(part, section.columns, mappings) for part in sets])
+    return LoadedData(train, validation, rows, notes, channels)
 
 
 def _load_one(
@@ -232,17 +242,33 @@ def _original_rows(
 ) -> list[dict[str, Any]]:
     """The rows of a data set as they were read, once each, in the order of the data set."""
     places = dict.fromkeys(dataset.row(i) for i in range(len(dataset)))
+    found = {}
+    for place, row in _read_again(places, columns, mappings):
+        sample = to_sample(row)
+        tools = {} if sample.tools is None else {"tools": sample.tools}
+        found[place] = {"messages": sample.messages, **tools, **sample.extra}
+    return [found[place] for place in places]
+
+
+def _channel_column(
+    dataset: TokenDataset, columns: Mapping[str, str], mappings: Mapping[str, ColumnMapping]
+) -> list[Any]:
+    """The ``channel`` of the row each sample comes from; None where there is none."""
+    places = [dataset.row(i) for i in range(len(dataset))]
+    found = {place: row.values.get("channel") for place, row in _read_again(places, columns, mappings)}
+    return [found[place] for place in places]
+
+
+def _read_again(
+    places: Iterable[tuple[str, int]], columns: Mapping[str, str], mappings: Mapping[str, ColumnMapping]
+) -> Iterator[tuple[tuple[str, int], Row]]:
     wanted: dict[str, set[int]] = {}
     for source, number in places:
         wanted.setdefault(source, set()).add(number)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
     for source, numbers in wanted.items():
         file = location_of(source, 0)
         for row in read_rows(file, columns, numbers, mappings.get(file, NO_MAPPING)):
-            sample = to_sample(row)
-            tools = {} if sample.tools is None else {"tools": sample.tools}
-            found[source, row.number] = {"messages": sample.messages, **tools, **sample.extra}
-    return [found[place] for place in places]
+            yield (source, row.number), row
 
 
 def _require_samples(dataset: TokenDataset, texts: Sequence[str], max_length: int | None) -> None:

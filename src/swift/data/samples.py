@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swift.core.errors import DataError
-from swift.data.formats import RowError, Sample, to_sample
 from swift.data.mapping import NO_MAPPING, ColumnMapping
 from swift.data.mixing import sample_rows
 from swift.data.rows import Row
-from swift.data.sources import DatasetSpec, find_files, parse_dataset_spec, read_rows, row_numbers
+from swift.data.sources import DatasetSpec, parse_dataset_spec, read_rows, row_numbers
 
-__all__ = ["Selection", "bad_rows_error", "read_samples", "select"]
+__all__ = ["Selection", "bad_rows_error", "select"]
 
 
 @dataclass
@@ -46,32 +45,6 @@ def select(spec: DatasetSpec, files: list[Path], seed: int) -> Selection:
             taken.append((file, {part[place] for place in inside}))
         start += len(part)
     return Selection(taken, spec.num_rows, spec.mapping)
-
-
-def read_samples(
-    texts: Sequence[str], columns: Mapping[str, str], *, on_bad_rows: str = "error", seed: int = 42
-) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """The rows of data sets (``PATH`` or ``PATH#N``) as samples, and (location, reason) of the bad ones.
-
-    Raises DataError for missing files and, unless ``on_bad_rows`` is "skip", for bad rows.
-    """
-    samples: list[Sample] = []
-    bad: list[tuple[str, str]] = []
-    for text in texts:
-        spec = parse_dataset_spec(text)
-        selection = select(spec, find_files(spec), seed)
-        mine: list[Sample] = []
-        for row in selection.rows(columns):
-            try:
-                mine.append(to_sample(row))
-            except RowError as error:
-                bad.append((error.location, error.reason))
-        if spec.num_rows and spec.num_rows > selection.num_rows and mine:
-            mine = [mine[number % len(mine)] for number in range(spec.num_rows)]
-        samples.extend(mine)
-    if bad and on_bad_rows != "skip":
-        raise bad_rows_error(bad, len(samples) + len(bad), texts)
-    return samples, bad
 
 
 def bad_rows_error(

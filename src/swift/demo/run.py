@@ -17,6 +17,7 @@ import yaml
 from swift.config.bind import resolve
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_text
+from swift.data.persona import dataset_specs
 from swift.demo.task import TOKENIZER_TEXTS, write_task
 from swift.evaluate.answers import answer_questions, read_questions
 from swift.inference.context import find_context, load_context
@@ -153,7 +154,7 @@ def _answers(model: Path, heldout: Path, path: Path) -> list[dict[str, Any]]:
     values = {"model": str(model), "device": "cpu", "max_new_tokens": 8, "max_batch_size": 100}
     resolved = resolve("infer", values={**values, "val_dataset": [str(heldout)], "metric": ["exact_match"]})
     generator = Generator(load_context(find_context(resolved), resolved))
-    questions = read_questions(resolved.config.data.val_dataset, {}).good
+    questions = read_questions(dataset_specs(resolved.config.data, resolved.config.data.val_dataset), {}).good
     return answer_questions(generator, questions, resolved.config.generation, path)
 
 

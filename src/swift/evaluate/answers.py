@@ -11,7 +11,7 @@ from typing import Any, Literal
 from swift.config.sections.generation import GenerationSection
 from swift.core.errors import DataError
 from swift.data.formats import RowError, to_sample
-from swift.data.sources import find_files, parse_dataset_spec, read_rows
+from swift.data.sources import DatasetSpec, find_files, read_rows
 from swift.evaluate.metrics import exact_match, rouge
 from swift.evaluate.results import ResultFile, row_key
 from swift.inference.generate import Generator
@@ -50,16 +50,15 @@ class Questions:
 
 
 def read_questions(
-    names: Sequence[str], columns: Mapping[str, str], on_bad_rows: Literal["error", "skip"] = "error"
+    specs: Sequence[DatasetSpec], columns: Mapping[str, str], on_bad_rows: Literal["error", "skip"] = "error"
 ) -> Questions:
-    """The rows of ``FILE`` or ``FILE#N`` names, in order (the first N).
+    """The rows of data sets, in order (of ``FILE#N`` the first N).
 
     Raises:
         DataError: a file is missing, or a row is bad and ``on_bad_rows`` is ``error``.
     """
     questions = Questions()
-    for name in names:
-        spec = parse_dataset_spec(name)
+    for spec in specs:
         taken = 0
         for row in (
             row for file in find_files(spec) for row in read_rows(file, columns, mapping=spec.mapping)
@@ -79,7 +78,7 @@ def read_questions(
                 Question(len(questions.good), row.location, messages, reference, sample.tools, sample.extra)
             )
     if not questions.good:
-        raise DataError("there is no row to answer", where=", ".join(names))
+        raise DataError("there is no row to answer", where=", ".join(spec.text for spec in specs))
     return questions
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swift.config import rules
+from swift.config import combinations
 from swift.config.aliases import alias_table
 from swift.config.commands import COMMANDS
 from swift.config.flags import read_flags
@@ -95,11 +95,11 @@ def _drop_replaced(binder: Binder) -> None:
     """Take out of each layer what a later one makes pointless."""
     for index, later in enumerate(binder.layers):
         gone: set[str] = set()
-        for rule in rules.ONLY_WITH:
+        for rule in combinations.ONLY_WITH:
             chosen = later.entries.get(rule.option)
             if chosen is not None and chosen.value not in rule.values:
                 gone.update(rule.names)
-        for first, second, _ in rules.EXCLUSIVE:
+        for first, second, _ in combinations.EXCLUSIVE:
             # Packing is no other way to say the same thing: leaving it out is a decision, so that stays an error.
             if first != "packing":
                 for given, replaced in ((first, second), (second, first)):
@@ -192,4 +192,8 @@ def snapshot(resolved: Resolved) -> dict[str, Any]:
 
 def has_effect(resolved: Resolved, name: str) -> bool:
     """False for an option that another one makes pointless (``lora_rank`` in full training)."""
-    return all(resolved.value(rule.option) in rule.values for rule in rules.ONLY_WITH if name in rule.names)
+    if any(resolved.value(rule.option) for rule in combinations.IMPLIED if name in rule.names):
+        return False
+    return all(
+        resolved.value(rule.option) in rule.values for rule in combinations.ONLY_WITH if name in rule.names
+    )

@@ -23,15 +23,11 @@ from swift.hubs.names import is_repo_name
 from swift.models.classifier import ClassifierHead, is_classifier_name
 from swift.models.facts import read_safetensors_header
 from swift.models.load import ModelBundle, load_bundle
-from swift.models.locate import locate_model
+from swift.models.locate import derive_chat_template, locate_model
 from swift.runs.folder import RunFolder
-from swift.tuners.peft_format import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    adapter_folder,
-    is_adapter_folder,
-    load_adapter,
-)
+from swift.tuners.merge import unpack_base
+from swift.tuners.peft_format import adapter_folder, is_adapter_folder, load_adapter, read_adapter_config
+from swift.tuners.peft_names import CONFIG_FILE, WEIGHTS_FILE, needs_rounded_base
 
 __all__ = ["InferenceContext", "find_context", "load_context"]
 
@@ -50,6 +46,8 @@ class InferenceContext:
         head: the score head of an adapter that was trained for a classifier.
         task: what the run was for.
         chosen_last: True when a run folder was named, and its last checkpoint taken.
+        unpack: the adapter belongs to a rounded base (LoftQ) that is wanted in full precision: it is quantised when
+            loaded, and its rounded values are unpacked then.
     """
 
     model: Path
@@ -59,6 +57,7 @@ class InferenceContext:
     run: Path | None
     chosen_last: bool = False
     quantization: QuantizationSection = field(default_factory=QuantizationSection)
+    unpack: bool = False
     head: ClassifierHead | None = None
     task: str = "causal_lm"
 
@@ -123,9 +122,12 @@ def find_context(resolved: Resolved) -> InferenceContext:
             "neither a model nor an adapter is given", where="--model", fix="--adapters RUN/last"
         )
     recorded, run = _run_config(source)
+    quantization, unpack = _quantization(resolved, recorded, adapter)
     if model is None:
         assert adapter is not None
         model = _base_model(adapter, recorded, section)
+    elif section.model is not None and recorded is None:
+        derive_chat_template(resolved, section.model, model)
     head = _score_head(adapter, recorded) if adapter else None
     task = recorded.config.task.task_type if recorded else "causal_lm"
     context = InferenceContext(
@@ -135,7 +137,8 @@ def find_context(resolved: Resolved) -> InferenceContext:
         pretraining=recorded is not None and recorded.command == "pt",
         run=run,
         chosen_last=run is not None and any(_is_run(name) for name in (*section.adapters, section.model)),
-        quantization=_quantization(resolved, recorded),
+        quantization=quantization,
+        unpack=unpack,
         head=head,
         task=task,
     )
@@ -163,6 +166,8 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
     )
     if context.adapter is not None:
         load_adapter(bundle.model, context.adapter)
+        if context.unpack:
+            unpack_base(bundle.model)
         bundle.model.eval()
     return bundle
 
@@ -255,10 +260,25 @@ def _template(resolved: Resolved, recorded: Resolved | None) -> TemplateSection:
     return section
 
 
-def _quantization(resolved: Resolved, recorded: Resolved | None) -> QuantizationSection:
-    """Commands that take no such options (merge-lora) want the base in full precision."""
-    section = resolved.config.quantization
-    if "quant_method" not in COMMANDS[resolved.command].options():
-        return QuantizationSection()
+def _quantization(
+    resolved: Resolved, recorded: Resolved | None, adapter: Path | None
+) -> tuple[QuantizationSection, bool]:
+    """How the base is quantised, and whether it is unpacked again.
+
+    Commands that take no such options (merge-lora) want the base in full precision.
+    """
     asked = any(resolved.is_explicit(name) for name in ("quant_method", "quant_bits"))
-    return section if recorded is None or asked else recorded.config.quantization
+    if "quant_method" not in COMMANDS[resolved.command].options():
+        section = QuantizationSection()
+    else:
+        section = resolved.config.quantization if recorded is None or asked else recorded.config.quantization
+    if section.is_active or adapter is None or not needs_rounded_base(read_adapter_config(adapter)):
+        return section, False
+    if recorded is None or not recorded.config.quantization.is_active:
+        raise ModelError(
+            "the adapter makes up for the rounding of a quantised base (LoftQ)",
+            where=str(adapter),
+            why="how that was quantised says the config.yaml of its run, which is not here",
+            fix="name the run or one of its checkpoints",
+        )
+    return recorded.config.quantization, True

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor
 
 from swift.models.facts import keeps_documents_apart
 
-__all__ = ["VARLEN", "register_varlen_attention", "supports_varlen", "varlen_attention"]
+__all__ = ["SHIFTED_GROUPS", "VARLEN", "register_varlen_attention", "supports_varlen", "varlen_attention"]
 
 VARLEN = "swift_varlen"
+SHIFTED_GROUPS = "swift_shifted_groups"
+"""Attribute of an attention module: tokens of a group of shifted sparse attention, see `_shifted`."""
 
 
 def register_varlen_attention() -> None:
@@ -101,17 +103,67 @@ def varlen_attention(
             is_causal=causal,
             **kwargs,
         )
-    kernel = _usable_kernel(query, value, dropout) if document_lengths is not None else None
-    if kernel is not None and document_lengths is not None:
-        all_lengths = tuple(length for row in document_lengths for length in row)
-        return _call_kernel(kernel, (query, key, value), all_lengths, scaling, sliding_window), None
+    attend = partial(_documents, dropout=dropout, scaling=scaling, window=sliding_window)
+    size = getattr(module, SHIFTED_GROUPS, 0) if module.training else 0
+    if size:
+        lengths = document_lengths or [[query.shape[2]]] * query.shape[0]
+        return _shifted(attend, (query, key, value), lengths, size), None
     if document_lengths is None:
         return _causal(query, key, value, dropout, scaling, sliding_window).transpose(1, 2), None
+    return attend((query, key, value), document_lengths), None
+
+
+def _documents(
+    parts: Sequence[Tensor],
+    document_lengths: Sequence[Sequence[int]],
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Query, key and value of packed rows, each document on its own: [rows, width, heads, channels]."""
+    kernel = _usable_kernel(parts[0], parts[2], dropout)
+    if kernel is not None:
+        all_lengths = tuple(length for row in document_lengths for length in row)
+        return _call_kernel(kernel, parts, all_lengths, scaling, window)
     rows = [
-        _row([part[None] for part in (q, k, v)], list(lengths), dropout, scaling, sliding_window)
-        for q, k, v, lengths in zip(query, key, value, document_lengths, strict=True)
+        _row([part[None] for part in row], list(lengths), dropout, scaling, window)
+        for *row, lengths in zip(*parts, document_lengths, strict=True)
     ]
-    return rows[0] if len(rows) == 1 else torch.cat(rows), None
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _shifted(
+    attend: Callable[..., Tensor], parts: Sequence[Tensor], lengths: Sequence[Sequence[int]], size: int
+) -> Tensor:
+    """Shifted sparse attention (LongLoRA, arXiv 2309.12307): [rows, width, heads, channels].
+
+    A token sees the tokens before it in its group of ``size``; for the second half of the heads the borders of the
+    groups lie half a group further, so that layer by layer what a token knows spreads over the whole document. Unlike
+    the paper's shift, which rolls the text round, the half groups at its start and its end stay apart.
+    """
+    heads = parts[0].shape[1]
+    if parts[1].shape[1] % 2:  # a key/value head is shared by query heads of both halves
+        parts = [parts[0], *(part.repeat_interleave(heads // part.shape[1], 1) for part in parts[1:])]
+    halves = zip(*(part.tensor_split(2, 1) for part in parts), strict=True)
+    outputs = [
+        attend(half, _groups(lengths, size, first))
+        for half, first in zip(halves, (size, size // 2), strict=True)
+    ]
+    return torch.cat(outputs, 2)
+
+
+def _groups(lengths: Sequence[Sequence[int]], size: int, first: int) -> list[list[int]]:
+    """Lengths of the groups of each row: of a document longer than ``size`` one of ``first``, then of ``size``."""
+    rows = []
+    for row in lengths:
+        groups: list[int] = []
+        for length in row:
+            start = length if length <= size else first
+            full, rest = divmod(length - start, size)
+            groups += [start, *[size] * full, *([rest] if rest else [])]
+        rows.append(groups)
+    return rows
 
 
 def _varlen_mask(

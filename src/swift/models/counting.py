@@ -33,17 +33,27 @@ def decoder_sizes(config: dict[str, Any]) -> dict[str, int]:
             raise KeyError(names[0])
         return default
 
-    hidden = first("hidden_size", "n_embd", "d_model")
-    # A model whose layers only carry a state (Mamba) has no heads; its layers are measured as one wide head.
-    only_states = 1 if isinstance(config.get("state_size"), int) else None
-    heads = first("num_attention_heads", "n_head", "num_heads", default=only_states)
+    hidden = first("hidden_size", "n_embd", "d_model", "emb_dim")
+    # A model whose layers only carry a state (Mamba, RWKV) has no heads; its layers are measured as one wide head.
+    only_states = 1 if {"state_size", "attention_hidden_size"} & set(config) else None
+    heads = first(
+        "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "decoder_attention_heads",
+        "num_decoder_attention_heads", default=only_states,
+    )  # fmt: skip
+    kinds = config.get("layers_block_type") or config.get("layer_types") or []
+    layers = first(
+        "num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_decoder_layers",
+        default=len(kinds) or None,
+    )  # fmt: skip
     return {
-        "num_layers": first("num_hidden_layers", "n_layer", "num_layers"),
+        "num_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": first("num_key_value_heads", default=heads),
         "head_dim": first("head_dim", default=hidden // heads),
-        "intermediate_size": first("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        "intermediate_size": first(
+            "intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", default=4 * hidden
+        ),
         "vocab_size": first("vocab_size"),
         "max_position_embeddings": first("max_position_embeddings", "n_positions", "n_ctx", default=2048),
         "num_experts": first("num_experts", "num_local_experts", "n_routed_experts", default=0),

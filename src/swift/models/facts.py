@@ -168,14 +168,21 @@ _RECURRENT = (
     "rwkv",
     "conv_kernel",
     "conv_l_cache",
+    "lru_width",
 )
+
+
+_OWN_ATTENTION = {"nemotron"}
+"""Model types that say they take any attention function and call their own all the same."""
 
 
 def keeps_documents_apart(config: Mapping[str, Any]) -> bool:
     """Whether a decoder's layers can be computed document by document, going by its configuration.
 
-    No for soft-capped scores, chunked or bidirectional attention, and recurrent layers.
+    No for soft-capped scores, chunked, bidirectional or dynamically masked attention, and recurrent layers.
     """
+    if config.get("model_type") in _OWN_ATTENTION:
+        return False
     if set(config.get("layer_types") or _EXACT_LAYERS) - _EXACT_LAYERS:
         return False
     refused = (
@@ -183,6 +190,7 @@ def keeps_documents_apart(config: Mapping[str, Any]) -> bool:
         "use_bidirectional_attention",
         "is_encoder_decoder",
         "attention_chunk_size",
+        "keep_window_size",
     )
     if any(config.get(key) for key in refused):
         return False

@@ -14,7 +14,13 @@ from swift.core.logging import get_logger, quiet_libraries
 from swift.core.registry import closest
 from swift.models.classifier import ClassifierHead, classifier_of, start_head
 from swift.models.facts import ModelFacts, check_model_folder
-from swift.models.quantised import check_loadable, check_packages, loading_config, settle_layers
+from swift.models.quantised import (
+    check_loadable,
+    check_packages,
+    loading_config,
+    prepare_stored,
+    settle_layers,
+)
 from swift.models.template import Template
 
 if TYPE_CHECKING:
@@ -183,6 +189,7 @@ def load_model(
     is_quantised = settings is not None or getattr(config, "quantization_config", None) is not None
     if is_quantised:
         options["device_map"] = {"": str(device)}  # quantised layers cannot be moved afterwards
+        prepare_stored(config)
     if str(device).startswith("cpu") and str(dtype) != "torch.float32":
         # transformers' default for experts, grouped_mm, is 2.6x slower in bf16 on CPU, and knows no float64.
         options["experts_implementation"] = "eager"
@@ -203,6 +210,10 @@ def load_model(
         )
     if is_quantised:
         settle_layers(model)
+        if getattr(model.config, "quantization_config", None) is None:
+            # Unpacked while it was read. Transformers would pack the weights again whenever they are stored, and
+            # config.json would not say so; without the record of how they were read it stores them as they are.
+            model._weight_conversions = None
     else:
         model.to(device)
     model.config.use_cache = False

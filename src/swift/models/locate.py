@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from swift.config.schema import Resolved
 from swift.config.sections.model import ModelSection
 from swift.core.errors import ConfigError, ModelError, NotOnHub, SwiftError
 from swift.core.registry import closest
@@ -15,7 +17,14 @@ from swift.hubs.names import find_repo, is_local_name
 from swift.models.facts import check_model_folder, resolve_model_path
 from swift.models.registry import find_entry, model_entries, own_folder, resolve
 
-__all__ = ["LocatedModel", "find_model", "locate_model", "not_here", "pin_model"]
+__all__ = [
+    "LocatedModel",
+    "derive_chat_template",
+    "find_model",
+    "locate_model",
+    "not_here",
+    "pin_model",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,24 @@ def pin_model(section: ModelSection) -> Path:
     if found.commit is not None:
         section.model_revision = found.folder.name if found.commit == found.folder.name else None
     return found.folder
+
+
+def derive_chat_template(resolved: Resolved, name: str, folder: Path) -> None:
+    """Take the built-in chat template of a model that is known by name and brings none of its own."""
+    entry = find_entry(name)
+    if entry is None or entry.template == "own" or _has_chat_template(folder):
+        return
+    resolved.derive("chat_template", entry.template, f"{entry.name}, whose tokenizer brings no template")
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / file).exists() for file in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = folder / "tokenizer_config.json"
+    try:
+        return bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError):  # whoever reads the tokenizer says what is wrong with it
+        return False
 
 
 def not_here(section: ModelSection) -> ModelError:

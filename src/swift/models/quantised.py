@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift.config.sections.quantization import QuantizationSection
 from swift.core.errors import ConfigError, ModelError
+from swift.models.facts import read_safetensors_header, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +24,16 @@ if TYPE_CHECKING:
 __all__ = [
     "check_loadable",
     "check_packages",
+    "dequantised",
     "is_quantised_linear",
+    "is_unpacked",
     "linear_sizes",
     "loading_config",
     "num_weights",
+    "prepare_stored",
     "settle_layers",
     "stored_method",
+    "stored_weights",
 ]
 
 
@@ -64,6 +70,17 @@ def stored_method(config: Mapping[str, Any]) -> str | None:
     if not isinstance(settings, Mapping):
         return None
     return str(settings.get("quant_method", "bitsandbytes")).lower()
+
+
+_UNPACKED_ON_WISH = ("fp8", "mxfp4")
+
+
+def is_unpacked(config: Mapping[str, Any]) -> bool:
+    """True when stored quantised weights are turned into plain ones while they are loaded."""
+    method = stored_method(config)
+    if method in _UNPACKED_ON_WISH:
+        return bool(config["quantization_config"].get("dequantize"))
+    return method == "compressed-tensors"
 
 
 def check_packages(section: QuantizationSection) -> None:
@@ -110,13 +127,17 @@ def check_loadable(config: Mapping[str, Any], device: str, section: Quantization
             why=f"known methods: {', '.join(_STORED)}",
             fix="use the full-precision model",
         )
-    dequantised = method in ("fp8", "mxfp4") and config["quantization_config"].get("dequantize")
-    if needs.cuda_only and device != "cuda" and not dequantised:
+    if needs.cuda_only and device != "cuda" and not is_unpacked(config):
         raise ModelError(
             f"{method} weights need a CUDA device, not {device}",
             where=where,
             why="their matrix products exist as CUDA kernels only",
-            fix="use the full-precision model on this machine, or --device cuda on another",
+            fix="use the full-precision model on this machine, or --device cuda on another"
+            + (
+                '; or set "dequantize": true in quantization_config of its config.json'
+                if method in _UNPACKED_ON_WISH
+                else ""
+            ),
         )
     if missing := _missing(needs):
         raise ModelError(
@@ -160,6 +181,23 @@ def loading_config(section: QuantizationSection, dtype: torch.dtype) -> Any:
     )
 
 
+def prepare_stored(config: Any) -> None:
+    """Have stored weights loaded in a way that can be trained upon.
+
+    Left to themselves, gptqmodel takes faster kernels that pass no gradient on, and compressed-tensors leaves layers
+    without a weight until the model is first used, when it unpacks them all.
+
+    Args:
+        config: of a model whose folder may hold quantised weights; changed in place.
+    """
+    settings = getattr(config, "quantization_config", None)
+    method = stored_method({"quantization_config": settings})
+    if settings is not None and method in ("gptq", "awq"):
+        settings["backend"] = "auto_trainable"
+    elif settings is not None and method == "compressed-tensors":
+        settings["dequantize"] = True
+
+
 def settle_layers(model: nn.Module) -> None:
     """Keep 4-bit layers in one layout.
 
@@ -191,6 +229,56 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
     outputs, inputs = module.out_features, module.in_features
     assert isinstance(outputs, int) and isinstance(inputs, int)
     return outputs, inputs
+
+
+def dequantised(module: nn.Module) -> torch.Tensor:
+    """The matrix ``[out, in]`` that a quantised linear layer multiplies with, in float32.
+
+    Raises:
+        ModelError: the layer is not one of bitsandbytes.
+    """
+    kind = type(module.weight).__name__
+    if kind not in ("Params4bit", "Int8Params"):
+        raise ModelError(
+            f"the values of a {type(module).__name__} cannot be read",
+            why="only weights that bitsandbytes quantised can be unpacked here",
+            fix="--quant_method bnb with the full-precision model, or --init_weights default",
+        )
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    matrix: torch.Tensor = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
+    return matrix.detach().float()
+
+
+def stored_weights(folder: Path) -> Callable[[nn.Module, str], torch.Tensor]:
+    """A function from a linear layer of the model and its name to the matrix ``[out, in]`` that ``folder`` holds.
+
+    Each matrix is read when it is asked for: beside a quantised model there may be no room for all of them.
+
+    Raises:
+        ModelError: the folder holds no safetensors, or (from the function) no such matrix.
+    """
+    files = weight_files(folder)
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        raise ModelError("the weights are not stored as safetensors", where=str(folder))
+    places = {name: file for file in files for name in read_safetensors_header(file)[0]}
+
+    def read(module: nn.Module, layer: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        names = (
+            f"{layer}.weight",
+            f"{layer.partition('.')[2]}.weight",
+        )  # some leave the model's own prefix out
+        name = next((name for name in names if name in places), None)
+        if name is None:
+            raise ModelError(f"the folder has no tensor {names[0]}", where=str(folder))
+        with safe_open(places[name], framework="pt") as file:
+            matrix: torch.Tensor = file.get_tensor(name)
+        was_conv1d = getattr(module, "source_cls", type(None)).__name__ == "Conv1D"  # GPT-2: [in, out]
+        return matrix.t() if was_conv1d else matrix
+
+    return read
 
 
 def num_weights(parameter: nn.Parameter) -> int:

@@ -86,11 +86,19 @@ EXCEPTIONS: dict[str, Mapping[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "dbrx": {"tie_word_embeddings": False},
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "doge": {"num_experts": 16, "num_experts_per_tok": 4},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16},
+    "xlnet": {"d_head": 16},
     "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16},
 }
 
@@ -136,6 +144,12 @@ def shrink_config(model_type: str, class_name: str, sizes: TinySizes, **override
 
     config_class = getattr(transformers, class_name).config_class
     default = config_class()
+    # A tokenizer without a first token says None, which some classes do not take: then theirs stays.
+    overrides = {
+        key: value
+        for key, value in overrides.items()
+        if value is not None or getattr(default, key, 0) is None
+    }
     values = _shrunk(default, sizes)
     if "is_decoder" in default.to_dict():
         values["is_decoder"] = True  # encoders that can be told to look back only

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,12 +117,11 @@ class Template:
         for add_special in set(special):
             chosen = [number for number, flag in enumerate(special) if flag is add_special]
             texts = [prepared[number][0] for number in chosen]
-            output = self._tokenize(texts, add_special)
-            for place, number in enumerate(chosen):
-                encodings[number] = (output["input_ids"][place], output["offset_mapping"][place])
+            for number, encoding in zip(chosen, self._tokenize(texts, add_special), strict=True):
+                encodings[number] = encoding
         return [
-            self._label(ids, offsets, spans, open_end)
-            for (ids, offsets), (_, spans, open_end) in zip(encodings, prepared, strict=True)
+            self._label(encoding.ids, encoding.offsets, spans, open_end)
+            for encoding, (_, spans, open_end) in zip(encodings, prepared, strict=True)
         ]
 
     def encode_prompt(
@@ -131,7 +130,7 @@ class Template:
         """Token ids up to where the assistant's answer begins."""
         text = self.render(messages, tools, add_generation_prompt=True)
         add_special = self.chat is None and not self._begins_with_bos(text)
-        ids = list(self._tokenize([text], add_special)["input_ids"][0])
+        ids: list[int] = self._tokenize([text], add_special)[0].ids
         if add_special and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()  # Some tokenizers close every text; this one goes on.
         return ids
@@ -152,15 +151,15 @@ class Template:
         if self.chat is not None:
             if messages[-1]["role"] != "assistant":
                 return self.encode_prompt(messages, tools)
-            return list(self._tokenize([self.render(messages, tools)], False)["input_ids"][0])
+            return list(self._tokenize([self.render(messages, tools)], False)[0].ids)
         contents = [message["content"] for message in messages]
         if self.system and messages[0]["role"] != "system":
             contents.insert(0, self.system)
         plain = [c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents]
         text = " ".join(part for part in plain if part)
-        output = self._tokenize([text], not self._begins_with_bos(text))
-        ids, offsets = list(output["input_ids"][0]), output["offset_mapping"][0]
-        is_closed = len(ids) > 1 and tuple(offsets[-1]) == (0, 0)
+        encoding = self._tokenize([text], not self._begins_with_bos(text))[0]
+        ids: list[int] = encoding.ids
+        is_closed = len(ids) > 1 and encoding.offsets[-1] == (0, 0)
         if end_token and not is_closed and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
         return ids
@@ -294,41 +293,44 @@ class Template:
 
     # -- tokens -------------------------------------------------------------------------------------------
 
-    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> Any:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
+        """An Encoding of the tokenizers library (ids, offsets) for each text; no truncation, no padding."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return encodings
 
     def _label(
-        self, ids: Iterable[int], offsets: Sequence[tuple[int, int]], spans: list[Span], open_end: bool
+        self, ids: list[int], offsets: list[tuple[int, int]], spans: list[Span], open_end: bool
     ) -> Encoded:
-        ids = list(ids)
-        starts = [start for start, _ in offsets]
-        if len(ids) > 1 and offsets[-1] == (0, 0) and ids[-1] == self.tokenizer.eos_token_id:
+        eos = self.tokenizer.eos_token_id
+        if len(ids) > 1 and offsets[-1] == (0, 0) and ids[-1] == eos:
             # The tokenizer closes every text itself; whether this one ends here is decided below.
-            ids.pop(), starts.pop()
+            ids.pop(), offsets.pop()
         # Only parts need where tokens end; they are few.
-        stops = [end for _, end in offsets[: len(ids)]] if any(span.is_part for span in spans) else []
-        weights = [0.0] * len(ids)
+        stops = [end for _, end in offsets] if any(span.is_part for span in spans) else []
+        ranges: list[tuple[int, int, float]] = []
         outer = (0, len(ids))
         for span in spans:
             if span.is_part:
                 first = max(outer[0], bisect_right(stops, span.start))
                 last = max(first, min(outer[1], bisect_right(stops, span.end)))
-            else:
-                outer = first, last = bisect_left(starts, span.start), bisect_left(starts, span.end)
-            weights[first:last] = [span.weight] * (last - first)
-        if open_end and ids[-1:] != [self.tokenizer.eos_token_id] and self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-            weights.append(spans[-1].weight if spans else 0.0)
-        labels = [token if weight > 0 else -100 for token, weight in zip(ids, weights, strict=True)]
-        uniform = all(weight in (0.0, 1.0) for weight in {span.weight for span in spans})
-        return Encoded(ids, labels, None if uniform else weights)
+            else:  # a tuple of one is below every offset that starts there
+                outer = first, last = bisect_left(offsets, (span.start,)), bisect_left(offsets, (span.end,))
+            ranges.append((first, last, span.weight))
+        if open_end and ids[-1:] != [eos] and eos is not None:
+            ids.append(eos)
+            ranges.append((len(ids) - 1, len(ids), spans[-1].weight if spans else 0.0))
+        labels = [-100] * len(ids)
+        for first, last, weight in ranges:
+            labels[first:last] = ids[first:last] if weight > 0 else [-100] * (last - first)
+        if all(span.weight in (0.0, 1.0) for span in spans):
+            return Encoded(ids, labels)
+        weights = [0.0] * len(ids)
+        for first, last, weight in ranges:
+            weights[first:last] = [weight] * (last - first)
+        return Encoded(ids, labels, weights)
 
     def _begins_with_bos(self, text: str) -> bool:
         bos = self.tokenizer.bos_token

@@ -51,11 +51,11 @@ def _packed(tokens: torch.Tensor) -> Batch:
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     targets = torch.full_like(tokens, -100)
     targets[0, start : width - 1] = tokens[0, start + 1 :]
-    return Batch(tokens, positions, targets, None, [list(LENGTHS)], width, LENGTHS[1] - 1, [0, 1])
+    return Batch(tokens, positions, targets, None, [list(LENGTHS)], width, LENGTHS[1] - 1, [0, 1], [2])
 
 
 def _single(tokens: torch.Tensor) -> Batch:
     width = tokens.shape[1]
     targets = torch.full_like(tokens, -100)
     targets[0, : width - 1] = tokens[0, 1:]
-    return Batch(tokens, torch.arange(width)[None], targets, None, None, width, width - 1, [0])
+    return Batch(tokens, torch.arange(width)[None], targets, None, None, width, width - 1, [0], [1])

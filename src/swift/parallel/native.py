@@ -18,6 +18,7 @@ from swift.models.quantised import is_quantised_linear
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
 from swift.parallel.engine import ParameterSet, StepOutput
+from swift.parallel.offload import OffloadedActivations
 from swift.tuners.saved_module import SavedModule
 
 __all__ = ["NativeEngine"]
@@ -36,6 +37,7 @@ class NativeEngine:
         chunk_size: target positions whose logits exist at the same time.
         compile_model: wrap the backbone in torch.compile.
         penalty: a term added to the loss once a step; it is not part of the loss that is reported.
+        offload_activations: keep what the backward pass needs in host memory.
         split: tells backbone and head apart.
     """
 
@@ -49,6 +51,7 @@ class NativeEngine:
         chunk_size: int = 1024,
         compile_model: bool = False,
         penalty: Callable[[], Tensor | None] | None = None,
+        offload_activations: bool = False,
         split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
     ) -> None:
         self.model = model
@@ -57,6 +60,7 @@ class NativeEngine:
         self.dtype = dtype
         self.chunk_size = chunk_size
         self._penalty = penalty
+        self._offload = offload_activations
         self._autocast = dtype in (torch.bfloat16, torch.float16) and any(
             parameter.dtype == torch.float32 for parameter in _plain_parameters(model)
         )
@@ -80,7 +84,8 @@ class NativeEngine:
         for batch in batches:
             batch = batch.to(self.device)
             self.training_batch = batch
-            loss, sums = objective(self._outputs(batch), batch, denominators)
+            with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
+                loss, sums = objective(self._outputs(batch), batch, denominators)
             (self._scaler.scale(loss) if self._scaler else loss).backward()
             losses.append(loss.detach())
             _add(metrics, sums)

@@ -49,6 +49,8 @@ class Setup:
         rank, dropout: of the adapters.
         tokens: tokens of a micro-batch, padding included.
         checkpointing: activations are recomputed in the backward pass.
+        recomputed: of the first so many layers only; None: of all.
+        offloaded: activations wait in host memory.
         chunk: label positions whose logits exist at once.
         device: kind of device.
         model_shares: devices that share the weights (tensor x pipeline parallel).
@@ -68,6 +70,8 @@ class Setup:
     rank: int = 0
     dropout: float = 0.0
     checkpointing: bool = False
+    recomputed: int | None = None
+    offloaded: bool = False
     chunk: int = 1024
     device: str = "cpu"
     model_shares: int = 1
@@ -132,6 +136,17 @@ def _feed_forward_size(facts: ModelFacts) -> int:
     return inner * facts.num_experts_per_token + shared
 
 
+def _kept_of_layers(facts: ModelFacts, setup: Setup, layer: float) -> float:
+    """Bytes of one token in all layers, ``layer`` being what one keeps that is not recomputed."""
+    recomputed = 0
+    if setup.checkpointing:
+        recomputed = min(facts.num_layers, setup.recomputed or facts.num_layers)
+    if setup.offloaded and setup.device != "cpu":
+        return layer
+    inputs = recomputed * setup.compute_bytes * facts.hidden_size
+    return inputs + (facts.num_layers - recomputed + bool(recomputed)) * layer
+
+
 def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
     """Bytes by part at the peak of a training step.
 
@@ -139,8 +154,8 @@ def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
     - adapters: LoRA matrices and trained copies of modules.
     - gradients: one number for each trained parameter, in its storage precision.
     - optimizer: AdamW keeps two; others: `swift.train.optimizers.state_bytes`.
-    - activations: layers x tokens x ``activation_bytes_per_token``; with checkpointing the input of each layer and
-      all of one layer. The last norm's input and output come on top.
+    - activations: layers x tokens x ``activation_bytes_per_token``; of recomputed layers their inputs and all of one
+      layer; offloaded, all of one layer. The last norm's input and output come on top.
     - logits: of one chunk, in the compute precision and in float32.
     - temporary: the largest matrix's gradient before it is added, casts of master weights, and the largest quantised
       layer unpacked.
@@ -152,7 +167,7 @@ def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
     trained_base = 0 if setup.is_lora else setup.trainable
     shares = setup.model_shares
     layer = activation_bytes_per_token(facts, setup)
-    layers = facts.num_layers * b * h + layer if setup.checkpointing else facts.num_layers * layer
+    layers = _kept_of_layers(facts, setup, layer)
     largest = max(facts.vocab_size, _feed_forward_size(facts)) * h
     trains_matrix = not setup.is_lora or setup.saved_modules > 0
     temporary = largest * setup.trainable_bytes if trains_matrix else 0

@@ -16,7 +16,7 @@ from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
-from swift.models.locate import find_model, not_here
+from swift.models.locate import derive_chat_template, find_model, not_here
 from swift.models.quantised import stored_method
 from swift.models.registry import ModelEntry, find_entry, own_folder
 from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts
@@ -131,6 +131,8 @@ def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | N
         check_model_folder(folder)
     except SwiftError as error:
         warnings.append(_one_line(error))
+    if resolved.command != "pt":
+        derive_chat_template(resolved, name, folder)
     return facts, folder
 
 
@@ -346,6 +348,8 @@ def _setup(
         dropout=tuner.lora_dropout if is_lora else 0.0,
         tokens=widest,
         checkpointing=bool(config.training.gradient_checkpointing),
+        recomputed=config.training.recompute_num_layers,
+        offloaded=config.training.activation_cpu_offload,
         chunk=config.training.logits_chunk_size if config.task.task_type == "causal_lm" else 1,
         device=device.kind,
         model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,

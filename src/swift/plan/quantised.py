@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from swift.config.sections.quantization import QuantizationSection
 from swift.models.facts import ModelFacts
-from swift.models.quantised import stored_method
+from swift.models.quantised import is_unpacked, stored_method
 from swift.plan.analytic import LinearShape
 
 __all__ = ["frozen_bytes", "largest_unpacked", "layer_bytes"]
@@ -39,10 +39,10 @@ def frozen_bytes(
 ) -> int | None:
     """Bytes of a frozen base: the linear layers quantised, all else in the compute precision; None: none is quantised.
 
-    A folder quantised already takes in memory what it takes on disk.
+    A folder quantised already takes in memory what it takes on disk, unless its weights are unpacked.
     """
     if stored_method(facts.config) is not None:
-        return facts.weights_bytes
+        return None if is_unpacked(facts.config) else facts.weights_bytes
     if not section.is_active:
         return None
     count = sum(layer.inputs * layer.outputs for layer in layers)

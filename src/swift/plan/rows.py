@@ -94,6 +94,8 @@ def plan_rows(
     for place, text in enumerate(texts):
         try:
             (spec,) = dataset_specs(resolved.config.data, [with_hub(text, resolved.config.model)])
+            if spec.entry is not None and spec.entry.note:
+                plan.warnings.append(f"{text}: {spec.entry.note}")
             files = find_files(spec)
         except SwiftError as error:
             plan.warnings.append(" ".join(str(error).split("\n")[0].split()))

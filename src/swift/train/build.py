@@ -19,6 +19,9 @@ from swift.data.loader import BatchLoader
 from swift.data.stream import StreamLoader
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
+from swift.models.quantised import stored_weights
+from swift.objectives.base import Objective
+from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
 from swift.parallel.native import NativeEngine
@@ -39,12 +42,13 @@ from swift.train.schedules import learning_rate_schedule
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
 from swift.train.task_evaluation import TaskEvaluator
-from swift.train.tasks import classifier_head, engine_of, objective_of, tuner_of
+from swift.train.tasks import classifier_head, engine_of, pooled_objective, tuner_of
 from swift.tuners.adapter import OtherAdapter
-from swift.tuners.apply import TunedModel, apply_tuner
+from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
+from swift.tuners.longlora import use_shifted_groups
 from swift.tuners.peft_format import adapter_folder, load_adapter
-from swift.tuners.starts import needs_data
-from swift.tuners.targets import output_head_name
+from swift.tuners.starts import needs_data, start_from_rounding
+from swift.tuners.targets import decoder_layers, output_head_name
 
 __all__ = ["build"]
 
@@ -71,7 +75,7 @@ def build(
     _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
     if config.training.neftune_noise_alpha:
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
-    objective = objective_of(config.task)
+    objective = _objective(prepared, validation=False)
     if prepared.device.type != "cpu":
         rows = prepared.schedule.largest_micro_batch()
         engine.rehearse(collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), objective)
@@ -98,6 +102,7 @@ def build(
         status=status,
         device=prepared.device,
         evaluator=_evaluator(prepared, pad_token_id),
+        group_names=_group_names(prepared),
         callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
     )
 
@@ -227,12 +232,29 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
             total_steps=prepared.plan.total_steps,
             restored=prepared.checkpoint is not None,
         )
+        if config.tuner.init_weights == "loftq" and prepared.checkpoint is None:
+            start_from_rounding(model, DEFAULT_ADAPTER, stored_weights(prepared.model_path))
         for parameter in model.parameters():
             if not parameter.requires_grad and tuned.kind == "full":
                 parameter.data = parameter.data.to(dtype)
+    if config.tuner.longlora_group_size:
+        use_shifted_groups(model, config.tuner.longlora_group_size)
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model, config.training.recompute_num_layers)
     return tuned
+
+
+def _recompute(model: Any, num_layers: int | None) -> None:
+    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if num_layers is None:
+        return
+    layers: Any = decoder_layers(model)[1]
+    for layer in layers[num_layers:]:
+        if not hasattr(layer, "gradient_checkpointing"):
+            why = f"{type(layer).__name__} cannot be told apart from the others"
+            raise ConfigError("all layers or none", where="--recompute_num_layers", why=why)
+        layer.gradient_checkpointing = False
 
 
 def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
@@ -272,6 +294,7 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
         chunk_size=training.logits_chunk_size,
         compile_model=training.torch_compile,
         penalty=tuned.other.penalty if tuned.other else None,
+        offload_activations=training.activation_cpu_offload,
     )
 
 
@@ -288,8 +311,32 @@ def _evaluator(prepared: Prepared, pad_token_id: int) -> Evaluator | None:
         return None
     size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
     if config.task.task_type != "causal_lm":
-        return TaskEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id)
-    return LossEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id)
+        return TaskEvaluator(
+            dataset, batch_size=size, pad_token_id=pad_token_id, objective=pooled_objective(config.task)
+        )
+    return LossEvaluator(
+        dataset,
+        batch_size=size,
+        pad_token_id=pad_token_id,
+        objective=_objective(prepared, validation=True),
+        group_names=_group_names(prepared),
+    )
+
+
+def _objective(prepared: Prepared, *, validation: bool) -> Objective:
+    """Dynamic weights are for learning only: what is measured stays the cross-entropy."""
+    config = prepared.resolved.config
+    if config.task.task_type != "causal_lm":
+        return pooled_objective(config.task)
+    dynamic = config.training.enable_dft_loss and not validation
+    if not prepared.data.channels:
+        return SftObjective(dynamic=dynamic)
+    channels = prepared.data.channels[1 if validation else 0]
+    return SftObjective(dynamic=dynamic, groups=channels.of_targets, num_groups=len(channels.names))
+
+
+def _group_names(prepared: Prepared) -> tuple[str, ...]:
+    return prepared.data.channels[0].names if prepared.data.channels else ()
 
 
 def _cursor_fingerprint(prepared: Prepared) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from swift.data.batching import BatchSchedule
@@ -13,6 +13,7 @@ from swift.data.loader import BatchLoader
 from swift.data.tokens import TokenDataset
 from swift.objectives.base import Objective
 from swift.parallel.engine import Engine
+from swift.train.state import LogWindow
 
 __all__ = ["Evaluator", "LossEvaluator"]
 
@@ -22,7 +23,7 @@ class Evaluator(Protocol):
 
     num_batches: int
 
-    def run(self, engine: Any, objective: Any, given_up: Callable[[], bool] = ...) -> dict[str, float] | None:
+    def run(self, engine: Any, given_up: Callable[[], bool] = ...) -> dict[str, float] | None:
         """Metrics whose names begin with ``eval_``; None when ``given_up`` said so."""
 
 
@@ -32,6 +33,8 @@ class LossEvaluator:
     Args:
         dataset: validation samples.
         batch_size: samples per batch (padded, grouped by length: every sample exactly once).
+        objective: what is measured.
+        group_names: of the groups whose sums the objective tells apart.
     """
 
     def __init__(
@@ -40,7 +43,10 @@ class LossEvaluator:
         *,
         batch_size: int,
         pad_token_id: int,
+        objective: Objective,
+        group_names: Sequence[str] = (),
     ) -> None:
+        self.objective, self.group_names = objective, group_names
         schedule = BatchSchedule(
             dataset.lengths,
             batch_size=batch_size,
@@ -52,28 +58,31 @@ class LossEvaluator:
         self.num_batches = schedule.num_micro_batches
         self._loader = BatchLoader(dataset, schedule, pad_token_id=pad_token_id)
 
-    def run(
-        self, engine: Engine, objective: Objective, given_up: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
-        """Keys: eval_loss (mean per target weight), eval_token_accuracy, eval_perplexity, eval_seconds.
+    def run(self, engine: Engine, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Keys: eval_loss (mean per target weight), eval_token_accuracy, eval_perplexity, eval_seconds; with groups
+        eval_loss_GROUP.
 
         ``given_up`` is asked before each batch; when it says so, there is no result.
         """
         started = time.perf_counter()
         loss = weight = correct = targets = 0.0
+        window = LogWindow()
         for (batch,) in self._batches():
             if given_up():
                 return None
-            output = engine.evaluate(batch, objective)
+            output = engine.evaluate(batch, self.objective)
             loss += float(output.metrics["loss_sum"])
             correct += float(output.metrics["num_correct"])
-            weight += objective.denominators([batch]).target_weight
+            weight += self.objective.denominators([batch]).target_weight
             targets += batch.num_targets
+            if "groups" in output.metrics:
+                window.add_groups(self.group_names, output.metrics["groups"].tolist())
         mean = loss / weight if weight else float("nan")
         return {
             "eval_loss": mean,
             "eval_token_accuracy": correct / targets if targets else float("nan"),
             "eval_perplexity": math.exp(mean) if mean < 700 else float("inf"),
+            **{f"eval_{name}": value for name, value in window.group_losses.items()},
             "eval_seconds": time.perf_counter() - started,
         }
 

@@ -70,6 +70,7 @@ class _PendingStep:
     grad_norm: Tensor
     target_weight: float
     num_targets: int
+    groups: Tensor | None = None
 
 
 class Trainer:
@@ -78,6 +79,7 @@ class Trainer:
     Args:
         save: writes a checkpoint of the given state to the given folder.
         evaluator: None when there is no validation data.
+        group_names: of the groups whose sums the objective tells apart.
         metrics: opened and already cut back to ``state.step``.
     """
 
@@ -96,6 +98,7 @@ class Trainer:
         status: StatusFile,
         device: torch.device,
         evaluator: Evaluator | None = None,
+        group_names: Sequence[str] = (),
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.resolved = resolved
@@ -107,7 +110,7 @@ class Trainer:
         self.plan = plan
         self.total_steps = plan.total_steps
         self.state = state
-        self.evaluator = evaluator
+        self.evaluator, self.group_names = evaluator, group_names
         self.callbacks = callbacks
         self._save_checkpoint = save
         self._metrics = metrics
@@ -195,6 +198,7 @@ class Trainer:
                 sum(batch.num_targets for batch in batches)
                 if counted.num_answers is None
                 else counted.num_answers,
+                output.metrics.get("groups"),
             )
         )
 
@@ -248,6 +252,8 @@ class Trainer:
             window.num_correct += num_correct
             window.loss_weight += pending.target_weight
             window.num_targets += pending.num_targets
+            if pending.groups is not None:
+                window.add_groups(self.group_names, pending.groups.tolist())
         self._pending.clear()
         return values[-1][2]
 
@@ -276,6 +282,7 @@ class Trainer:
             "step": state.step,
             "epoch": round(self._epoch(), 4),
             "loss": window.loss,
+            **window.group_losses,
             **({self.objective.accuracy: window.token_accuracy} if self.objective.accuracy else {}),
             "grad_norm": grad_norm,
             "learning_rate": self._rates["default"],
@@ -296,7 +303,7 @@ class Trainer:
         assert self.evaluator is not None
         self._clock.pause()
         self._status.update(stage="evaluate")
-        metrics = self.evaluator.run(self.engine, self.objective, lambda: self._signals.received is not None)
+        metrics = self.evaluator.run(self.engine, lambda: self._signals.received is not None)
         if metrics is None:
             self._interrupt(owed=True)
         self._last_eval = metrics

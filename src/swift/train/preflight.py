@@ -12,7 +12,7 @@ from swift.data.hub import pin_datasets
 from swift.data.persona import dataset_specs
 from swift.data.sources import find_files
 from swift.models.facts import check_model_folder
-from swift.models.locate import pin_model
+from swift.models.locate import derive_chat_template, pin_model
 from swift.models.quantised import check_packages
 from swift.runs.folder import RunFolder, find_latest_run, locate
 from swift.train.optimizers import check_optimizer
@@ -36,8 +36,11 @@ def preflight(resolved: Resolved) -> Path:
         raise ConfigError("which model?", where="--model", fix="--model FOLDER")
     if not config.data.dataset:
         raise ConfigError("which data?", where="--dataset", fix="--dataset FILE.jsonl")
+    name = config.model.model
     folder = pin_model(config.model)
     check_model_folder(folder)
+    if resolved.command != "pt":
+        derive_chat_template(resolved, name, folder)
     check_packages(config.quantization)
     check_optimizer(config.optimizer)
     pin_datasets(resolved)

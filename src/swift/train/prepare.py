@@ -69,6 +69,9 @@ def prepare(resolved: Resolved) -> Prepared:
         raise ConfigError(
             "liger kernels need a CUDA device", where="--use_liger_kernel", fix="leave the option out"
         )
+    if config.training.activation_cpu_offload and device.type == "cpu":
+        why = "they are in host memory already"
+        raise ConfigError("needs an accelerator", where="--activation_cpu_offload", why=why)
     dtype = pick_dtype(config.model.torch_dtype, device)
     check_precision(resolved, dtype)
     resolved.derive("gradient_checkpointing", device.type != "cpu", "device")

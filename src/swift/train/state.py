@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,19 @@ class LogWindow:
     loss_weight: float = 0.0
     num_correct: float = 0.0
     num_targets: float = 0.0
+    groups: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Channel -> (sum of losses, sum of target weights)."""
+
+    def add_groups(self, names: Sequence[str], sums: Sequence[Sequence[float]]) -> None:
+        """Add one step's sums, [2, names]."""
+        for name, loss, weight in zip(names, *sums, strict=True):
+            before = self.groups.get(name, (0.0, 0.0))
+            self.groups[name] = (before[0] + loss, before[1] + weight)
+
+    @property
+    def group_losses(self) -> dict[str, float]:
+        """``loss_CHANNEL`` -> mean loss, of the channels that had targets."""
+        return {f"loss_{name}": loss / weight for name, (loss, weight) in self.groups.items() if weight}
 
     @property
     def loss(self) -> float:
@@ -67,4 +81,6 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         position = tuple(values.get("position", (0, 0)))
-        return cls(**{**values, "position": position, "window": LogWindow(**values["window"])})
+        window = LogWindow(**values["window"])
+        window.groups = {name: (sums[0], sums[1]) for name, sums in window.groups.items()}
+        return cls(**{**values, "position": position, "window": window})

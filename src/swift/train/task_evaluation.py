@@ -23,9 +23,13 @@ class TaskEvaluator:
     Args:
         dataset: validation samples, groups of sequences.
         batch_size: samples per batch. An in-batch loss is that of batches of this size, in the order of the data.
+        objective: what is measured.
     """
 
-    def __init__(self, dataset: TokenDataset, *, batch_size: int, pad_token_id: int) -> None:
+    def __init__(
+        self, dataset: TokenDataset, *, batch_size: int, pad_token_id: int, objective: PooledObjective
+    ) -> None:
+        self.objective = objective
         schedule = BatchSchedule(
             dataset.lengths,
             batch_size=batch_size,
@@ -40,14 +44,13 @@ class TaskEvaluator:
     def run(
         self,
         engine: PooledEngine,
-        objective: PooledObjective,
         given_up: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
         """Keys: eval_loss (mean over its terms), the metrics of the loss, eval_seconds.
 
         ``given_up`` is asked before each batch; when it says so, there is no result.
         """
-        started = time.perf_counter()
+        started, objective = time.perf_counter(), self.objective
         loss = terms = 0.0
         values: list[Tensor] = []
         labels: list[Tensor] = []

@@ -14,16 +14,14 @@ from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError
 from swift.data.tokens import TokenDataset
 from swift.models.classifier import SCORE, ClassifierHead
-from swift.objectives.base import Objective
 from swift.objectives.classification import MultiLabelLoss, RegressionLoss, SingleLabelLoss
 from swift.objectives.embedding import InfonceLoss, MatryoshkaLoss, PairLoss
 from swift.objectives.pooled import PooledLoss, PooledObjective
 from swift.objectives.ranking import ListwiseLoss, PointwiseLoss
-from swift.objectives.sft import SftObjective
 from swift.parallel.native import NativeEngine
 from swift.parallel.pooled import PooledEngine, answer_difference, split_backbone, split_score
 
-__all__ = ["check_negatives", "classifier_head", "engine_of", "objective_of", "tuner_of"]
+__all__ = ["check_negatives", "classifier_head", "engine_of", "pooled_objective", "tuner_of"]
 
 
 def classifier_head(resolved: Resolved) -> ClassifierHead | None:
@@ -42,10 +40,8 @@ def tuner_of(resolved: Resolved) -> TunerSection:
     return tuner.model_copy(update={"modules_to_save": [*tuner.modules_to_save, SCORE]})
 
 
-def objective_of(task: TaskSection) -> Objective:
-    """The loss of the task."""
-    if task.task_type == "causal_lm":
-        return SftObjective()
+def pooled_objective(task: TaskSection) -> PooledObjective:
+    """The loss of a task over whole sequences."""
     return PooledObjective(_loss_of(task))
 
 

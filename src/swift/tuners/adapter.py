@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ __all__ = ["OtherAdapter", "adapter_of"]
 _ATTRIBUTE = "swift_adapter"
 
 
-class OtherAdapter:
+class OtherAdapter(abc.ABC):
     """An adapter attached to ``model`` in place; the model then computes with it.
 
     Args:
@@ -27,17 +28,17 @@ class OtherAdapter:
         self.method = method
         setattr(model, _ATTRIBUTE, self)
 
+    @abc.abstractmethod
     def save(self, folder: Path, base_path: str | None) -> None:
         """Write ``adapter_config.json`` and the tensors to ``folder``, which exists."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def restore(self, folder: Path) -> None:
         """Replace the values by those of ``folder``, in place: an optimizer goes on holding the parameters."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """The base model within the block."""
-        raise NotImplementedError
 
     def merge(self) -> None:
         """Add the adapter to the weights of the base and take it off. Raises ModelError where that is impossible."""
@@ -54,14 +55,14 @@ class OtherAdapter:
         """A term that is added to the loss once a step."""
         return None
 
-    def after_step(self) -> None:
+    def after_step(self) -> None:  # noqa: B027  (not abstract: most methods have nothing to do)
         """Called after every optimizer step, while the gradients are still there."""
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs besides the weights."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027  (not abstract: most have no state)
         """Take `state` back."""
 
 

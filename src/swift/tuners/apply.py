@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from swift.config.sections.tuner import TunerSection
-from swift.core.errors import ModelError
-from swift.models.quantised import num_weights
+from swift.core.errors import ConfigError, ModelError
+from swift.models.quantised import is_quantised_linear, num_weights
 from swift.tuners.adapter import OtherAdapter, adapter_of
 from swift.tuners.blocks import BLOCK_TYPES, attach_blocks
 from swift.tuners.freeze import freeze
@@ -192,6 +192,7 @@ def apply_tuner(
         ConfigError: an option names modules or parameters that do not exist, or nothing is left to train.
     """
     if section.trains_whole_model:
+        _refuse_quantised(model, section)
         if section.tuner_type == "llamapro":
             add_layers(model, section, grown=restored)
         else:
@@ -228,6 +229,16 @@ def apply_tuner(
     if spec.keeps_start and not needs_data(spec.init) and not restored:
         start_from_weights(model, adapter_name, spec.init, functools.partial(module_seed, seed))
     return tuned
+
+
+def _refuse_quantised(model: nn.Module, section: TunerSection) -> None:
+    if any(is_quantised_linear(module) for module in model.modules()):
+        raise ConfigError(
+            "a quantised base cannot be trained in full",
+            where=f"--tuner_type {section.tuner_type}",
+            why="the model folder holds quantised weights: steps too coarse for an update",
+            fix="--tuner_type lora, or the full-precision model",
+        )
 
 
 def _store_trained(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:

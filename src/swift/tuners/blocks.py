@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, ModelError
 from swift.tuners.adapter import OtherAdapter
+from swift.tuners.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from swift.tuners.targets import decoder_layers
 
 __all__ = ["BLOCK_TYPES", "BlockAdapter", "attach_blocks", "load_blocks"]
 
 BLOCK_TYPES = {"reft": "SWIFT_REFT", "adapter": "SWIFT_ADAPTER"}
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -117,15 +117,15 @@ class BlockAdapter(OtherAdapter):
 
     def save(self, folder: Path, base_path: str | None) -> None:
         text = json.dumps({**self.config, "base_model_name_or_path": base_path}, indent=2, sort_keys=True)
-        (folder / _FILES[0]).write_text(text + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         tensors = {
             name: value.detach().cpu().contiguous() for name, value in self.blocks.state_dict().items()
         }
-        save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
     def restore(self, folder: Path) -> None:
         try:
-            self.blocks.load_state_dict(load_file(folder / _FILES[1]))
+            self.blocks.load_state_dict(load_file(folder / WEIGHTS_FILE))
         except RuntimeError as error:
             raise ModelError(
                 "the adapter does not fit this base model, or was set up with other options",

@@ -219,7 +219,10 @@ def _keep_mask(noise: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     """True where an adapter fits: linear layers, quantised ones too, and GPT-2's ``Conv1D`` (``[in, out]``)."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_quantised_linear(module)
+    if isinstance(module, nn.Linear):
+        # Those of some mixtures of experts inherit from it, but give scores and indices (Phi-MoE, Llama 4).
+        return "router" not in type(module).__name__.lower()
+    return _is_conv1d(module) or is_quantised_linear(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

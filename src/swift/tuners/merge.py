@@ -16,7 +16,14 @@ from swift.tuners.apply import DEFAULT_ADAPTER, tuned_model
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import saved_modules
 
-__all__ = ["MergeDifference", "compare_logits", "merge_adapter", "merge_to_folder", "probe_tokens"]
+__all__ = [
+    "MergeDifference",
+    "compare_logits",
+    "merge_adapter",
+    "merge_to_folder",
+    "probe_tokens",
+    "unpack_base",
+]
 
 # Largest mean difference accepted, in standard deviations of the logits. Merging rounds each weight once: relative
 # 2^-24 in float32, 2^-11 in float16, 2^-8 in bfloat16, and the errors of L layers add up like sqrt(L). The limits
@@ -128,6 +135,16 @@ def _refuse_shared(model: nn.Module, key: str, layer: LoraLinear) -> None:
                 f"the adapter on {key} cannot be merged: its weight is also that of {other.rpartition('.')[0]}",
                 fix="use the adapter unmerged, or train without an adapter on that module",
             )
+
+
+def unpack_base(model: Any) -> None:
+    """Replace the quantised layers of ``model`` by plain ones with the same values, below its adapters.
+
+    An adapter that makes up for the rounding (LoftQ) is merged into these: the merged model computes what was trained.
+    """
+    model.dequantize(model.dtype)
+    for layer in lora_layers(model).values():
+        layer.is_quantised = False
 
 
 def merge_to_folder(

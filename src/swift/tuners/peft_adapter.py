@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, ModelError
 from swift.tuners.adapter import OtherAdapter
+from swift.tuners.peft_names import WEIGHTS_FILE
 from swift.tuners.registry import Method
 
 __all__ = ["PeftAdapter", "attach_with_peft", "load_with_peft"]
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 class PeftAdapter(OtherAdapter):
@@ -150,6 +149,7 @@ def attach_with_peft(
     import peft
 
     _check(section, total_steps)
+    _check_quantised(model, method, section)
     values = {theirs: section_value(section, ours) for theirs, ours in method.options.items()}
     values |= {**method.fixed, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
     if section.tuner_type == "ia3":
@@ -193,6 +193,24 @@ def _check(section: TunerSection, total_steps: int | None) -> None:
             "more than one butterfly factor needs PEFT's CUDA kernel",
             where=f"--boft_n_butterfly_factor {section.boft_n_butterfly_factor}",
             fix="leave it out",
+        )
+
+
+def _check_quantised(model: nn.Module, method: Method, section: TunerSection) -> None:
+    kinds = {type(parameter).__name__ for parameter in model.parameters()}
+    if "Params4bit" in kinds and not method.takes_packed:
+        raise ConfigError(
+            f"PEFT's {section.tuner_type} cannot sit on weights of 4 bits",
+            where=f"--tuner_type {section.tuner_type}",
+            why="it takes its sizes from the shape of the weight, which is packed",
+            fix="--quant_bits 8, or --tuner_type lora",
+        )
+    if "Int8Params" in kinds and section.use_dora:
+        raise ConfigError(
+            "PEFT's DoRA cannot sit on weights of 8 bits",
+            where="--use_dora",
+            why="it unpacks the weight at every step, after which bitsandbytes has lost the scales",
+            fix="--quant_bits 4, or leave --use_dora out",
         )
 
 

@@ -35,6 +35,7 @@ class Method:
         count: trained parameters of one linear layer, from its inputs and outputs.
         options: PEFT's field -> our option.
         fixed: PEFT's field -> value.
+        takes_packed: works on weights of 4 bits, whose matrix is packed into another shape.
     """
 
     config: str
@@ -43,6 +44,7 @@ class Method:
     count: Count
     options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    takes_packed: bool = True
 
 
 def _lora(inputs: int, outputs: int, tuner: TunerSection) -> int:
@@ -151,8 +153,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "2108.06098",
             lambda inputs, outputs, tuner: 2 * tuner.lora_rank * (inputs + outputs),
             {"r": "lora_rank", "alpha": "lora_alpha"},
+            takes_packed=False,
         ),
-        "lokr": Method("LoKrConfig", "LOKR", "2212.10650", _lokr, {"r": "lora_rank", "alpha": "lora_alpha"}),
+        "lokr": Method(
+            "LoKrConfig",
+            "LOKR",
+            "2212.10650",
+            _lokr,
+            {"r": "lora_rank", "alpha": "lora_alpha"},
+            takes_packed=False,
+        ),
         "fourierft": Method(
             "FourierFTConfig",
             "FOURIERFT",

@@ -1,4 +1,4 @@
-"""Where A and B start: from the weight (PiSSA, OLoRA), from its gradient (LoRA-GA), or from its inputs (EVA)."""
+"""Where A and B start: from weight (PiSSA, OLoRA), rounding error (LoftQ), gradient (LoRA-GA) or inputs (EVA)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError
+from swift.models.quantised import dequantised
 from swift.tuners.lora import LoraLinear, lora_layers
 
-__all__ = ["keeps_start", "needs_data", "start_from_gradients", "start_from_inputs", "start_from_weights"]
+__all__ = [
+    "keeps_start",
+    "needs_data",
+    "start_from_gradients",
+    "start_from_inputs",
+    "start_from_rounding",
+    "start_from_weights",
+]
 
 
 def needs_data(init: str) -> bool:
@@ -120,7 +128,30 @@ def start_from_inputs(model: nn.Module, name: str, inputs: Mapping[str, Tensor])
         layer.lora_A[name].copy_(vh[:rank])
 
 
+@torch.no_grad()
+def start_from_rounding(model: nn.Module, name: str, stored: Callable[[nn.Module, str], Tensor]) -> None:
+    """LoftQ (arXiv 2310.08659), one round: B A scaling is what rank ``rank`` can hold of the rounding error W - Q.
+
+    Further rounds would quantise W - B A instead of W: a base of this adapter's own, which no adapter folder holds.
+
+    Args:
+        stored: a quantised layer and its name -> the matrix W ``[out, in]`` before it was rounded to Q.
+    """
+    for key, layer in lora_layers(model).items():
+        if name not in layer.specs or not layer.is_quantised:
+            continue
+        spec, rounded = layer.specs[name], dequantised(layer.base)
+        error = stored(layer.base, key).to(rounded) - rounded
+        _check_rank(key, spec.rank, error, "loftq")
+        u, s, vh = torch.linalg.svd(error, full_matrices=False)
+        root = (s[: spec.rank] / spec.scaling).sqrt()
+        layer.lora_A[name].copy_(root[:, None] * vh[: spec.rank])
+        layer.lora_B[name].copy_(u[:, : spec.rank] * root)
+
+
 def _weight(layer: LoraLinear) -> Tensor:
+    if layer.is_quantised:
+        return dequantised(layer.base)
     weight = layer.weight.detach().float()
     return weight.t() if layer.is_transposed else weight
 

@@ -56,8 +56,20 @@ class TrainingSection(Section):
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass; default: on accelerators only."
     )
+    recompute_num_layers: int | None = option(
+        None, "Recompute only the first layers, so many; default: all.", ge=1
+    )
+    activation_cpu_offload: bool = option(
+        False, "Keep activations in host memory until the backward pass (accelerators only; slower)."
+    )
     neftune_noise_alpha: float = option(
         0.0, "Noise on input embeddings (NEFTune, arXiv 2310.05914); 0: none.", ge=0
+    )
+    enable_dft_loss: bool = option(
+        False, "Weigh each token's loss by its probability (dynamic fine-tuning, arXiv 2508.05629)."
+    )
+    enable_channel_loss: bool = option(
+        False, "Also report the loss of each group of rows, by their column channel."
     )
     torch_compile: bool = option(False, "Compile the model with torch.compile.")
     use_liger_kernel: bool = option(False, "Fused Triton kernels of liger-kernel (CUDA only).")

@@ -52,10 +52,18 @@ class TunerSection(Section):
     )
     init_weights: str = option(
         "default",
-        "Start of the adapter: default, gaussian, pissa, pissa_niter_N, olora, eva or lora-ga; with bone also bat.",
+        "Start of the adapter: default, gaussian, pissa, pissa_niter_N, olora, eva, lora-ga or loftq; "
+        "with bone also bat.",
     )
     target_parameters: list[str] = option(
         [], "Parameters that get LoRA themselves: ends of names of fused experts (mlp.experts.down_proj)."
+    )
+    longlora_group_size: int = option(
+        0,
+        "LoRA: a token sees no others in training than those of its group of this size, shifted by half of it for "
+        "half of the heads (LongLoRA, arXiv 2309.12307); 0: all before it.",
+        unit="tokens",
+        ge=0,
     )
     lora_ga_batch_size: int = option(2, "LoRA-GA: samples a batch of the gradient estimate.", ge=1)
     lora_ga_iters: int = option(2, "LoRA-GA: batches of the gradient estimate.", ge=1)

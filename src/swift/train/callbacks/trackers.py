@@ -7,6 +7,7 @@ once and left out from then on; training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
@@ -203,9 +204,15 @@ class TrackerCallback(Callback):
 
 
 def check_trackers(names: Sequence[str], load: Import = importlib.import_module) -> None:
-    """Raise ConfigError for the first tracker whose package is not installed, with the command that installs it."""
+    """Raise ConfigError for the first tracker whose package is not installed, with the command that installs it.
+
+    ``all`` means those that are installed, and is refused when none is.
+    """
+    if "all" in names and not _installed(load):
+        fix = "pip install 'swift-forge[tensorboard]', or leave out --report_to all"
+        raise ConfigError("no tracker is installed", where="--report_to", fix=fix)
     for name in names:
-        if name == "none":
+        if name in ("none", "all"):
             continue
         try:
             load(name)
@@ -219,9 +226,23 @@ def check_trackers(names: Sequence[str], load: Import = importlib.import_module)
 
 
 def tracker_callbacks(names: Sequence[str], load: Import = importlib.import_module) -> list[Callback]:
-    """A callback for each named tracker (``none`` is nothing). Raises ConfigError when a package is missing."""
+    """A callback for each named tracker (``none`` is nothing, ``all`` every installed one).
+
+    Raises ConfigError when a package is missing.
+    """
     check_trackers(names, load)
-    return [TrackerCallback(name, load) for name in dict.fromkeys(names) if name != "none"]
+    chosen = [name for name in names if name not in ("none", "all")]
+    chosen += _installed(load) if "all" in names else []
+    return [TrackerCallback(name, load) for name in dict.fromkeys(chosen)]
+
+
+def _installed(load: Import) -> list[str]:
+    found = []
+    for name in TRACKERS:
+        with contextlib.suppress(ImportError):
+            load(name)
+            found.append(name)
+    return found
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

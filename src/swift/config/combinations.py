@@ -1,0 +1,118 @@
+"""Options that have no effect beside others, exclude one another, or say what happens anyway.
+
+ms-swift takes such options without a word. A plan names them, so that its command lines can be planned as they are;
+a run refuses them, except where leaving them out would change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from swift.config.memory_rules import FULL_TRAINING_OPTIMIZERS, LOW_RANK_OPTIONS
+from swift.config.schema import Resolved
+from swift.config.task_rules import TASK_OPTIONS
+from swift.config.tuner_rules import TUNER_OPTIONS
+from swift.core.errors import ConfigError
+
+__all__ = ["EXCLUSIVE", "IMPLIED", "ONLY_WITH", "Implied", "OnlyWith", "check_combinations"]
+
+Where = Callable[[Resolved, str], str]
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """Options without effect unless ``option`` has one of ``values``: giving them anyway is a mistake."""
+
+    names: tuple[str, ...]
+    option: str
+    values: tuple[Any, ...]
+
+
+ONLY_WITH: tuple[OnlyWith, ...] = (
+    *(OnlyWith(*row) for row in (*TUNER_OPTIONS, *TASK_OPTIONS)),
+    OnlyWith(("lorap_lr_ratio",), "tuner_type", ("lora",)),
+    OnlyWith(LOW_RANK_OPTIONS, "optim", FULL_TRAINING_OPTIMIZERS),
+    OnlyWith(("galore_quantization", "galore_cos_threshold"), "optim", ("galore_adamw",)),
+    OnlyWith(("apollo_scale_type",), "optim", ("apollo_adamw",)),
+    OnlyWith(
+        ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"), "quant_bits", (4,)
+    ),
+    OnlyWith(("lr_decay_ratio",), "lr_scheduler_type", ("wsd",)),
+    OnlyWith(("min_lr_ratio", "min_lr"), "lr_scheduler_type", ("cosine", "linear", "wsd")),
+    OnlyWith(("chat_template", "enable_thinking", "agent_template"), "use_chat_template", (True,)),
+    OnlyWith(("save_steps",), "save_strategy", ("steps",)),
+    OnlyWith(("shuffle_buffer_size", "stopping_strategy"), "streaming", (True,)),
+    OnlyWith(("split_dataset_ratio",), "streaming", (False,)),
+    OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
+)
+
+EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
+    ("target_regex", "target_modules", "both choose the modules that get an adapter"),
+    ("min_lr", "min_lr_ratio", "both set the learning rate at the end"),
+    ("warmup_steps", "warmup_ratio", "both set the length of the warm-up"),
+    ("split_dataset_ratio", "val_dataset", "both provide the validation data"),
+    ("packing", "group_by_length", "packed rows all have the same length"),
+)
+
+
+@dataclass(frozen=True)
+class Implied:
+    """Options that change nothing when ``option`` is true, whatever they say; ``why`` explains it."""
+
+    names: tuple[str, ...]
+    option: str
+    why: str
+
+
+IMPLIED: tuple[Implied, ...] = (
+    Implied(("padding_free",), "packing", "packed rows have no padding anyway"),
+    Implied(("dataset_num_proc", "dataloader_num_workers"), "streaming", "one process reads a stream"),
+)
+
+
+def check_combinations(resolved: Resolved, where: Where, planning: bool) -> None:
+    """Raises ConfigError for options that do not go together; with ``planning`` these are warnings."""
+    for rule in IMPLIED:
+        if resolved.value(rule.option):
+            for name in _given(resolved, rule.names):
+                resolved.warnings.append(f"{where(resolved, name)}: not needed: {rule.why}")
+    for problem, place, fix in [*_without_effect(resolved, where), *_both_given(resolved, where)]:
+        if not planning:
+            raise ConfigError(problem, where=place, fix=fix)
+        resolved.warnings.append(f"{place}: {problem}; a run refuses it")
+
+
+def _given(resolved: Resolved, names: tuple[str, ...]) -> list[str]:
+    """Those that the user set to something."""
+    return [name for name in names if resolved.is_explicit(name) and resolved.value(name)]
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _without_effect(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"has no effect with {rule.option} {_word(resolved.value(rule.option))}",
+            where(resolved, name),
+            f"leave it out, or set --{rule.option} {_word(rule.values[0])}",
+        )
+        for rule in ONLY_WITH
+        if resolved.value(rule.option) not in rule.values
+        for name in _given(resolved, rule.names)
+    ]
+
+
+def _both_given(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"does not go together with {second}: {why}",
+            where(resolved, first),
+            f"leave out --{first} or --{second}",
+        )
+        for first, second, why in EXCLUSIVE
+        if len(_given(resolved, (first, second))) == 2
+    ]
