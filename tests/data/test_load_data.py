@@ -382,7 +382,7 @@ def test_the_entries_used_longest_ago_make_room(tmp_path: Path) -> None:
     size = sum(file.stat().st_size for file in oldest.iterdir())
     load(dataset=[files[2]], token_cache_gib=2.5 * size / 2**30)
     assert oldest not in entries() and second in entries() and len(entries()) == 2
-    load(dataset=[files[0]], token_cache_gib=0.0)  # what was used within a day stays whatever the limit
+    load(dataset=[files[0]], token_cache_gib=1e-9)  # what was used within a day stays whatever the limit
     assert len(entries()) == 2 and second not in entries()
 
 
