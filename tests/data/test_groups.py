@@ -8,6 +8,7 @@ from swift.data.formats import RowError, to_sample
 from swift.data.groups import RERANKER_INSTRUCTION, TaskFormat, encode_group, read_group
 from swift.data.rows import Row
 from swift.data.store import TokenStore
+from swift.data.teaching import TeachingReport
 from swift.data.tokenise import Encoder, encode_rows
 from swift.data.tokens import TokenDataset
 
@@ -240,3 +241,14 @@ def test_the_sequences_of_a_row_stay_together_in_every_layout(mode):
 def test_an_empty_micro_batch():
     batch = collate(dataset_of(), [], "padding_free")
     assert (batch.groups, batch.labels.shape, batch.num_targets) == ([], (0, 1), 0)
+
+
+def test_rows_of_tasks_are_told_from_unanswered_ones():
+    report = TeachingReport()
+    for number, row in enumerate([*ROWS, {"messages": user("t"), "label": 0}, {"messages": user("t")}], 1):
+        report.look_at_sample(to_sample(Row(row, "r:", number)))
+    assert report.sentences() == [
+        "1 row has no assistant message: sft learns nothing from them (r:5)",
+        "4 rows have a label or documents and no assistant message, so this is data for"
+        " --task_type seq_cls, embedding or reranker (r:1, r:2, r:3, ...)",
+    ]
