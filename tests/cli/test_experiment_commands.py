@@ -1,5 +1,6 @@
 """The commands around the queue, in this process, with a service of their own where one is needed."""
 
+import io
 import json
 import re
 
@@ -9,9 +10,10 @@ from tests.experiments.services import wait_for
 
 from swift.cli.main import main
 from swift.experiments.client import find_service, stop_service
+from swift.experiments.follow import live_table
 from swift.experiments.home import Home
 from swift.experiments.store import Store
-from swift.experiments.types import FINISHED, Dependency, JobSpec
+from swift.experiments.types import FINISHED, Dependency, JobSpec, Placement
 
 
 @pytest.fixture
@@ -108,6 +110,31 @@ def test_why(home, swift):
     assert len(out.splitlines()) == 4
     record = json.loads(swift("ps", "--why", "j1", "--json")[1])
     assert [event["kind"] for event in record["events"]] == ["submitted", "reason"]
+    store.transition("j1", "queued", "cancelled", "stopped by the user")
+    store.event("j1", "placed", {"reason": "1 of 2 free", "memory": "plan 1 GiB", "attempt": 1})
+    _, out, _ = swift("ps", "--why", "a")
+    assert out.startswith("j1 a has been cancelled: stopped by the user")
+    assert out.rstrip().endswith("placed       1 of 2 free (memory plan 1 GiB, attempt 1)")
+
+
+def test_a_narrow_live_table_has_fewer_columns_and_whole_cells(home):
+    from rich.console import Console
+
+    store = Store(home.store)
+    store.add_group("g", "", [spec("a-rather-long-name"), spec("b")])
+    for job, device in (("j1", 0), ("j2", 1)):
+        placement = Placement("cpu", (device,), 2**29, 1)
+        store.transition(job, "queued", "starting", "x" * 60, placement=placement)
+        store.transition(job, "starting", "running", "on cpu")
+    shown = {}
+    for width in (60, 200):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(live_table(store.jobs(), {}, width=width))
+        shown[width] = console.export_text()
+    assert "memory" in shown[200] and "memory" not in shown[60]
+    for cell in ("j1", "a-rather-long-name", "running"):
+        assert cell in shown[60]
+    assert "…" not in shown[60]
 
 
 def test_run_follows_to_the_end_and_tells_failures(home, swift, tmp_path):

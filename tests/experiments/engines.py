@@ -5,9 +5,9 @@ from pathlib import Path
 
 from swift.experiments.engine import Engine
 from swift.experiments.home import Home
-from swift.experiments.launch import Exit, Observation
+from swift.experiments.runner import Exit, Observation
 from swift.experiments.store import Store
-from swift.experiments.types import Dependency, Device, Inventory, JobSpec, Needs
+from swift.experiments.types import ACTIVE, Dependency, Device, Inventory, JobSpec, Needs
 
 GIB = 2**30
 
@@ -108,7 +108,7 @@ class World:
     def end(self, name, code=0, *, signal=None, reason="exited", log="", status=None):
         """The running attempt of a job ends."""
         job = self.job(name)
-        exit = Exit(None if signal else code, signal, reason, 0.0, 100, 1.0)
+        exit = Exit(None if signal else code, signal, reason, self.store._clock(), 100, 1.0)
         folder = self.home.attempt_dir(job.id, job.attempt)
         folder.mkdir(parents=True, exist_ok=True)
         if log:
@@ -116,7 +116,8 @@ class World:
                 file.write(f"=== attempt-{job.attempt}, now: x\n{log}\n")
         if status is not None:
             self.write_status(name, **status)
-        self.runner.seen[job.id, job.attempt] = Observation("vanished" if reason == "lost" else "ended", exit)
+        vanished = reason in ("lost", "not_begun")
+        self.runner.seen[job.id, job.attempt] = Observation("vanished" if vanished else "ended", exit)
         self.tick()
 
     def write_status(self, name, **fields):
@@ -151,6 +152,14 @@ class World:
         """The words after ``swift`` of the last launch of a job."""
         job = self.job(name)
         return [launch.argv[3:] for job_id, _, launch in self.runner.launched if job_id == job.id][-1]
+
+    @property
+    def is_done(self):
+        """Nothing runs and nothing can start any more."""
+        counts = self.store.counts()
+        return not self.engine.sweeps.names and not any(
+            counts[state] for state in (*ACTIVE, "queued", "waiting")
+        )
 
     def events(self, name, kind):
         return [event.data for event in self.store.events(job=self.job(name).id) if event.kind == kind]

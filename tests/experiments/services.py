@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from swift.experiments import launch as launching
+from swift.experiments import runner
 from swift.experiments.client import find_service
 from swift.experiments.home import Home
-from swift.experiments.launch import observe
+from swift.experiments.runner import observe
 from swift.experiments.store import Store
 from swift.experiments.types import FINISHED, JobSpec, Launch, Needs
 
@@ -38,6 +38,10 @@ def wait_for(condition, what, seconds=DEADLINE_SECONDS):
     return value
 
 
+GATE = 'while ! test -e "$GATE"; do sleep 0.02; done'
+"""A job that goes on when the test opens the gate."""
+
+
 class Services:
     """A home, services that come and go, and what their jobs did."""
 
@@ -47,7 +51,11 @@ class Services:
         self.store = Store(self.home.store)
         self.mark = uuid.uuid4().hex
         self.ran_file = root / "ran"
-        self.env = {**os.environ, "TEST_MARK": self.mark, "RAN": str(self.ran_file), "OMP_NUM_THREADS": "1"}
+        self.gate = root / "gate"
+        self.env = {
+            **os.environ, "TEST_MARK": self.mark, "RAN": str(self.ran_file), "GATE": str(self.gate),
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
         self.process = None
 
     def submit(self, count, script="sleep 0.05", group="g"):
@@ -108,7 +116,7 @@ class Services:
         for folder in self.home.root.glob("jobs/*/attempt-*"):
             if (folder / "supervisor.json").exists():
                 number = int(folder.name.removeprefix("attempt-"))
-                launching.kill(folder.parent, number)
+                runner.stop(folder.parent, number, grace_seconds=0)
                 wait_for(
                     lambda job=folder.parent, n=number: observe(job, n).state in ("ended", "vanished"),
                     "a job to end",

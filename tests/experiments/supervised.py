@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 
 from swift.core.files import atomic_write_json
-from swift.experiments import launch as launching
+from swift.experiments import runner
 from swift.experiments.home import Home
-from swift.experiments.launch import observe
+from swift.experiments.runner import observe
 from swift.experiments.supervisor import read_json
 from swift.experiments.types import Launch
 
@@ -43,7 +43,7 @@ class Jobs:
         return Launch(**{"argv": argv, "cwd": str(self.root), "env": self.env, "log": "output.log", **fields})
 
     def begin(self, script, job="j1", attempt=1, **fields):
-        launching.launch(self.home, job, attempt, self.launch_of(script, **fields), warm=False)
+        runner.launch(self.home, job, attempt, self.launch_of(script, **fields), warm=False)
 
     def spawn(self, script, job="j1", attempt=1, **fields):
         """Only start the supervisor's process, in the foreground and without waiting for anything."""
@@ -99,6 +99,6 @@ class Jobs:
         for folder in self.home.root.glob("jobs/*/attempt-*"):
             if (folder / "supervisor.json").exists():
                 number = int(folder.name.removeprefix("attempt-"))
-                launching.kill(folder.parent, number)
+                runner.stop(folder.parent, number, grace_seconds=0)
                 self.end(folder.parent.name, number)
         wait_for(lambda: not self.alive(), "processes of the test to end")

@@ -5,10 +5,11 @@ import pytest
 from tests.experiments.services import wait_for
 
 from swift.core.errors import SwiftError, UsageError
+from swift.experiments import client as client_module
 from swift.experiments.client import Client, find_service, stop_service
 from swift.experiments.home import Home
 from swift.experiments.store import Store
-from swift.experiments.submissions import Submission, from_mapping, from_words
+from swift.experiments.submission import Submission, from_mapping, from_words
 from swift.experiments.types import FINISHED, JobSpec
 
 
@@ -51,6 +52,28 @@ def test_started_on_demand_runs_jobs_and_is_found_again(home, tmp_path):
     assert not stop_service(home)
     with pytest.raises(SwiftError, match="does not answer"):
         client.job("good")
+
+
+def test_what_an_earlier_service_said_is_no_reason_of_this_one(home, monkeypatch):
+    home.service_log.write_text("error: trouble of last week\n  fix: forget it\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(client_module, "START_SECONDS", 0.0)
+        with pytest.raises(SwiftError, match="could not be reached") as late:
+            Client(home)
+    assert "last week" not in str(late.value.why)
+    wait_for(lambda: find_service(home), "the service that came late")
+
+
+def test_a_service_that_cannot_start_is_quoted_with_its_fix(home):
+    home.service_log.write_text("error: trouble of last week\n  fix: forget it\n")
+    home.store.write_text("no database, but long enough to be looked at as one")
+    with pytest.raises(SwiftError, match="could not be started") as refused:
+        Client(home)
+    assert refused.value.why == (
+        f"{home.store}: the store of experiments cannot be used; "
+        "the file is not a store of swift (file is not a database)"
+    )
+    assert refused.value.fix == "move it away, or set SWIFT_HOME"
 
 
 def test_the_record_of_a_dead_service_is_not_believed(home):

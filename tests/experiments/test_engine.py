@@ -9,9 +9,13 @@ import yaml
 from tests.experiments.engines import GIB, World
 
 from swift.core.errors import SwiftError, UsageError
+from swift.experiments.database import StoreUnusable
 from swift.experiments.isolation import from_shell
-from swift.experiments.launch import Observation
+from swift.experiments.open_sweeps import sweep_failure, sweep_is_open
 from swift.experiments.policies import Policies
+from swift.experiments.progress import seconds_of
+from swift.experiments.runner import Exit, Observation
+from swift.experiments.show import live_row
 from swift.experiments.types import Device, Needs
 
 
@@ -31,7 +35,7 @@ def test_jobs_run_as_slots_allow_and_end(world):
     world.end("b")
     world.end("c")
     assert set(world.states().values()) == {"succeeded"}
-    assert world.engine.is_done
+    assert world.is_done
 
 
 def test_a_new_engine_adopts_what_runs_and_sees_what_ended_meanwhile(world):
@@ -46,7 +50,7 @@ def test_a_new_engine_adopts_what_runs_and_sees_what_ended_meanwhile(world):
 
 
 def world_exit(code, **fields):
-    from swift.experiments.launch import Exit
+    from swift.experiments.runner import Exit
 
     return Exit(code, None, "exited", 0.0, **fields)
 
@@ -58,6 +62,8 @@ def test_a_job_that_was_never_begun_is_queued_again_without_counting_as_a_failur
     world.tick()
     assert world.state("a") == "starting"
     assert (world.job("a").attempt, world.job("a").retries) == (2, [])
+    world.end("a", reason="not_begun", code=None)  # the same, with the attempt's folder there already
+    assert (world.state("a"), world.job("a").attempt, world.job("a").retries) == ("starting", 3, [])
 
 
 def test_after_a_reboot_a_training_goes_on_from_its_checkpoint(world):
@@ -118,15 +124,23 @@ def test_bad_configuration_is_not_tried_again(world):
 def test_crashes_wait_before_they_are_tried_again_and_have_a_bound(world):
     world.submit(world.spec("a"))
     for attempt, delay in ((1, 5.0), (2, 10.0)):
-        world.end("a", 1)
+        world.end("a", 3)
         assert (world.state("a"), world.job("a").attempt) == ("queued", attempt)
         world.tick(delay - 2)
         assert world.state("a") == "queued"
         world.tick(2.5)
         assert (world.state("a"), world.job("a").attempt) == ("starting", attempt + 1)
-    world.end("a", 1)
+    world.end("a", 3)
     assert world.state("a") == "failed"
     assert len(world.job("a").retries) == 2
+
+
+def test_a_no_of_a_command_is_not_tried_again(world):
+    world.submit(world.spec("doctor"), world.training("train"))
+    world.end("doctor", 1, log="no accelerator; memory limit 2 GiB")
+    world.end("train", 1, log="no word about what went wrong")
+    assert (world.state("doctor"), world.job("doctor").reason) == ("failed", "exit code 1")
+    assert world.job("train").retries[0]["kind"] == "crash"
 
 
 def test_killed_by_the_kernel_counts_as_out_of_memory(world):
@@ -368,7 +382,53 @@ def test_a_sweep_asks_for_trials_as_results_come(tmp_path, chat_sweep):
     world.tick()
     assert world.states() == {f"trial-{n:02d}": "succeeded" for n in (1, 2, 3)}
     assert world.engine.sweeps.names == []
-    assert world.engine.is_done
+    assert world.is_done
+
+
+def hunted(world, chat_sweep):
+    text, cwd = chat_sweep
+    world.engine.submit("hunt", text, [], {"text": text, "shown": "hunt.yaml", "cwd": str(cwd)})
+    world.tick()
+    return world.home.root / "sweeps" / "hunt"
+
+
+def test_a_sweep_that_cannot_be_opened_again_ends_and_says_so(tmp_path, chat_sweep):
+    world = World(tmp_path)
+    folder = hunted(world, chat_sweep)
+    (folder / "sweep.json").write_text("{cut")
+    world.engine = world.new_engine()
+    world.end("trial-01")
+    assert not sweep_is_open(world.home, "hunt")
+    assert "damaged" in sweep_failure(world.home, "hunt")
+    failed = [event.data["group"] for event in world.store.events() if event.kind == "sweep_failed"]
+    assert failed == ["hunt"]
+    assert world.state("trial-01") == "succeeded", "the queue goes on"
+
+
+def test_a_store_in_trouble_ends_no_sweep(tmp_path, chat_sweep, monkeypatch):
+    world = World(tmp_path)
+    hunted(world, chat_sweep)
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "extend_group", locked)
+        with pytest.raises(StoreUnusable):
+            world.end("trial-01")
+    assert sweep_is_open(world.home, "hunt") and not sweep_failure(world.home, "hunt")
+    world.tick()
+    assert world.state("trial-02") == "starting"
+
+
+def locked(*_):
+    raise StoreUnusable("the store of experiments cannot be used")
+
+
+def test_a_sweep_is_stopped_before_the_engine_has_looked_for_it(tmp_path, chat_sweep):
+    world = World(tmp_path)
+    hunted(world, chat_sweep)
+    world.engine = world.new_engine()
+    world.engine.sweeps.stop("hunt")
+    world.end("trial-01")
+    assert world.states() == {"trial-01": "succeeded"}
+    assert world.is_done and sweep_failure(world.home, "hunt") == ""
 
 
 @pytest.fixture
@@ -428,6 +488,14 @@ def test_the_time_of_all_attempts_is_added_up(tmp_path):
         world.end("a", reason="lost", code=None)
     job = world.job("a")
     assert (job.attempt, job.spent, job.to_dict()["spent_seconds"], job.started) == (3, 42.0, 42.0, 142.0)
+    now[0] += 8.0
+    assert live_row(job, {})["state"] == "starting" and seconds_of(job, now[0]) == 50.0
+    world.runner.seen[job.id, 3] = Observation("ended", Exit(0, None, "exited", 145.0))
+    now[0] += 3600.0  # nobody looked for an hour: a service that was dead
+    world.tick()
+    job = world.job("a")
+    assert (job.state, job.ended, seconds_of(job, now[0])) == ("succeeded", 145.0, 45.0)
+    assert live_row(job, {})["time"] == "45.0s"
 
 
 def test_what_earlier_attempts_left_in_the_run_folder(world):

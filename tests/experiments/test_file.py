@@ -13,7 +13,7 @@ import pytest
 
 from swift.config.bind import resolve
 from swift.core.errors import ConfigError, SwiftError, UsageError
-from swift.experiments.estimates import changed_data
+from swift.experiments.estimator import changed_data
 from swift.experiments.expand import expand, single
 from swift.experiments.fields import parse_duration, parse_size
 from swift.experiments.file import is_experiment_file, parse_experiments, read_experiments

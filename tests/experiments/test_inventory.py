@@ -184,7 +184,7 @@ def test_a_probe_that_hangs_counts_as_none(
 def test_importing_and_asking_loads_no_torch() -> None:
     code = (
         "import sys; from swift.experiments.inventory import take_inventory;"
-        "import swift.experiments.isolation, swift.experiments.estimate, swift.experiments.store;"
+        "import swift.experiments.isolation, swift.experiments.demand, swift.experiments.store;"
         "take_inventory(); print('torch' in sys.modules)"
     )
     answer = subprocess.run(

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from swift.experiments.launch import Exit
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
+from swift.experiments.runner import Exit
 from swift.experiments.types import Job, JobSpec, Placement
 
 GIB = 2**30
@@ -48,6 +48,22 @@ def test_kinds(exit, status, log, kind):
     assert classify(exit, status, log).kind == kind
 
 
+@pytest.mark.parametrize(
+    ("exit", "log", "kind"),
+    [
+        (ended(1), "x.jsonl:1: no messages\n1 of 1 rows cannot be used", "answer"),
+        (ended(1), "the machine is out of memory", "answer"),
+        (ended(1), "Traceback (most recent call last):\n  ...\nKeyError: 'x'", "crash"),
+        (ended(1), "error: KeyError: 'x'\n  fix: run again with --debug for the traceback", "crash"),
+        (ended(3), "", "crash"),
+        (ended(2), "error: --jsn: unknown", "config"),
+        (ended(number=signal.SIGSEGV), "", "crash"),
+    ],
+)
+def test_exit_code_1_is_the_answer_of_a_command_that_checks(exit, log, kind):
+    assert classify(exit, None, log, answers=True).kind == kind
+
+
 def test_a_job_that_was_stopped_for_standing_still_is_a_stall_whatever_its_exit_code():
     assert classify(ended(143, reason="stopped"), None, "", "stall").kind == "stall"
 
@@ -57,7 +73,7 @@ def test_message_is_the_runs_own_else_the_last_error_line():
     assert classify(ended(2), None, "error: one\nerror: two\n  fix: three").message == "two"
 
 
-@pytest.mark.parametrize("kind", ["config", "data", "disk", "refused", "time_limit", "nonfinite"])
+@pytest.mark.parametrize("kind", ["answer", "config", "data", "disk", "refused", "time_limit", "nonfinite"])
 def test_never_tried_again_by_default(kind):
     assert not after_failure(job(), Failure(kind, "x"), {}, Policies()).retry
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from swift.cli.main import main
-from swift.experiments.charts import Series, line_chart, point_chart
+from swift.experiments.charts import PALETTE, Series, line_chart, point_chart
 from swift.experiments.compare import Comparison, collect
 from swift.experiments.report import render_html
 from swift.experiments.types import Job, JobSpec
@@ -105,6 +105,44 @@ def test_the_page_needs_nothing_from_outside_and_runs_no_script(comparison: Comp
     policy = [entry["content"] for entry in page.named("meta") if entry.get("http-equiv")]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
     assert "url(" not in render_html(comparison) and "@import" not in render_html(comparison)
+
+
+def test_figures_say_what_they_count(comparison: Comparison) -> None:
+    page = Page(render_html(comparison))
+    titles = {entry.get("title") for entry in page.named("th")}
+    assert "of the training, not of its stages" in titles
+    assert "retries: of the training, not of its stages" in " ".join(" ".join(page.texts).split())
+
+
+def test_the_page_fits_a_telephone_and_the_dark(comparison: Comparison) -> None:
+    text = render_html(comparison)
+    assert "width=device-width" in text and "color-scheme: light dark" in text
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    light, dark = (set(re.findall(r"(--\w+):", part)) for part in re.findall(r":root \{(.*?)\}", style))
+    assert light == dark == set(re.findall(r"var\((--\w+)\)", style)), "every colour has one for the dark"
+    narrow = style.partition("@media (max-width: 600px)")[2]
+    assert narrow.count("{") == narrow.count("}"), "the last rule, so that nothing after it undoes it"
+    assert not re.search(r"(?<!max-)(?<!min-)width: \d{3,}px", style), "nothing has a fixed width"
+    tables = re.findall(r'(<div class="scroll">)?<table', text)
+    assert tables and all(tables), "what is too wide scrolls by itself"
+
+
+def test_lines_can_be_seen_on_light_and_dark() -> None:
+    for back in ("#ffffff", "#14181e"):
+        for colour in PALETTE:
+            assert contrast(colour, back) >= 3, (colour, back)  # WCAG 2.2, 1.4.11
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG's ratio of luminances."""
+    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_texts_of_models_data_and_names_stay_texts(tmp_path: Path) -> None:

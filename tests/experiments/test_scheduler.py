@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swift.experiments.estimate import estimate_memory, memory_key, placed, queued
+from swift.experiments.demand import estimate_memory, memory_key, placed, queued
 from swift.experiments.scheduler import (
     Decision,
     Placed,
@@ -126,7 +126,12 @@ def test_jobs_on_one_device_are_limited_in_number() -> None:
 @pytest.mark.parametrize(
     ("asked", "inventory", "why", "fix"),
     [
-        (job(1, devices=8), slots(2), "asks for 8 devices, this machine has 2 CPU slots and no", "--wait"),
+        (
+            job(1, devices=8),
+            slots(2),
+            "asks for 8 devices, this machine has 2 CPU slots and no",
+            "devices: 2",
+        ),
         (job(1, devices=8), machine(gpus(4)), "asks for 8 devices, this machine has 4 alike", "devices: 4"),
         (job(1, 90), machine(gpus(4)), "needs 90.0 GiB on a device, at most 76.0 GiB", "smaller batch"),
         (job(1, 9), slots(2), "needs 9.0 GiB of memory, at most 7.6 GiB", "smaller batch"),

@@ -12,7 +12,7 @@ from swift.config.bind import resolve
 from swift.core.errors import ConfigError
 from swift.experiments.expand import expand
 from swift.experiments.file import parse_experiments
-from swift.experiments.stages import find_circle
+from swift.experiments.submit_checks import find_circle
 from swift.experiments.types import JobSpec
 
 

@@ -376,7 +376,8 @@ def test_a_full_disk_is_named_and_loses_nothing(store: Store) -> None:
 
 def test_a_read_only_disk_can_be_read_and_is_named_on_writing(store: Store) -> None:
     submit(store, "a")
-    store._database.run("PRAGMA query_only = ON")  # SQLite's own refusal, with the code of a read-only disk
+    # SQLite's own refusal, with the code of a read-only disk
+    store._database._connection().execute("PRAGMA query_only = ON")
     assert store.job("j1").state == "queued"
     with pytest.raises(SwiftError, match=r"read-only(.|\n)*SWIFT_HOME"):
         store.transition("j1", "queued", "paused", "")
@@ -402,8 +403,9 @@ def test_samples_by_time_and_subject(tmp_path: Path) -> None:
     store.record_samples([{"subject": "cuda:0", "memory": 7}])
     assert store.samples(since=55) == [{"at": 60.0, "subject": "cuda:0", "memory": 7}]
     assert [sample["memory"] for sample in store.samples(subject="cuda:0")] == [5, 7]
-    store.vacuum(keep_samples=1)
-    assert store.samples() == [{"at": 60.0, "subject": "cuda:0", "memory": 7}]
+    store.kept_samples = 2
+    store.record_samples([{"subject": "host", "cpu": 0.7}])
+    assert [sample["subject"] for sample in store.samples()] == ["cuda:0", "host"], "the oldest went"
 
 
 def test_a_fork_uses_its_own_connection(store: Store) -> None:

@@ -13,9 +13,9 @@ from tests.experiments.supervised import Jobs, wait_for
 
 from swift.core.errors import SwiftError
 from swift.core.process import ProcessIdentity
-from swift.experiments.launch import AlreadyRunning, Observation, kill, launch, stop
 from swift.experiments.limits import ControlGroup, resident_bytes
 from swift.experiments.processes import TOKEN_VARIABLE, send_signal
+from swift.experiments.runner import AlreadyRunning, Observation, launch, stop
 from swift.experiments.supervisor import EXIT_LOCKED
 
 
@@ -122,7 +122,7 @@ def test_a_second_stop_shortens_the_grace_and_kill_ends_it(jobs):
     jobs.begin("trap '' TERM; echo ready; while true; do sleep 0.05; done")
     wait_for(lambda: "\nready\n" in jobs.log())
     stop(jobs.home.job_dir("j1"), 1, grace_seconds=3600)
-    kill(jobs.home.job_dir("j1"), 1)
+    stop(jobs.home.job_dir("j1"), 1, grace_seconds=0)
     end = jobs.end()
     assert (end.signal, end.reason) == (signal.SIGKILL, "killed")
 
@@ -233,7 +233,7 @@ def test_an_attempt_begins_once(jobs):
         jobs.begin("sleep 600")
     with pytest.raises(AlreadyRunning):
         jobs.begin("sleep 600", attempt=2)
-    kill(jobs.home.job_dir("j1"), 1)
+    stop(jobs.home.job_dir("j1"), 1, grace_seconds=0)
     jobs.end()
     with pytest.raises(AlreadyRunning, match="begun before"):
         jobs.begin("exit 0")
@@ -283,7 +283,7 @@ def test_an_attempt_whose_launcher_died_never_begins(jobs):
     assert jobs.observe().state == "starting"
     process.communicate()
     end = jobs.end()
-    assert (end.reason, end.code) == ("lost", None)
+    assert (end.reason, end.code) == ("not_begun", None)
     with pytest.raises(AlreadyRunning):
         jobs.begin("exit 0")
     assert jobs.ran() == []
@@ -293,7 +293,7 @@ def test_a_supervisor_that_does_not_come_up_is_an_error(jobs, tmp_path):
     slow = jobs.launch_of("exit 0")
     with pytest.raises(SwiftError, match="did not start within 0 s"):
         launch(jobs.home, "j1", 1, slow, warm=False, deadline_seconds=0)
-    assert jobs.end().reason == "lost"
+    assert jobs.end().reason == "not_begun"
     assert jobs.ran() == []
 
 

@@ -14,8 +14,8 @@ from swift.core.errors import ConfigError, SwiftError
 from swift.evaluate.results import write_metrics
 from swift.experiments.expand import expand
 from swift.experiments.file import ExperimentFile, parse_experiments
-from swift.experiments.search import candidates
-from swift.experiments.sweep import SweepController, metric_of
+from swift.experiments.search_space import candidates
+from swift.experiments.sweep_controller import SweepController, metric_of
 
 
 @pytest.fixture

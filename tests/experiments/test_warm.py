@@ -12,8 +12,8 @@ import pytest
 from tests.experiments.supervised import Jobs, wait_for
 from tests.train.conftest import chat_file
 
-from swift.experiments.launch import launch, observe, stop
 from swift.experiments.processes import TOKEN_VARIABLE
+from swift.experiments.runner import launch, observe, stop
 from swift.experiments.supervisor import read_json
 from swift.experiments.types import Launch
 from swift.experiments.warm import template_key

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.experiments.services import DEADLINE_SECONDS, Services, wait_for
+from tests.experiments.services import DEADLINE_SECONDS, GATE, Services, wait_for
 
 from swift.core.errors import SwiftError
 from swift.experiments.client import Client, find_service, stop_service
@@ -59,10 +59,11 @@ def test_killed_at_random_moments_loses_nothing_and_runs_nothing_twice(services,
 
 
 def test_jobs_outlive_the_service_and_their_exit_codes_are_found(services):
-    services.submit(2, "sleep 1.5; exit 3")
+    services.submit(2, f"{GATE}; exit 3")
     services.started()
     wait_for(lambda: len(services.ran("start")) == 2, "the jobs to start")
     services.kill()
+    services.gate.touch()
     wait_for(lambda: not services.alive(), "the jobs to end by themselves")
     services.started()
     wait_for(
@@ -73,7 +74,7 @@ def test_jobs_outlive_the_service_and_their_exit_codes_are_found(services):
 
 
 def test_a_stopped_service_leaves_its_jobs_running(services):
-    services.submit(1, "sleep 2")
+    services.submit(1, GATE)
     services.started()
     wait_for(lambda: services.ran("start"), "the job to start")
     services.process.send_signal(signal.SIGTERM)
@@ -81,6 +82,7 @@ def test_a_stopped_service_leaves_its_jobs_running(services):
     assert find_service(services.home) is None
     assert services.alive()
     services.started()
+    services.gate.touch()
     wait_for(services.all_ended, "the job to end")
     assert services.ran("start") == services.ran("end") == ["j1"]
 

@@ -12,7 +12,7 @@ from tests.experiments.services import wait_for
 from swift.experiments.client import Client, find_service, stop_service
 from swift.experiments.home import Home
 from swift.experiments.store import Store
-from swift.experiments.submissions import from_mapping
+from swift.experiments.submission import from_mapping
 from swift.experiments.types import FINISHED
 from swift.runs.metrics import read_metrics
 

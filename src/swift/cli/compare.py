@@ -66,7 +66,7 @@ def parser_of(command: str) -> ArgumentParser:
 def compare(words: list[str], metric: str | None) -> Comparison:
     """Compare what the words name. Reads the store and run folders; needs no service."""
     from swift.experiments.compare import collect
-    from swift.experiments.selection import select_experiments
+    from swift.experiments.lookup import select_experiments
 
     chosen = select_experiments(words)
     return collect(chosen.jobs, name=chosen.name, metric=metric, declared=chosen.declared, home=chosen.home)

@@ -39,7 +39,7 @@ def has_job(word: str) -> bool:
     """Whether the store knows a job or group of this name; nothing is created to find out."""
     from swift.core.errors import UsageError
     from swift.experiments.home import Home
-    from swift.experiments.selection import select_jobs
+    from swift.experiments.lookup import select_jobs
     from swift.experiments.store import Store
 
     home = Home.find()

@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("-n", "--tail", type=int, metavar="LINES", help="only the last so many lines")
     options = parser.parse(argv)
     from swift.experiments.home import Home
-    from swift.experiments.progress import OUTPUT_LOG
+    from swift.experiments.progress import OUTPUT_LOG, tail_start
     from swift.experiments.store import Store
     from swift.experiments.types import FINISHED
 
@@ -33,11 +33,11 @@ def run(argv: list[str]) -> int:
     if not path.exists() and not options.follow:
         print(f"{job.id} has printed nothing yet: it is {job.state} ({job.reason})", file=sys.stderr)
         return 0
-    reader = _Reader(path, options.tail)
+    position = 0 if options.tail is None else tail_start(path, max(0, options.tail))
     try:
         while True:
             over = not options.follow or store.job(job.id).state in (*FINISHED, "paused")
-            reader.copy()
+            position = _copy(path, position)
             if over:
                 return 0
             time.sleep(POLL_SECONDS)
@@ -45,22 +45,13 @@ def run(argv: list[str]) -> int:
         return 0  # the way to leave
 
 
-class _Reader:
-    """Copies a growing file to stdout, from its last ``tail`` lines on (None: from the beginning)."""
-
-    def __init__(self, path: Path, tail: int | None) -> None:
-        self.path, self.position = path, 0
-        if tail is not None and path.exists():
-            text = path.read_bytes()
-            kept = text.splitlines(keepends=True)[-tail:] if tail > 0 else []
-            self.position = len(text) - sum(map(len, kept))
-
-    def copy(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.position)
+def _copy(path: Path, position: int) -> int:
+    """Print a growing file from ``position`` on; returns where it ended."""
+    if path.exists():
+        with path.open("rb") as file:
+            file.seek(position)
             while block := file.read(65_536):
-                self.position += len(block)
+                position += len(block)
                 sys.stdout.buffer.write(block)
         sys.stdout.flush()
+    return position

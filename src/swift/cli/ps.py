@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from swift.cli.arguments import ArgumentParser
 
 if TYPE_CHECKING:
-    from swift.experiments.home import Home
     from swift.experiments.store import Store
     from swift.experiments.types import Job
 
@@ -42,13 +41,13 @@ def run(argv: list[str]) -> int:
         record: dict[str, Any] = {"jobs": [job.to_dict() for job in jobs], "finished_not_shown": hidden}
         print(json.dumps(record, ensure_ascii=False, indent=2))
         return 0
-    _print(jobs, hidden, home)
+    _print(jobs, hidden)
     return 0
 
 
 def _jobs(store: Store | None, words: list[str], limit: int | None) -> tuple[list[Job], int]:
     """The jobs to show, and how many finished ones are left out."""
-    from swift.experiments.selection import select_jobs
+    from swift.experiments.lookup import select_jobs
     from swift.experiments.types import FINISHED, STATES
 
     if store is None:
@@ -66,14 +65,14 @@ def _jobs(store: Store | None, words: list[str], limit: int | None) -> tuple[lis
     return sorted([*ended, *going], key=lambda job: int(job.id[1:])), max(0, hidden)
 
 
-def _print(jobs: list[Job], hidden: int, home: Home) -> None:
+def _print(jobs: list[Job], hidden: int) -> None:
     from swift.experiments.show import live_row, table_text, terminal_width
 
     if not jobs:
         print("no jobs; queue some: swift run FILE.yaml")
         return
     columns = ("id", "name", "group", "state", "step", "loss", "time", "devices", "reason")
-    rows = [{**live_row(job, {}, home), "group": job.group} for job in jobs]
+    rows = [{**live_row(job, {}), "group": job.group} for job in jobs]
     cells = [[row[name] for name in columns] for row in rows]
     print(table_text([name.upper() for name in columns], cells, terminal_width(sys.stdout)))
     if hidden:
@@ -84,6 +83,7 @@ def _explain(store: Store | None, word: str, *, as_json: bool) -> int:
     import datetime
 
     from swift.core.errors import UsageError
+    from swift.experiments.types import state_words
 
     if store is None:
         raise UsageError(f"there is no job {word!r}", fix="swift ps")
@@ -93,7 +93,7 @@ def _explain(store: Store | None, word: str, *, as_json: bool) -> int:
         record = {**job.to_dict(), "events": [event.to_dict() for event in events]}
         print(json.dumps(record, ensure_ascii=False, indent=2))
         return 0
-    print(f"{job.id} {job.spec.name} is {job.state}: {job.reason}\n")
+    print(f"{job.id} {job.spec.name} {state_words(job.state)}: {job.reason}\n")
     for event in events:
         when = datetime.datetime.fromtimestamp(event.at).strftime("%m-%d %H:%M:%S")
         print(f"  {when}  {event.kind:<12} {_sentence(event.data)}")
@@ -103,6 +103,10 @@ def _explain(store: Store | None, word: str, *, as_json: bool) -> int:
 def _sentence(data: dict[str, Any]) -> str:
     if "from" in data and "to" in data:
         return f"{data['from']} -> {data['to']}: {data.get('reason', '')}"
-    if set(data) <= {"reason", "message"}:
-        return "; ".join(map(str, data.values()))
-    return ", ".join(f"{name} {value}" for name, value in data.items())
+    why = [str(data[name]) for name in ("reason", "message") if data.get(name)]
+    rest = ", ".join(
+        f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in data.items()
+        if name not in ("reason", "message")
+    )
+    return " ".join([*why, f"({rest})"] if why and rest else why or [rest])

@@ -17,7 +17,8 @@ __all__ = ["follow_group", "run"]
 
 
 def run(argv: list[str]) -> int:
-    """Exit 0 when all jobs succeeded, 1 when one failed or was stopped, 130 after Ctrl-C (jobs go on)."""
+    """Exit 0 when all jobs succeeded, 1 when one failed or was stopped or the sweep could not go on, 130 after Ctrl-C
+    (jobs go on)."""
     parser = ArgumentParser(
         prog="swift run",
         description="Submit a file of experiments and follow them. Ctrl-C stops following; jobs go on.",
@@ -29,7 +30,7 @@ def run(argv: list[str]) -> int:
     options = parser.parse(argv)
     from swift.experiments.home import Home
     from swift.experiments.inventory import take_inventory
-    from swift.experiments.submissions import check_machine, from_file
+    from swift.experiments.submission import check_machine, from_file
 
     submission = from_file(options.file, Path.cwd(), wait=options.wait, cold=options.cold)
     for problem in check_machine(submission, take_inventory()):
@@ -65,7 +66,8 @@ def follow_group(home: Home, group: str) -> int:
 
 def _end(group: str, jobs: list[Job], home: Home) -> int:
     from swift.experiments.follow import print_summary
+    from swift.experiments.open_sweeps import sweep_failure
 
     print_summary(group, jobs, home)
     bad = [job for job in jobs if job.state == "failed" or job.reason.startswith("stopped by the user")]
-    return 1 if bad else 0
+    return 1 if bad or sweep_failure(home, group) else 0

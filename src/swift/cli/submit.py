@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
     from swift.experiments.client import Client
     from swift.experiments.home import Home
     from swift.experiments.inventory import take_inventory
-    from swift.experiments.submissions import check_machine, from_file, from_words
+    from swift.experiments.submission import check_machine, from_file, from_words
 
     wanted = _resources(options)
     if bool(words) == bool(options.file):

@@ -31,9 +31,9 @@ def run(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(_record(store), ensure_ascii=False, indent=2))
     elif options.once or not sys.stdout.isatty():
-        print(_plain(store, home))
+        print(_plain(store))
     else:
-        _live(store, home)
+        _live(store)
     return 0
 
 
@@ -53,12 +53,12 @@ def _record(store: Any) -> dict[str, Any]:
     return {"jobs": jobs, "samples": newest_samples(store)}
 
 
-def _plain(store: Any, home: Any) -> str:
+def _plain(store: Any) -> str:
     from swift.experiments.follow import newest_samples
     from swift.experiments.show import live_row, table_text, terminal_width
 
     samples = newest_samples(store)
-    rows = [live_row(job, samples, home) for job in _jobs(store)]
+    rows = [live_row(job, samples) for job in _jobs(store)]
     if not rows:
         return "no jobs; queue some: swift run FILE.yaml"
     header = list(rows[0])
@@ -84,7 +84,7 @@ def _machine(samples: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _live(store: Any, home: Any) -> None:
+def _live(store: Any) -> None:
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
@@ -96,7 +96,8 @@ def _live(store: Any, home: Any) -> None:
             while True:
                 samples = newest_samples(store)
                 head = [Text(line, style="dim") for line in _machine(samples)]
-                live.update(Group(*head, live_table(_jobs(store), samples, home)), refresh=True)
+                table = live_table(_jobs(store), samples, width=live.console.width)
+                live.update(Group(*head, table), refresh=True)
                 time.sleep(REFRESH_SECONDS)
         except KeyboardInterrupt:
             return  # the way to leave

@@ -33,6 +33,7 @@ class OnlyWith:
 ONLY_WITH: tuple[OnlyWith, ...] = (
     *(OnlyWith(*row) for row in (*TUNER_OPTIONS, *TASK_OPTIONS)),
     OnlyWith(("lorap_lr_ratio",), "tuner_type", ("lora",)),
+    OnlyWith(("qat_activation_bits", "qat_group_size"), "qat_bits", (4, 8)),
     OnlyWith(LOW_RANK_OPTIONS, "optim", FULL_TRAINING_OPTIMIZERS),
     OnlyWith(("galore_quantization", "galore_cos_threshold"), "optim", ("galore_adamw",)),
     OnlyWith(("apollo_scale_type",), "optim", ("apollo_adamw",)),

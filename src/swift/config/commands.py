@@ -71,6 +71,8 @@ _DRY_RUN = {
     "json": "With dry_run: print the plan as one JSON object.",
 }
 
+_OF_FULL_TRAINING = ("qat_bits", "qat_activation_bits", "qat_group_size", "fp8")
+
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
@@ -111,7 +113,7 @@ COMMANDS: dict[str, Command] = {
                 "seed",
                 "num_threads",
             ),
-            without=("param_dtype",),
+            without=("param_dtype", *_OF_FULL_TRAINING),
             required=(("model", "adapters"),),
         ),
         Command(

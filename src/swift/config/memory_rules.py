@@ -28,6 +28,7 @@ def quant_bits(resolved: Resolved) -> int | None:
 def check_memory(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
     """Raise ConfigError for what cannot be done together. ``where`` says where the user set an option."""
     _check_quantization(resolved, where)
+    _check_rounded(resolved, where)
     if "optim" in resolved.sources:
         _check_optimizer(resolved, where)
 
@@ -51,6 +52,29 @@ def _check_quantization(resolved: Resolved, where: Callable[[Resolved, str], str
             where=where(resolved, "quant_method"),
             why="its weights are stored in steps too coarse for an update; adapters on top of it are trained",
             fix="--tuner_type lora, or leave the quantisation out",
+        )
+
+
+def _check_rounded(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
+    """Quantisation-aware and float8 training change layers whose weights are trained, one way at a time."""
+    section = resolved.config.quantization
+    if not section.needs_torchao:
+        return
+    for option, value, allowed in (
+        ("qat_bits", section.qat_bits, (4, 8)),
+        ("qat_activation_bits", section.qat_activation_bits, (8,)),
+    ):
+        if value is not None and value not in allowed:
+            fix = " or ".join(f"--{option} {bits}" for bits in allowed)
+            raise ConfigError(f"no rounding to {value} bits", where=where(resolved, option), fix=fix)
+    name = "fp8" if section.fp8 else "qat_bits"
+    if section.fp8 and section.qat_bits is not None:
+        raise ConfigError("does not go together with qat_bits", where=where(resolved, name), fix="choose one")
+    if resolved.config.tuner.tuner_type != "full":
+        raise ConfigError(
+            "is for full training: the weights under an adapter are not trained",
+            where=where(resolved, name),
+            fix="--tuner_type full, or --quant_method bnb --quant_bits 4 with adapters",
         )
 
 

@@ -21,9 +21,9 @@ from pydantic import BaseModel, Field
 
 from swift.core.errors import SwiftError, UsageError
 from swift.experiments.engine import Engine
+from swift.experiments.lookup import select_jobs
 from swift.experiments.monitor import metrics_text
-from swift.experiments.progress import OUTPUT_LOG
-from swift.experiments.selection import select_jobs
+from swift.experiments.progress import OUTPUT_LOG, tail_start
 from swift.experiments.store import StateConflict
 from swift.experiments.types import ACTIVE, FINISHED, Job, JobSpec, State
 
@@ -288,7 +288,7 @@ def _each(engine: Engine, jobs: list[Job], act: Callable[[Job], Job]) -> dict[st
 
 
 async def _log(path: Path, tail: int, follow: bool, ended: Callable[[], bool]) -> AsyncIterator[bytes]:
-    position = _tail_start(path, tail)
+    position = tail_start(path, tail)
     while True:
         over = await asyncio.to_thread(ended)
         while path.exists():
@@ -302,19 +302,3 @@ async def _log(path: Path, tail: int, follow: bool, ended: Callable[[], bool]) -
         if over or not follow:
             return
         await asyncio.sleep(POLL_SECONDS)
-
-
-def _tail_start(path: Path, lines: int) -> int:
-    """Where the last ``lines`` lines of a file begin."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        block, found = b"", end
-        while found > 0 and block.count(b"\n") <= lines:
-            start = max(0, found - _FOLLOW_BYTES)
-            file.seek(start)
-            block = file.read(found - start) + block
-            found = start
-    kept = block.splitlines(keepends=True)[-lines:] if lines else []
-    return end - sum(map(len, kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -16,18 +15,12 @@ from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_text
 from swift.experiments.home import Home
 from swift.experiments.isolation import environment_for
-from swift.experiments.progress import OUTPUT_LOG
+from swift.experiments.progress import OUTPUT_LOG, read_json
 from swift.experiments.types import TRAINING, Inventory, Job, Launch, Placement
 from swift.runs.folder import RunFolder
 from swift.runs.status import read_status
 
-__all__ = [
-    "attempt_log",
-    "build_launch",
-    "effective_options",
-    "processes_of",
-    "run_status",
-]
+__all__ = ["attempt_log", "build_launch", "effective_options", "processes_of", "run_status"]
 
 _LOG_BYTES = 32_768
 _LEAST_HOST_BYTES = 2 * 2**30
@@ -134,8 +127,8 @@ def _move_aside(run: RunFolder, attempt: int) -> None:
 
 def processes_of(home: Home, job: Job) -> list[int]:
     """Process ids recorded for the job's attempt."""
-    record = _read_json(home.attempt_dir(job.id, job.attempt) / "child.json")
-    return [int(entry["pid"]) for entry in (record or {}).get("processes", [])]
+    record = read_json(home.attempt_dir(job.id, job.attempt) / "child.json")
+    return [int(entry["pid"]) for entry in record.get("processes", [])]
 
 
 def run_status(home: Home, job: Job) -> dict[str, Any] | None:
@@ -143,8 +136,8 @@ def run_status(home: Home, job: Job) -> dict[str, Any] | None:
     if job.spec.run_dir is None:
         return None
     status = read_status(Path(job.spec.run_dir))
-    child = _read_json(home.attempt_dir(job.id, job.attempt) / "child.json")
-    if status is None or child is None or status.get("pid") != child["pid"]:
+    child = read_json(home.attempt_dir(job.id, job.attempt) / "child.json")
+    if status is None or not child or status.get("pid") != child["pid"]:
         return None
     return status
 
@@ -181,10 +174,3 @@ def effective_options(job: Job) -> dict[str, Any]:
         values = {**job.spec.options, **job.overrides}
         resolved = resolve(job.spec.command, values=values, planning=True, partial=True)
         return {name: resolved.value(name) for name in COMMANDS[job.spec.command].options()}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

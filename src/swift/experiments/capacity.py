@@ -21,12 +21,22 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What a job needs: devices, bytes on each (None: not known, so all of it), threads, and devices of its own."""
+    """What a job needs: devices, bytes on each (None: not known, so all of it), threads, and devices of its own.
+
+    ``by_hand``: the user said how much memory, not the plan.
+    """
 
     devices: int
     memory_bytes: int | None
     threads: int | None
     whole: bool
+    by_hand: bool = False
+
+    def less_memory(self, most: int) -> str:
+        """How it comes to fit ``most`` bytes."""
+        if self.by_hand:
+            return f"memory: {most >> 20}MiB"
+        return "a smaller batch or max_length, or checkpointing"
 
 
 @dataclass(frozen=True)
@@ -142,14 +152,14 @@ class Accelerators:
         if memory > largest:
             return (
                 f"needs {format_bytes(memory)} on a device, at most {format_bytes(largest)} can be used here",
-                "a smaller batch or max_length, or checkpointing; or wait for a larger device (--wait)",
+                request.less_memory(largest),
             )
         most = max(sum(self._whole_bytes(s) >= memory for s in group) for group in self._groups.values())
         if request.devices > most:
             return (
                 f"asks for {_devices(request.devices)}, this machine has {most} alike"
                 + (f" with {format_bytes(memory)}" if memory else ""),
-                f"devices: {most}; or queue it anyway (--wait)",
+                f"devices: {most}",
             )
         return None
 
@@ -268,12 +278,7 @@ class Host:
     """
 
     def __init__(
-        self,
-        slots: Sequence[Device],
-        cores: int,
-        memory_bytes: int,
-        running: Iterable[Use],
-        usable: float,
+        self, slots: Sequence[Device], cores: int, memory_bytes: int, running: Iterable[Use], usable: float
     ) -> None:
         self._indices = [slot.index for slot in slots]
         self._total = len(slots) or cores
@@ -304,7 +309,7 @@ class Host:
             there = f"{self._total} CPU slots and no accelerator" if self._indices else f"{self._total} cores"
             return (
                 f"asks for {_devices(request.devices)}, this machine has {there}",
-                f"devices: {self._total} or fewer; or queue it for a larger machine (--wait)",
+                f"devices: {self._total} or fewer",
             )
         width, memory = self._wants(request)
         if width > self._total:
@@ -313,7 +318,7 @@ class Host:
         if memory > self._most:
             return (
                 f"needs {format_bytes(memory)} of memory, at most {format_bytes(self._most)} can be used here",
-                "a smaller batch or max_length, or checkpointing; or queue it anyway (--wait)",
+                request.less_memory(self._most // max(1, request.devices)),
             )
         return None
 

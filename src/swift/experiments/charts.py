@@ -10,7 +10,7 @@ from html import escape
 __all__ = ["PALETTE", "Series", "line_chart", "point_chart"]
 
 PALETTE = (
-    "#2f6fb7", "#d9692b", "#3a9a5b", "#b5439b", "#8a6d1f", "#6a5acd", "#cc3d4a", "#1d9aa6", "#7a7a7a", "#93b023",
+    "#2f6fb7", "#d9692b", "#3a9a5b", "#b5439b", "#8a6d1f", "#6a5acd", "#cc3d4a", "#1d9aa6", "#7a7a7a", "#7d961e",
 )  # fmt: skip
 _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 42

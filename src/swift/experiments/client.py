@@ -18,9 +18,9 @@ from urllib.parse import quote
 from swift.core.errors import SwiftError, UsageError
 from swift.core.process import ProcessIdentity
 from swift.experiments.home import Home
-from swift.experiments.launch import log_tail
 from swift.experiments.processes import send_signal
-from swift.experiments.submissions import Submission
+from swift.experiments.runner import log_tail
+from swift.experiments.submission import Submission
 
 __all__ = ["Client", "find_service", "stop_service"]
 
@@ -33,10 +33,13 @@ def find_service(home: Home) -> dict[str, Any] | None:
     """``service.json`` of the service that runs for this home; None when none does."""
     try:
         record = json.loads(home.service_file.read_text(encoding="utf-8"))
-        identity = ProcessIdentity(record["pid"], record["start_time"], record["boot_id"])
+        return record if _identity(record).is_alive() else None
     except (OSError, ValueError, KeyError):
         return None
-    return record if identity.is_alive() else None
+
+
+def _identity(record: dict[str, Any]) -> ProcessIdentity:
+    return ProcessIdentity(record["pid"], record["start_time"], record["boot_id"])
 
 
 def stop_service(home: Home, deadline_seconds: float = 30.0) -> bool:
@@ -44,7 +47,7 @@ def stop_service(home: Home, deadline_seconds: float = 30.0) -> bool:
     record = find_service(home)
     if record is None:
         return False
-    identity = ProcessIdentity(record["pid"], record["start_time"], record["boot_id"])
+    identity = _identity(record)
     send_signal(identity, signal.SIGTERM)
     deadline = time.monotonic() + deadline_seconds
     while identity.is_alive():
@@ -76,7 +79,7 @@ class Client:
         self.record = record
         self._token = home.token_file.read_text(encoding="utf-8").strip()
 
-    def request(self, method: str, path: str, body: Any = None) -> Any:
+    def request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The JSON answer. An error of the service becomes the SwiftError it was there."""
         connection = http.client.HTTPConnection("127.0.0.1", self.record["port"], timeout=ANSWER_SECONDS)
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
@@ -94,27 +97,24 @@ class Client:
             ) from error
         if answer.status >= 400:
             raise _error(answer.status, text)
-        return json.loads(text) if text else None
+        answer_fields: dict[str, Any] = json.loads(text)
+        return answer_fields
 
     def submit(self, submission: Submission) -> dict[str, Any]:
         """Queue jobs; returns ``{"group", "jobs"}`` once they are recorded."""
-        answer: dict[str, Any] = self.request("POST", "/submit", submission.to_dict())
-        return answer
+        return self.request("POST", "/submit", submission.to_dict())
 
     def control(self, action: str, words: Sequence[str], **fields: Any) -> dict[str, Any]:
         """stop, pause, resume, retry: ``{"jobs", "refused"}``."""
-        answer: dict[str, Any] = self.request("POST", f"/{action}", {"jobs": list(words), **fields})
-        return answer
+        return self.request("POST", f"/{action}", {"jobs": list(words), **fields})
 
     def clone(self, word: str, name: str | None = None) -> dict[str, Any]:
         """The same job once more: ``{"group", "jobs"}``."""
-        answer: dict[str, Any] = self.request("POST", "/clone", {"job": word, "name": name})
-        return answer
+        return self.request("POST", "/clone", {"job": word, "name": name})
 
     def job(self, word: str) -> dict[str, Any]:
         """One job with its snapshot."""
-        answer: dict[str, Any] = self.request("GET", f"/jobs/{quote(word, safe='')}")
-        return answer
+        return self.request("GET", f"/jobs/{quote(word, safe='')}")
 
 
 def _error(status: int, text: str) -> SwiftError:
@@ -138,6 +138,7 @@ def _start(home: Home) -> dict[str, Any]:
             fix="SWIFT_HOME=/a/folder/you/may/write",
         ) from error
     with log:
+        before = log.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "swift.experiments.service", "--home", str(home.root)],
             stdin=subprocess.DEVNULL,
@@ -152,27 +153,27 @@ def _start(home: Home) -> dict[str, Any]:
         code = process.poll()
         # Another client may have started one at the same moment: then ours gives up and theirs will do.
         if code is not None and code != _EXIT_LOCKED:
-            raise SwiftError(
-                "the service could not be started",
-                where=str(home.service_log),
-                why=_last_error(home.service_log),
-                fix="swift service start, once that is mended",
-            )
+            raise _not_started(home.service_log, log_tail(home.service_log, 8, before) or "")
         if time.monotonic() > deadline:
             raise SwiftError(
                 f"the service could not be reached within {START_SECONDS:.0f} s",
                 where=str(home.service_log),
-                why=log_tail(home.service_log, 5),
+                why=log_tail(home.service_log, 5, before),
                 fix="the machine may be overloaded: swift service status, then try again",
             )
         time.sleep(0.02)
     return record
 
 
-def _last_error(log: Path) -> str | None:
-    text = log_tail(log, 8) or ""
-    found = text.rpartition("error: ")[2]
-    return " ".join(found.split()) or None
+def _not_started(log: Path, said: str) -> SwiftError:
+    """The service's own error, as far as it came to say one."""
+    why, _, fix = said.rpartition("error: ")[2].partition("\n  fix: ")
+    return SwiftError(
+        "the service could not be started",
+        where=str(log),
+        why=" ".join(why.replace("\n  cause: ", "; ").split()) or None,
+        fix=" ".join(fix.split()) or "swift service start, once that is mended",
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -125,7 +125,7 @@ def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
-        elif name in ("retries", "failures"):
+        elif name in ("retries", "stage_retries", "failures"):
             flat[name] = len(value)
         elif name != "problems":
             flat[prefix + name] = value

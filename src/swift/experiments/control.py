@@ -18,9 +18,9 @@ from typing import Any
 from swift.core.errors import UsageError
 from swift.experiments.dependencies import dependents
 from swift.experiments.home import Home
-from swift.experiments.launch import Runner
+from swift.experiments.open_sweeps import OpenSweeps
+from swift.experiments.runner import Runner
 from swift.experiments.store import Group, StateConflict, Store
-from swift.experiments.sweeps import Sweeps
 from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec, State
 from swift.runs.folder import RunFolder
 
@@ -46,7 +46,7 @@ def intent_of(store: Store, job: Job) -> dict[str, Any] | None:
 class Control(abc.ABC):
     """The part of the engine that changes jobs on request. Safe to call from any thread."""
 
-    sweeps: Sweeps
+    sweeps: OpenSweeps
     clock: Callable[[], float]
 
     def __init__(self, home: Home, store: Store, runner: Runner, grace_seconds: float) -> None:
@@ -100,21 +100,18 @@ class Control(abc.ABC):
         self, job_id: str, reason: str = "paused by the user", grace_seconds: float | None = None
     ) -> Job:
         """Checkpoint and set aside until ``resume``. Raises StateConflict when it has ended or is paused."""
-        for _ in range(_ATTEMPTS):
-            job = self.store.job(job_id)
-            try:
-                if job.state in ("queued", "waiting"):
-                    return self.store.transition(job_id, job.state, "paused", reason)
-                if job.state in FINISHED or job.state in ("paused", "pausing"):
-                    raise UsageError(f"{job.id} ({job.spec.name}) is {job.state} already")
-                self._wish(job, "pause", reason)
-                changed = self.store.transition(job_id, job.state, "pausing", f"{reason}; saves a checkpoint")
-            except StateConflict:
-                continue
+
+        def change(job: Job) -> Job:
+            if job.state in ("queued", "waiting"):
+                return self.store.transition(job_id, job.state, "paused", reason)
+            if job.state in FINISHED or job.state in ("paused", "pausing"):
+                raise UsageError(f"{job.id} ({job.spec.name}) is {job.state} already")
+            self._wish(job, "pause", reason)
+            changed = self.store.transition(job_id, job.state, "pausing", f"{reason}; saves a checkpoint")
             self.runner.stop(job.id, job.attempt, self._grace(grace_seconds))
-            self.wake()
             return changed
-        raise UsageError(f"{job_id} changes faster than it can be paused", fix="try again")
+
+        return self._change(job_id, change)
 
     def preempt(self, job_id: str, by: str, reason: str) -> bool:
         """Have a running job checkpoint and wait until ``by`` has its place. False when it is about to end anyway."""
@@ -181,25 +178,30 @@ class Control(abc.ABC):
         return job
 
     def _end(self, job_id: str, action: str, reason: str, grace_seconds: float | None) -> Job:
-        for _ in range(_ATTEMPTS):
-            job = self.store.job(job_id)
+        def change(job: Job) -> Job:
             if job.state in FINISHED:
                 raise UsageError(f"{job.id} ({job.spec.name}) has ended already: {job.state}")
-            try:
-                if job.state in _WAITING:
-                    job = self.store.transition(job_id, job.state, "cancelled", reason)
-                    self.wake()
-                    return job
-            except StateConflict:
-                continue
+            if job.state in _WAITING:
+                return self.store.transition(job_id, job.state, "cancelled", reason)
             self._wish(job, action, reason)
             self.runner.stop(job.id, job.attempt, self._grace(grace_seconds))
             now = self.store.job(job_id)
             if now.attempt != job.attempt or now.state not in ACTIVE:
-                continue  # it ended by itself meanwhile
-            self.wake()
+                raise StateConflict("it ended by itself meanwhile", now.state)
             return self.store.update(job_id, reason=f"{reason}; stopping")
-        raise UsageError(f"{job_id} changes faster than it can be stopped", fix="try again")
+
+        return self._change(job_id, change)
+
+    def _change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
+        """Change a job, looking again when it has changed its state meanwhile."""
+        for _ in range(_ATTEMPTS):
+            try:
+                changed = change(self.store.job(job_id))
+            except StateConflict:
+                continue
+            self.wake()
+            return changed
+        raise UsageError(f"{job_id} changes its state faster than it can be told", fix="try again")
 
     def _grace(self, seconds: float | None) -> float:
         return self.grace_seconds if seconds is None else seconds

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from swift.core.errors import SwiftError
 
-__all__ = ["MIGRATIONS", "VERSION", "Database"]
+__all__ = ["MIGRATIONS", "VERSION", "Database", "StoreUnusable"]
 
 # The tables, as steps from one version to the next. A released step is never edited: add one.
 _VERSION_1 = (
@@ -106,13 +106,17 @@ _CAUSES = {
 }
 
 
+class StoreUnusable(SwiftError):
+    """The file cannot be read or written, perhaps only just now: nothing was changed."""
+
+
 class Database:
     """A SQLite database in WAL mode, brought to the newest version on opening.
 
     Each thread has its own connection; after a fork the child opens new ones. Writers wait for each other.
 
-    Raises SwiftError (never sqlite3's) for what the user can do something about: a read-only or full disk, a file of
-    a newer version, a file that is something else.
+    Raises StoreUnusable (never sqlite3's errors) for what the user can do something about: a read-only or full disk,
+    a file that is something else; SwiftError for a file of a newer version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,11 +155,6 @@ class Database:
                     for undo in ("ROLLBACK TO part", "RELEASE part") if inner else ("ROLLBACK",):
                         connection.execute(undo)
                 raise
-
-    def run(self, statement: str) -> None:
-        """One statement outside of a transaction, such as VACUUM."""
-        with self._explained():
-            self._connection().execute(statement)
 
     def close(self) -> None:
         """Close this thread's connection; the next use opens a new one."""
@@ -238,7 +237,7 @@ class Database:
             if cause is None:
                 raise
             why, fix = cause
-            raise SwiftError(
+            raise StoreUnusable(
                 "the store of experiments cannot be used",
                 where=str(self.path),
                 why=f"{why} ({error})",

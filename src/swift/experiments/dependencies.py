@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Mapping
 
 from swift.experiments.store import StateConflict, Store
-from swift.experiments.types import FINISHED, Dependency, Job, State
+from swift.experiments.types import FINISHED, Dependency, Job, State, state_words
 
 __all__ = ["dependents", "settle_waiting", "verdict"]
 
@@ -25,16 +25,12 @@ def verdict(after: Iterable[Dependency], states: Mapping[str, State]) -> tuple[S
         if state not in FINISHED:
             open_.append(f"{need.job} ({state})")
         elif need.condition == "success" and state != "succeeded":
-            return "cancelled", f"not run: {need.job} has {_ended(state)}"
+            return "cancelled", f"not run: {need.job} {state_words(state)}"
         elif need.condition == "failure" and state != "failed":
-            return "cancelled", f"not run: it follows a failure, and {need.job} has {_ended(state)}"
+            return "cancelled", f"not run: it follows a failure, and {need.job} {state_words(state)}"
     if open_:
         return "waiting", f"waits for {', '.join(open_)}"
     return "queued", "what it waited for has ended"
-
-
-def _ended(state: State) -> str:
-    return {"cancelled": "been cancelled"}.get(state, state)
 
 
 def settle_waiting(store: Store) -> None:

@@ -19,32 +19,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from swift.config.commands import COMMANDS
 from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.core.logging import get_logger
-from swift.experiments.attempt import (
-    attempt_log,
-    build_launch,
-    effective_options,
-    processes_of,
-    run_status,
-)
+from swift.experiments.attempt import attempt_log, build_launch, effective_options, processes_of, run_status
 from swift.experiments.control import Control, intent_of
+from swift.experiments.demand import estimate_memory, memory_key, placed, queued
 from swift.experiments.dependencies import settle_waiting
-from swift.experiments.estimate import estimate_memory, memory_key, placed, queued
-from swift.experiments.estimates import changed_data
+from swift.experiments.estimator import changed_data
 from swift.experiments.home import Home
 from swift.experiments.inventory import take_inventory
 from swift.experiments.isolation import as_submitted
-from swift.experiments.launch import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.monitor import Monitor
+from swift.experiments.open_sweeps import OpenSweeps
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
 from swift.experiments.preemption import Preemption, preempt
 from swift.experiments.progress import OUTPUT_LOG, median_step_seconds
+from swift.experiments.runner import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.scheduler import Decision, Policy, decide
 from swift.experiments.store import StateConflict, Store
-from swift.experiments.sweeps import Sweeps
 from swift.experiments.types import ACTIVE, Inventory, Job, Launch, Placement
 
 __all__ = ["Engine"]
@@ -102,7 +97,7 @@ class Engine(Control):
         self.warm = warm
         self.clock, self.monotonic = clock, monotonic
         self.least_free_bytes = least_free_bytes
-        self.sweeps = Sweeps(home, store, self.prune)
+        self.sweeps = OpenSweeps(home, store, self.prune)
         self.monitor = Monitor(store, clock=monotonic)
         self.inventory: Inventory | None = None
         self._take, self._build = take, build
@@ -179,12 +174,6 @@ class Engine(Control):
             return max(0.05, min([RESCHEDULE_SECONDS, *(delay for delay in delays if delay > 0)]))
         return IDLE_SECONDS
 
-    @property
-    def is_done(self) -> bool:
-        """True when nothing runs and nothing can start any more (paused jobs wait for the user)."""
-        counts = self.store.counts()
-        return not self.sweeps.names and not any(counts[state] for state in (*ACTIVE, "queued", "waiting"))
-
     # How jobs go
 
     def _reconcile(self, job: Job) -> None:
@@ -226,45 +215,41 @@ class Engine(Control):
 
     def _conclude(self, job: Job, seen: Observation) -> None:
         """An attempt is over: what the job becomes."""
-        exit, intent = seen.exit, intent_of(self.store, job)
-        action = intent.get("action") if intent else None
-        code = exit.code if exit else None
-        if exit is not None and code == 0 and exit.reason != "lost":
+        exit, intent = seen.exit, intent_of(self.store, job) or {}
+        action, reason = intent.get("action"), str(intent.get("reason"))
+        over = {"exit_code": exit.code, "ended": exit.ended} if exit else {"exit_code": None}
+        if exit is not None and exit.code == 0 and exit.reason != "lost":
             self._learn(job, exit)
-            self._move(job, "succeeded", "done", exit_code=0)
+            self._move(job, "succeeded", "done", **over)
         elif action in ("cancel", "prune"):
-            self._move(job, "cancelled", str((intent or {})["reason"]), exit_code=code)
+            self._move(job, "cancelled", reason, **over)
         elif action == "pause":
-            self._move(job, "paused", str((intent or {})["reason"]), exit_code=code, placement=None)
+            self._move(job, "paused", reason, placement=None, **over)
         elif action == "preempt":
-            reason = f"{(intent or {})['reason']}; goes on from its checkpoint when there is room"
-            self._move(job, "queued", reason, exit_code=code)
-        elif exit is None:
+            self._move(job, "queued", f"{reason}; goes on from its checkpoint when there is room", **over)
+        elif exit is None or exit.reason == "not_begun":
             self._move(job, "queued", "the service ended before the job was started")
         else:
-            status = run_status(self.home, job)
-            failure = classify(exit, status, attempt_log(self.home, job), str(action) if action else None)
-            self._fail(job, failure, code)
+            answers = job.spec.command != "resume" and COMMANDS[job.spec.command].own_arguments
+            log, status = attempt_log(self.home, job), run_status(self.home, job)
+            self._fail(job, classify(exit, status, log, action, answers=answers), over)
 
-    def _fail(self, job: Job, failure: Failure, code: int | None) -> None:
+    def _fail(self, job: Job, failure: Failure, over: dict[str, Any]) -> None:
         largest = max((device.memory_bytes for device in self.machine().devices), default=None)
         options: dict[str, Any] = {}
         if failure.kind == "out_of_memory":
-            with contextlib.suppress(
-                SwiftError
-            ):  # options that no longer resolve: only a larger slot is left
+            with contextlib.suppress(SwiftError):  # no longer resolve: only a larger slot is left
                 options = effective_options(job)
         action = after_failure(job, failure, options, self.policies, largest_bytes=largest)
-        self.store.event(
-            job.id, "failure", {"attempt": job.attempt, "kind": failure.kind, "message": failure.message}
-        )
+        record = {"attempt": job.attempt, "kind": failure.kind, "message": failure.message}
+        self.store.event(job.id, "failure", record)
         if not action.retry:
-            self._move(job, "failed", action.reason, exit_code=code)
+            self._move(job, "failed", action.reason, **over)
             return
         if action.delay_seconds:
             self._not_before[job.id] = self.monotonic() + action.delay_seconds
         retries = [*job.retries, action.record]
-        self._move(job, "queued", action.reason, exit_code=code, retries=retries, overrides=action.overrides)
+        self._move(job, "queued", action.reason, retries=retries, overrides=action.overrides, **over)
 
     def _learn(self, job: Job, exit: Exit) -> None:
         """Remember what the job really took, so that the next estimate is better."""
@@ -424,7 +409,7 @@ class Engine(Control):
             # First make sure that nothing of it lives or comes to life later.
             if self.runner.observe(job.id, job.attempt).state in ("starting", "running", "ended"):
                 return
-            self._fail(self.store.job(job.id), Failure("launch", message), None)
+            self._fail(self.store.job(job.id), Failure("launch", message), {"exit_code": None})
         except SwiftError as second:
             logger.warning("%s: %s; %s", job.id, message, second.message)
 

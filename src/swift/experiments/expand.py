@@ -14,8 +14,11 @@ from swift.config.commands import COMMANDS
 from swift.config.read import Written, from_python
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError, UsageError
-from swift.experiments.binding import (
-    TRAINING,
+from swift.experiments.bound_job import BoundJob, bind_stages, check_run_name, stages_of, take_run_folder
+from swift.experiments.estimator import Estimator
+from swift.experiments.fields import NOWHERE, fail, mapping, suggest
+from swift.experiments.file import Experiment, ExperimentFile, Resources, read_resources
+from swift.experiments.option_layers import (
     about,
     bind,
     bind_words,
@@ -25,13 +28,9 @@ from swift.experiments.binding import (
     option_name,
     snapshot,
 )
-from swift.experiments.bound import Bound, bind_stages, check_run_name, stages_of, take_run_folder
-from swift.experiments.estimates import Estimator
-from swift.experiments.fields import NOWHERE, fail, mapping, suggest
-from swift.experiments.file import Experiment, ExperimentFile, Resources, read_resources
-from swift.experiments.search import Parameter, Sweep, candidates
+from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.stages import check_name, known_command
-from swift.experiments.types import Dependency, JobSpec
+from swift.experiments.types import TRAINING, Dependency, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.record import code_version
 
@@ -108,7 +107,7 @@ def single(
     command = known_command(words[0], NOWHERE, "")
     asked = read_resources(from_python(resources) if resources else None, Resources())
     rest = list(words[1:])
-    bound = Bound(_EXPERIMENT, name or "", command, None, asked, [], rest, {})
+    bound = BoundJob(_EXPERIMENT, name or "", command, None, asked, [], rest, {})
     if COMMANDS[command].own_arguments:
         bound.name = name or _timed(command)
         if command == "resume" and rest and not rest[0].startswith("-"):
@@ -157,10 +156,10 @@ def _as_text(value: Any) -> Any:
 
 def _bind_experiment(
     file: ExperimentFile, experiment: Experiment, cwd: Path, values: Mapping[str, Any] | None, planning: bool
-) -> Bound:
+) -> BoundJob:
     command = experiment.command
     after = [Dependency(need) for need in experiment.needs]
-    bound = Bound(
+    bound = BoundJob(
         experiment, experiment.name, command, None, experiment.resources, after, list(experiment.words),
         experiment.environment, place=experiment.options.place,
     )  # fmt: skip
@@ -225,7 +224,7 @@ def _largest(parameter: Parameter) -> Any:
     return max(values) if all(isinstance(value, int | float) for value in values) else values[-1]
 
 
-def _check_metric(sweep: Sweep, bound: Bound) -> None:
+def _check_metric(sweep: Sweep, bound: BoundJob) -> None:
     place = (sweep.written.items or {}).get("metric", sweep.written)
     assert bound.resolved is not None
     data = bound.resolved.config.data
@@ -248,10 +247,10 @@ def _check_metric(sweep: Sweep, bound: Bound) -> None:
 # Jobs
 
 
-def _specs(file: ExperimentFile, bound: list[Bound], cwd: Path, planning: bool) -> list[JobSpec]:
+def _specs(file: ExperimentFile, bound: list[BoundJob], cwd: Path, planning: bool) -> list[JobSpec]:
     """Experiments and stages as jobs, in the order of the file."""
     differences = _differences(bound)
-    everything: list[Bound] = []
+    everything: list[BoundJob] = []
     for experiment in bound:
         everything += [experiment, *bind_stages(experiment, cwd, planning)]
     _check_folders(everything, planning)
@@ -268,7 +267,7 @@ def _specs(file: ExperimentFile, bound: list[Bound], cwd: Path, planning: bool) 
     return specs
 
 
-def _differences(bound: Sequence[Bound]) -> dict[str, dict[str, Any]]:
+def _differences(bound: Sequence[BoundJob]) -> dict[str, dict[str, Any]]:
     """Experiment -> the options in which it differs from its siblings: those that somebody set, as resolved."""
     resolved = {job.name: job.resolved for job in bound if job.resolved is not None}
     set_somewhere = {
@@ -292,7 +291,7 @@ def _differences(bound: Sequence[Bound]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_folders(jobs: Iterable[Bound], planning: bool) -> None:
+def _check_folders(jobs: Iterable[BoundJob], planning: bool) -> None:
     """Refuse two jobs with one run folder, and a folder that holds a run already."""
     owners: dict[str, str] = {}
     for job in jobs:
@@ -325,7 +324,7 @@ def _at_its_line(error: SwiftError, resolved: Resolved) -> SwiftError:
 
 
 def _spec(
-    job: Bound,
+    job: BoundJob,
     estimator: Estimator,
     cwd: Path,
     max_parallel: int | None,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from swift.config.kinds import is_none_word, parse_bool
 from swift.config.read import Written
@@ -13,6 +13,8 @@ from swift.core.errors import ConfigError
 from swift.core.registry import closest
 
 __all__ = ["NOWHERE", "Fields", "as_number", "fail", "mapping", "parse_duration", "parse_size", "suggest"]
+
+Amount = TypeVar("Amount", int, float)
 
 NOWHERE = Written({}, {}, "", {})
 """An empty mapping that stands in no file."""
@@ -157,23 +159,20 @@ class Fields:
 
     def size(self, key: str) -> int | None:
         """Bytes."""
-        text = self.text(key)
-        if text is None:
-            return None
-        size = parse_size(text)
-        if not size:
-            raise self.fail(f"{text!r} is not a size", key, fix="write it like 8GiB or 500MiB")
-        return size
+        return self._parsed(key, parse_size, "size", "8GiB or 500MiB")
 
     def duration(self, key: str) -> float | None:
         """Seconds."""
+        return self._parsed(key, parse_duration, "time", "2h30m, 45m or 90s")
+
+    def _parsed(self, key: str, parse: Callable[[str], Amount | None], what: str, like: str) -> Amount | None:
         text = self.text(key)
         if text is None:
             return None
-        seconds = parse_duration(text)
-        if not seconds:
-            raise self.fail(f"{text!r} is not a time", key, fix="write it like 2h30m, 45m or 90s")
-        return seconds
+        amount = parse(text)
+        if not amount:
+            raise self.fail(f"{text!r} is not a {what}", key, fix=f"write it like {like}")
+        return amount
 
     def words(self, key: str) -> list[str]:
         """A list of words; one word counts as a list of one."""

@@ -16,7 +16,7 @@ from swift.config.read import Written, read_file, read_text
 from swift.config.schema import SECTIONS, options
 from swift.core.errors import ConfigError
 from swift.experiments.fields import NOWHERE, Fields, fail, mapping, suggest
-from swift.experiments.search import Sweep, read_sweep
+from swift.experiments.search_space import Sweep, read_sweep
 from swift.experiments.stages import (
     Stage,
     check_graph,
@@ -26,7 +26,7 @@ from swift.experiments.stages import (
     read_stages,
     split_command,
 )
-from swift.experiments.types import Needs
+from swift.experiments.types import TRAINING, Needs
 
 __all__ = [
     "Experiment",
@@ -239,7 +239,7 @@ def _experiment(name: str, written: Written, base: Experiment) -> Experiment:
     _refuse_record(fields)
     options, words = split_command(fields, command, _OWN_KEYS)
     # The stages of the file follow its trainings; an infer or a doctor beside them has only its own.
-    common = base.stages if command in ("pt", "sft") else {}
+    common = base.stages if command in TRAINING else {}
     return Experiment(
         name=name,
         command=command,

@@ -8,28 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from swift.experiments.home import Home
+from swift.experiments.open_sweeps import sweep_failure, sweep_is_open
 from swift.experiments.show import COLOURS, live_row, next_commands, summary_rows, table_text, terminal_width
 from swift.experiments.store import Store
-from swift.experiments.sweeps import sweep_is_open
 from swift.experiments.types import ACTIVE, FINISHED, Job
 
 __all__ = ["follow", "is_over", "live_table", "newest_samples", "print_summary"]
 
 REFRESH_SECONDS = 1.0
 _COLUMNS = (
-    "id",
-    "name",
-    "state",
-    "step",
-    "loss",
-    "tokens/s",
-    "ETA",
-    "time",
-    "devices",
-    "memory",
-    "util",
-    "reason",
-)
+    "id", "name", "state", "step", "loss", "tokens/s", "ETA", "time", "devices", "memory", "util", "reason",
+)  # fmt: skip
+_DISPENSABLE = ("util", "memory", "tokens/s", "devices", "time", "step")
+"""Columns that a narrow terminal goes without, the first one first."""
+_LEAST_REASON = 24
 _ROWS = 40
 
 
@@ -68,7 +60,8 @@ def _follow_table(home: Home, store: Store, group: str, pause: Callable[[float],
     with Live(auto_refresh=False) as live:
         while True:
             jobs = store.jobs(group=group)
-            live.update(live_table(jobs, newest_samples(store), home, title=group), refresh=True)
+            samples, width = newest_samples(store), live.console.width
+            live.update(live_table(jobs, samples, title=group, width=width), refresh=True)
             if is_over(home, group, jobs):
                 return jobs
             pause(REFRESH_SECONDS)
@@ -79,16 +72,24 @@ def newest_samples(store: Store) -> dict[str, dict[str, Any]]:
     return {sample["subject"]: sample for sample in store.samples(time.time() - 30)}
 
 
-def live_table(jobs: Sequence[Job], samples: dict[str, dict[str, Any]], home: Home, title: str = "") -> Any:
-    """A rich table: active jobs first, then those that wait, then the newest that ended."""
+def live_table(
+    jobs: Sequence[Job], samples: dict[str, dict[str, Any]], title: str = "", width: int | None = None
+) -> Any:
+    """A rich table: active jobs first, then those that wait, then the newest that ended.
+
+    ``width``: of the terminal; cells are shown whole in fewer columns rather than all cut to pieces.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     order = dict.fromkeys(ACTIVE, 0) | {"queued": 1, "waiting": 1, "paused": 1}
     shown = sorted(jobs, key=lambda job: order.get(job.state, 2))[:_ROWS]
-    cells = [live_row(job, samples, home) for job in shown]
+    cells = [live_row(job, samples) for job in shown]
     used = [name for name in _COLUMNS if any(row[name] for row in cells)] or ["id", "name", "state"]
+    for name in _DISPENSABLE:
+        if width is not None and name in used and _width(used, cells) > width:
+            used.remove(name)
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for name in used:
         numeric = name in ("step", "loss", "tokens/s", "ETA", "time", "memory", "util")
@@ -104,11 +105,22 @@ def live_table(jobs: Sequence[Job], samples: dict[str, dict[str, Any]], home: Ho
     return table
 
 
+def _width(columns: Sequence[str], cells: Sequence[dict[str, str]]) -> int:
+    """Characters that the columns take; the reason may be cut, the others not."""
+    sizes = {name: max([len(name), *(len(row[name]) for row in cells)]) for name in columns}
+    if "reason" in sizes:
+        sizes["reason"] = min(sizes["reason"], _LEAST_REASON)
+    return sum(sizes.values()) + 3 * len(sizes)  # with what the table puts between and around them
+
+
 def print_summary(group: str, jobs: Sequence[Job], home: Home) -> None:
     """The table at the end, and what one may want to do now."""
-    header, rows = summary_rows(jobs, home)
+    header, rows = summary_rows(jobs)
     print()
     print(table_text(header, rows, terminal_width(sys.stdout)))
+    failure = sweep_failure(home, group)
+    if failure:
+        print(f"\nthe sweep ended before its time: {failure}")
     commands = next_commands(group, jobs)
     if commands:
         print("\nnext: " + "\n      ".join(commands))

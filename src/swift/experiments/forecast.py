@@ -7,13 +7,13 @@ to their tokens: that puts them in an order, and no time is shown for them.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
-from swift.experiments.estimate import Correction, placed, queued
+from swift.experiments.demand import Correction, placed, queued
 from swift.experiments.expand import expand
 from swift.experiments.file import ExperimentFile
 from swift.experiments.home import Home
@@ -23,29 +23,8 @@ from swift.experiments.store import Store
 from swift.experiments.types import Inventory, Job, JobSpec, Placement
 from swift.runs.metrics import read_metrics
 
-__all__ = [
-    "Choice",
-    "Decide",
-    "forecast",
-    "forecast_file",
-    "forecast_text",
-    "impossible",
-    "memory_of",
-    "speeds_of",
-]
+__all__ = ["forecast", "forecast_file", "forecast_text", "impossible", "memory_of", "speeds_of"]
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What is decided about one waiting job: where it starts now, or why it does not."""
-
-    name: str
-    placement: Placement | None
-    reason: str = ""
-
-
-Decide = Callable[[Sequence[JobSpec], Sequence[tuple[JobSpec, Placement]], float], Sequence[Choice]]
-"""(jobs that are ready, in order of submission; running jobs with their places; seconds since the start) -> choices."""
 
 _NO_LENGTH = 1.0
 _TOKENS_A_SECOND = 1000.0
@@ -79,44 +58,44 @@ def forecast_file(file: ExperimentFile, cwd: Path, inventory: Inventory, home: H
     """What the file would do on this machine, with what finished jobs have taught. Nothing is written."""
     specs = expand(file, cwd, planning=True)
     store = Store(home.store) if home.store.exists() else None
-    choose = _decider(inventory, store.correction if store is not None else lambda key: (1.0, 0))
-    result = {**forecast(specs, inventory, choose, speeds_of(store)), "name": file.name}
+    correction = store.correction if store is not None else _nothing_learned
+    result = {**forecast(specs, inventory, correction, speeds_of(store)), "name": file.name}
     if file.sweep is not None and file.sweep.is_controlled:
         result["sweep"] = "the values of the trials depend on earlier results; shown are the largest"
     return result
 
 
-def _decider(inventory: Inventory, correction: Correction) -> Decide:
+def _decide(
+    ready: Sequence[_Line], running: Sequence[_Line], inventory: Inventory, correction: Correction
+) -> list[Decision]:
     """The real decisions, on this inventory, as if one group were submitted now."""
-
-    def choose(
-        ready: Sequence[JobSpec], running: Sequence[tuple[JobSpec, Placement]], now: float
-    ) -> list[Choice]:
-        queue = [
-            replace(queued(_job(spec, number), correction), job_id=spec.name)
-            for number, spec in enumerate(ready)
-        ]
-        held = [placed(replace(_job(spec, 0), placement=place)) for spec, place in running]
-        decisions = decide(queue, inventory, [entry for entry in held if entry], now)
-        return [Choice(entry.job_id, entry.placement, entry.reason) for entry in decisions]
-
-    return choose
+    queue = [
+        replace(queued(_job(line, number), correction), job_id=line.spec.name)
+        for number, line in enumerate(ready)
+    ]
+    held = [placed(_job(line, 0)) for line in running]
+    return decide(queue, inventory, [entry for entry in held if entry], 0.0)
 
 
-def _job(spec: JobSpec, number: int) -> Job:
-    return Job(f"j{number}", "this file", spec, "queued", priority=spec.priority)
+def _job(line: _Line, number: int) -> Job:
+    spec = line.spec
+    return Job(f"j{number}", "this file", spec, "queued", placement=line.placement, priority=spec.priority)
+
+
+def _nothing_learned(key: str) -> tuple[float, int]:
+    return 1.0, 0
 
 
 def forecast(
     specs: Sequence[JobSpec],
     inventory: Inventory,
-    decide: Decide,
+    correction: Correction = _nothing_learned,
     speeds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The course of all jobs, if every one succeeds.
 
     Args:
-        decide: the placement decisions (see ``Decide``).
+        correction: what finished jobs have taught about memory.
         speeds: tokens per second of jobs that have run: ``estimate["memory_key"]`` -> speed.
 
     Returns ``jobs`` in the order of the file, each with ``order`` (of starting; None: does not start),
@@ -124,7 +103,7 @@ def forecast(
     does not start at once) and ``problems``; and ``seconds`` of the whole.
     """
     lines = {spec.name: _line(spec, speeds or {}) for spec in specs}
-    _simulate(lines, decide)
+    _simulate(lines, inventory, correction)
     jobs = [_row(line, impossible(line.spec, inventory)) for line in lines.values()]
     ends = [line.end for line in lines.values() if line.end is not None]
     known = all(
@@ -147,7 +126,7 @@ def _line(spec: JobSpec, speeds: Mapping[str, float]) -> _Line:
     return _Line(spec, seconds, length)
 
 
-def _simulate(lines: dict[str, _Line], decide: Decide) -> None:
+def _simulate(lines: dict[str, _Line], inventory: Inventory, correction: Correction) -> None:
     """Start jobs as decided, let the one that ends first end, and so on until nothing can start."""
     now = 0.0
     ending: list[tuple[float, int, str]] = []
@@ -159,21 +138,19 @@ def _simulate(lines: dict[str, _Line], decide: Decide) -> None:
             if line.order is None:
                 blocked = _waits_for(line.spec, lines, done)
                 if blocked is None:
-                    ready.append(line.spec)
+                    ready.append(line)
                 else:
                     _remember(line, blocked)
-        running = [
-            (line.spec, line.placement) for name, line in lines.items() if line.placement and name not in done
-        ]
-        for choice in decide(ready, running, now) if ready else ():
-            line = lines[choice.name]
-            if choice.placement is None:
-                _remember(line, choice.reason)
+        running = [line for name, line in lines.items() if line.placement and name not in done]
+        for decision in _decide(ready, running, inventory, correction) if ready else ():
+            line = lines[decision.job_id]
+            if decision.placement is None:
+                _remember(line, decision.reason)
                 continue
             started += 1
-            line.order, line.placement = started, choice.placement
+            line.order, line.placement = started, decision.placement
             line.start, line.end = now, now + line.length
-            heapq.heappush(ending, (line.end, started, choice.name))
+            heapq.heappush(ending, (line.end, started, decision.job_id))
         if not ending:
             return
         now, _, name = heapq.heappop(ending)

@@ -10,7 +10,7 @@ from swift.experiments.follow import follow
 from swift.experiments.home import Home
 from swift.experiments.service import ServiceLock
 from swift.experiments.store import Store
-from swift.experiments.submissions import Submission
+from swift.experiments.submission import Submission
 from swift.experiments.types import Job
 
 __all__ = ["run_inline"]

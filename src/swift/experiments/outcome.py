@@ -12,16 +12,15 @@ import yaml
 
 from swift.core.errors import DataError
 from swift.experiments.home import Home
-from swift.experiments.progress import attempts_of, read_json
+from swift.experiments.progress import read_json
 from swift.experiments.statistics import Interval, bootstrap, is_number
-from swift.experiments.types import FINISHED, Job, JobSpec
+from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.metrics import read_metrics
 from swift.runs.status import read_status
 
 __all__ = ["Answer", "Outcome", "Point", "job_of_folder", "read_outcome"]
 
-TRAINING = ("pt", "sft")
 ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "loss")
 _GIB = 1 << 30
 _FOLDER_STATES = {
@@ -67,8 +66,9 @@ class Outcome:
         evaluation: means over the answered rows; ``intervals``: how sure they are.
         against_best: metric -> difference to the winner's on the same rows.
         seconds: of training steps; ``wall_seconds`` of the training's processes, all attempts, where known.
-        device_seconds: over all jobs of the experiment.
-        retries: what was changed for each relaunch; ``failures``: job, state and reason of what did not succeed.
+        device_seconds: over all jobs of the experiment: its stages cost, too.
+        retries: what was changed for each relaunch of the training; ``stage_retries``: of its stages.
+        failures: job, state and reason of what did not succeed.
         problems: files that could not be read.
     """
 
@@ -100,6 +100,7 @@ class Outcome:
     estimated_memory_bytes: int | None = None
     attempts: int = 0
     retries: list[dict[str, Any]] = field(default_factory=list)
+    stage_retries: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     losses: list[Point] = field(default_factory=list)
@@ -154,11 +155,13 @@ def read_outcome(jobs: Sequence[Job], home: Home | None, now: float) -> Outcome:
         finished=all(job.state in FINISHED for job in jobs), attempts=main.attempt,
         estimated_memory_bytes=spec.estimate.get("memory_bytes"), total_steps=spec.estimate.get("steps"),
     )  # fmt: skip
-    outcome.retries = [{"job": job.spec.name, **retry} for job in jobs for retry in job.retries]
+    for job in jobs:
+        retries = outcome.retries if job is main else outcome.stage_retries
+        retries += [{"job": job.spec.name, **retry} for retry in job.retries]
     outcome.failures = [
         {"job": job.spec.name, "state": job.state, "exit_code": job.exit_code, "reason": job.reason}
         for job in jobs
-        if job.state in ("failed", "cancelled")
+        if job.state in ("failed", "cancelled") and not _was_not_needed(job)
     ]
     _read_attempts(outcome, main, jobs, home, now)
     if spec.run_dir is not None and spec.command in TRAINING:
@@ -170,9 +173,15 @@ def read_outcome(jobs: Sequence[Job], home: Home | None, now: float) -> Outcome:
     return outcome
 
 
+def _was_not_needed(job: Job) -> bool:
+    """A stage for failures that never came: that it did not run is no trouble."""
+    conditions = {need.condition for need in job.spec.after}
+    return job.state == "cancelled" and job.attempt == 0 and conditions == {"failure"}
+
+
 def _read_attempts(outcome: Outcome, main: Job, jobs: Iterable[Job], home: Home | None, now: float) -> None:
     for job in jobs:
-        attempts = attempts_of(job, home, now)
+        attempts = _attempts_of(job, home, now)
         if not attempts:
             continue
         spent = sum(attempt.seconds * attempt.num_devices for attempt in attempts)
@@ -181,6 +190,41 @@ def _read_attempts(outcome: Outcome, main: Job, jobs: Iterable[Job], home: Home 
             outcome.wall_seconds = sum(attempt.seconds for attempt in attempts)
             peaks = [attempt.peak_memory_bytes for attempt in attempts if attempt.peak_memory_bytes]
             outcome.peak_memory_bytes = max(peaks, default=None)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """How long a job's process lived, on how many devices, and its peak of host memory where it is known."""
+
+    seconds: float
+    num_devices: int
+    peak_memory_bytes: int | None = None
+
+
+def _attempts_of(job: Job, home: Home | None, now: float) -> list[_Attempt]:
+    """All attempts of a job. The store knows the last one only; a job of several is read from its folder.
+
+    Args:
+        home: where attempts are recorded; None: only the last one is known.
+        now: for a job that still runs.
+    """
+    devices = len(job.placement.devices) if job.placement else 1
+    found = []
+    folders = [home.attempt_dir(job.id, number) for number in range(1, job.attempt + 1)] if home else []
+    for number, folder in enumerate(folders, start=1):
+        try:
+            begun = (folder / "supervisor.json").stat().st_mtime
+            lost = max(path.stat().st_mtime for path in folder.iterdir())
+        except OSError:  # never started
+            continue
+        ended = read_json(folder / "exit.json")
+        running = job.state in ACTIVE and number == job.attempt
+        seconds = max(0.0, float(ended.get("ended", now if running else lost)) - begun)
+        found.append(_Attempt(seconds, devices, ended.get("peak_memory_bytes")))
+    end = job.ended if job.ended is not None else now if job.state in ACTIVE else None
+    if not found and job.started is not None and end is not None:
+        found = [_Attempt(max(0.0, end - job.started), devices)]
+    return found
 
 
 def _read_run(outcome: Outcome, folder: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swift.core.format import format_bytes, format_duration
-from swift.experiments.launch import Exit
+from swift.experiments.runner import Exit
 from swift.experiments.types import Job
 
 __all__ = ["Action", "Failure", "Policies", "after_failure", "classify", "is_stalled"]
@@ -24,8 +24,8 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _EXPLAINED = re.compile(r"^error: (?P<message>.*)$", re.MULTILINE)
-_SURPRISE = "run again with --debug"
-_NEVER_RETRIED = ("config", "data", "disk", "refused", "time_limit")
+_CRASHED = re.compile(r"run again with --debug|^Traceback \(most recent call last\)", re.MULTILINE)
+_NEVER_RETRIED = ("answer", "config", "data", "disk", "refused", "time_limit")
 _WORDS = {
     "out_of_memory": "out of memory",
     "nonfinite": "the loss is not finite",
@@ -38,6 +38,7 @@ _WORDS = {
     "lost": "the supervisor died",
     "interrupted": "interrupted from outside",
     "launch": "could not be started",
+    "answer": "exit code 1",
     "crash": "crashed",
 }
 
@@ -101,7 +102,12 @@ class Action:
 
 
 def classify(
-    exit: Exit | None, status: Mapping[str, Any] | None, log: str, intent: str | None = None
+    exit: Exit | None,
+    status: Mapping[str, Any] | None,
+    log: str,
+    intent: str | None = None,
+    *,
+    answers: bool = False,
 ) -> Failure:
     """The kind of failure of an attempt that did not succeed.
 
@@ -110,6 +116,7 @@ def classify(
         status: ``status.json`` of its run, when this attempt wrote it.
         log: the end of the attempt's output.
         intent: ``stall`` when it was stopped for standing still.
+        answers: the command says "no" by exit code 1 (``doctor``, ``data check``), so that is no crash.
     """
     if intent == "stall":
         return Failure("stall", "no step for too long")
@@ -122,6 +129,8 @@ def classify(
     if exit.signal == signals.SIGKILL:
         return Failure("out_of_memory", "killed by the kernel (SIGKILL), most likely for memory")
     message = _message(status, log)
+    if answers and exit.exit_code == 1 and not _CRASHED.search(log):
+        return Failure("answer", message)
     recorded = (status or {}).get("failure")
     if recorded in _WORDS:
         return Failure(str(recorded), message)
@@ -131,10 +140,8 @@ def classify(
         return Failure("config", message)
     if exit.code in (128 + signals.SIGTERM, 128 + signals.SIGINT, 130):
         return Failure("interrupted", message or f"exit code {exit.code}")
-    if _EXPLAINED.search(log) and _SURPRISE not in log:
-        return Failure(
-            "refused", message
-        )  # an error with an explanation: the next attempt would say the same
+    if _EXPLAINED.search(log) and not _CRASHED.search(log):
+        return Failure("refused", message)  # explained: the next attempt would say the same
     if exit.signal is not None:
         return Failure("crash", f"killed by {signals.Signals(exit.signal).name}")
     return Failure("crash", message or f"exit code {exit.code}")

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swift.core.errors import SwiftError
-from swift.experiments.home import Home
 from swift.experiments.types import ACTIVE, Job
 from swift.runs.metrics import read_metrics
 
 __all__ = [
     "OUTPUT_LOG",
-    "Attempt",
-    "attempts_of",
     "last_metrics",
     "median_step_seconds",
     "read_json",
     "seconds_of",
+    "tail_start",
 ]
 
 OUTPUT_LOG = "output.log"
 """In the job's folder: what all its attempts printed."""
+_BLOCK_BYTES = 65_536
 
 
 def last_metrics(run_dir: str | Path | None, tail_bytes: int = 8192) -> dict[str, Any]:
@@ -59,47 +57,27 @@ def median_step_seconds(run_dir: str | Path, lines: int = 50) -> float | None:
     return times[len(times) // 2] if times else None
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """How long a job's process lived, on how many devices, and its peak of host memory where it is known."""
-
-    seconds: float
-    num_devices: int
-    peak_memory_bytes: int | None = None
-
-
-def attempts_of(job: Job, home: Home | None, now: float) -> list[Attempt]:
-    """All attempts of a job. The store knows the last one only; a job of several is read from its folder.
-
-    Args:
-        home: where attempts are recorded; None: only the last one is known.
-        now: for a job that still runs.
-    """
-    devices = len(job.placement.devices) if job.placement else 1
-    found = []
-    folders = [home.attempt_dir(job.id, number) for number in range(1, job.attempt + 1)] if home else []
-    for number, folder in enumerate(folders, start=1):
-        try:
-            begun = (folder / "supervisor.json").stat().st_mtime
-            lost = max(path.stat().st_mtime for path in folder.iterdir())
-        except OSError:  # never started
-            continue
-        ended = read_json(folder / "exit.json")
-        running = job.state in ACTIVE and number == job.attempt
-        seconds = max(0.0, float(ended.get("ended", now if running else lost)) - begun)
-        found.append(Attempt(seconds, devices, ended.get("peak_memory_bytes")))
-    end = job.ended if job.ended is not None else now if job.state in ACTIVE else None
-    if not found and job.started is not None and end is not None:
-        found = [Attempt(max(0.0, end - job.started), devices)]
-    return found
+def tail_start(path: Path, lines: int) -> int:
+    """Where the last ``lines`` lines of a file begin; 0 when it is not there."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        block, found = b"", end
+        while found > 0 and block.count(b"\n") <= lines:
+            start = max(0, found - _BLOCK_BYTES)
+            file.seek(start)
+            block = file.read(found - start) + block
+            found = start
+    kept = block.splitlines(keepends=True)[-lines:] if lines else []
+    return end - sum(map(len, kept))
 
 
-def seconds_of(job: Job, home: Home | None, now: float) -> float | None:
+def seconds_of(job: Job, now: float) -> float | None:
     """How long it has run in all its attempts; None before the first."""
-    attempts = attempts_of(
-        job, home if job.attempt > 1 else None, now
-    )  # one attempt: no file needs to be read
-    return sum(attempt.seconds for attempt in attempts) if attempts else None
+    if job.started is None:
+        return None
+    return job.spent + (max(0.0, now - job.started) if job.state in ACTIVE else 0.0)
 
 
 def read_json(path: Path) -> dict[str, Any]:

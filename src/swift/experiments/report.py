@@ -30,11 +30,17 @@ _AXES: tuple[tuple[str, Callable[[Point], float]], ...] = (
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: how it is called, what it says of each row ("" for nothing), and whether it is text."""
+    """A column of the table.
+
+    Attributes:
+        cells: what it says of each row; "" for nothing.
+        explanation: what the figure counts, where the title does not tell.
+    """
 
     title: str
     cells: list[str]
     is_text: bool = False
+    explanation: str = ""
 
 
 def format_value(value: Any) -> str:
@@ -65,12 +71,26 @@ def table_of(comparison: Comparison) -> list[Column]:
             for name in ANSWER_METRICS
         ),
         Column("tokens", [_unless_none(format_count, row.num_tokens) for row in rows]),
-        Column("time", [_unless_none(format_duration, row.wall_seconds or row.seconds) for row in rows]),
         Column(
-            "device-hours", [_unless_none(lambda s: f"{s / 3600:.2g}", row.device_seconds) for row in rows]
+            "time",
+            [_unless_none(format_duration, row.wall_seconds or row.seconds) for row in rows],
+            explanation="of the training, all attempts",
         ),
-        Column("memory (estimate)", [_memory(row) for row in rows]),
-        Column("retries", [str(len(row.retries) or "") for row in rows]),
+        Column(
+            "device-hours",
+            [_unless_none(lambda s: f"{s / 3600:.2g}", row.device_seconds) for row in rows],
+            explanation="of the whole experiment: training and stages, all attempts",
+        ),
+        Column(
+            "memory (estimate)",
+            [_memory(row) for row in rows],
+            explanation="peak of the training, and what its plan had said",
+        ),
+        Column(
+            "retries",
+            [str(len(row.retries) or "") for row in rows],
+            explanation="of the training, not of its stages",
+        ),
     ]
     return [column for column in columns if any(column.cells)]
 
@@ -151,7 +171,9 @@ def render_html(comparison: Comparison) -> str:
         differences=_differences(comparison),
         samples=_samples(comparison),
         sample_rows=[row for row in comparison.rows if row.answers][:_SAMPLE_COLUMNS],
-        troubled=[row for row in comparison.rows if row.failures or row.retries or row.problems],
+        troubled=[
+            row for row in comparison.rows if row.failures or row.retries or row.stage_retries or row.problems
+        ],
         format_value=format_value,
         describe=_describe,
     )

@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swift.core.logging import get_logger
 from swift.experiments.follow import follow, is_over
 from swift.experiments.home import Home
+from swift.experiments.open_sweeps import sweep_failure
 from swift.experiments.progress import read_json, seconds_of
 from swift.experiments.store import Store
-from swift.experiments.submissions import check_machine, from_file, from_mapping
+from swift.experiments.submission import check_machine, from_file, from_mapping
 from swift.experiments.types import Job
 
 __all__ = ["result_rows", "run_experiments"]
+
+logger = get_logger(__name__)
 
 
 def run_experiments(
@@ -53,11 +57,18 @@ def run_experiments(
     if inline:
         from swift.experiments.inline import run_inline
 
-        return result_rows(run_inline(place, submission, watch)[1], place)
+        return _rows(place, *run_inline(place, submission, watch))
     from swift.experiments.client import Client
 
     group = Client(place).submit(submission)["group"]
-    return result_rows(watch(place, Store(place.store), group, time.sleep), place)
+    return _rows(place, group, watch(place, Store(place.store), group, time.sleep))
+
+
+def _rows(home: Home, group: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    failure = sweep_failure(home, group)
+    if failure:
+        logger.warning("the sweep of %s ended before its time: %s", group, failure)
+    return result_rows(jobs)
 
 
 def _wait_quietly(home: Home, store: Store, group: str, pause: Callable[[float], None]) -> list[Job]:
@@ -66,7 +77,7 @@ def _wait_quietly(home: Home, store: Store, group: str, pause: Callable[[float],
     return jobs
 
 
-def result_rows(jobs: Sequence[Job], home: Home) -> list[dict[str, Any]]:
+def result_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """One row for each experiment among the jobs of a group."""
     rows = []
     for job in jobs:
@@ -84,7 +95,7 @@ def result_rows(jobs: Sequence[Job], home: Home) -> list[dict[str, Any]]:
                 **job.spec.parameters,
                 **_read(job, "summary.json"),
                 **{f"evaluate_{name}": value for name, value in _read(job, "evaluation.json").items()},
-                "seconds": seconds_of(job, home, time.time()),
+                "seconds": seconds_of(job, time.time()),
                 "retries": len(job.retries),
                 "reason": job.reason,
                 "stages": {other.spec.name.rpartition("/")[2]: other.state for other in stages},

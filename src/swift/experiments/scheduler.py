@@ -180,8 +180,13 @@ def decide(
 
 
 def _request(job: QueuedJob) -> Request:
+    needs = job.needs
     return Request(
-        job.needs.devices, job.memory_bytes, job.needs.threads, is_whole(job.needs, job.memory_bytes)
+        needs.devices,
+        job.memory_bytes,
+        needs.threads,
+        is_whole(needs, job.memory_bytes),
+        needs.memory_bytes is not None,
     )
 
 

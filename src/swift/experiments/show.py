@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
-from swift.experiments.home import Home
 from swift.experiments.progress import last_metrics, seconds_of
 from swift.experiments.types import ACTIVE, FINISHED, Job
 from swift.runs.status import read_status
@@ -68,15 +67,12 @@ def _number(value: Any, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def live_row(job: Job, samples: dict[str, dict[str, Any]], home: Home) -> dict[str, str]:
-    """The cells of ``swift top`` for one job, by column.
-
-    Args:
-        samples: newest sample of each subject, for the utilisation of its devices.
-        home: for the time of all attempts.
-    """
+def live_row(job: Job, samples: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The cells of ``swift top`` for one job, by column. ``samples``: the newest of each device."""
     seen = progress_of(job) if job.state not in ("queued", "waiting") else {}
-    step = f"{seen['step']}/{seen['total_steps']}" if seen.get("total_steps") else ""
+    # A run that goes on has said nothing yet, but its metrics tell how far it had come.
+    done = max(seen.get("step") or 0, seen.get("last_step") or 0)
+    step = f"{done}/{seen['total_steps']}" if seen.get("total_steps") else ""
     stage = str(seen.get("stage") or "")
     eta = seen.get("eta_seconds") if job.state in ACTIVE else None
     devices = [f"{job.placement.kind}:{index}" for index in job.placement.devices] if job.placement else []
@@ -85,7 +81,7 @@ def live_row(job: Job, samples: dict[str, dict[str, Any]], home: Home) -> dict[s
         for name in devices
         if samples.get(name, {}).get("utilisation_percent") is not None
     ]
-    seconds = seconds_of(job, home, time.time())
+    seconds = seconds_of(job, time.time())
     return {
         "id": job.id,
         "name": job.spec.name,
@@ -104,13 +100,13 @@ def live_row(job: Job, samples: dict[str, dict[str, Any]], home: Home) -> dict[s
     }
 
 
-def summary_rows(jobs: Sequence[Job], home: Home) -> tuple[list[str], list[list[str]]]:
+def summary_rows(jobs: Sequence[Job]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table shown when all jobs have ended."""
     header = ["NAME", "STATE", "STEPS", "LOSS", "EVAL LOSS", "TIME", "RETRIES", "NOTE"]
     rows = []
     for job in jobs:
         seen = progress_of(job)
-        seconds = seconds_of(job, home, time.time())
+        seconds = seconds_of(job, time.time())
         changes = "; ".join(str(entry.get("change", "")) for entry in job.retries)
         rows.append(
             [

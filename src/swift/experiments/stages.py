@@ -15,6 +15,7 @@ from swift.config.commands import COMMANDS, LATER_COMMANDS
 from swift.config.read import Written
 from swift.core.errors import ConfigError
 from swift.experiments.fields import NOWHERE, Fields, fail, suggest
+from swift.experiments.submit_checks import find_circle
 from swift.experiments.types import Condition
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "Stage",
     "check_graph",
     "check_name",
-    "find_circle",
     "known_command",
     "merge_stages",
     "read_stages",
@@ -231,25 +231,3 @@ def check_graph(graph: Mapping[str, Iterable[str]], places: Mapping[str, Written
         message = f"the {what}s wait for each other in a circle: {' -> '.join(circle)}"
         fix = f"remove needs: {circle[1]} from {circle[0]}"
         raise fail(message, places[circle[0]], circle[0], fix=fix)
-
-
-def find_circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
-    """The names along one circle, first again at the end; empty when there is none."""
-    done: set[str] = set()
-    for start in graph:
-        path: list[str] = []
-        stack = [(start, iter(graph[start]))] if start not in done else []
-        path += [start] if stack else []
-        while stack:
-            name, needs = stack[-1]
-            need = next(needs, None)
-            if need is None:
-                done.add(name)
-                stack.pop()
-                path.pop()
-            elif need in path:
-                return [*path[path.index(need) :], need]
-            elif need in graph and need not in done:
-                stack.append((need, iter(graph[need])))
-                path.append(need)
-    return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import sqlite3
@@ -17,7 +18,7 @@ from typing import Any
 from swift.core.errors import SwiftError, UsageError
 from swift.core.registry import closest
 from swift.experiments.database import Database
-from swift.experiments.submission import check_specs, free_name, run_folder
+from swift.experiments.submit_checks import check_specs, run_folder
 from swift.experiments.types import ACTIVE, FINISHED, LEGAL, STATES, Job, JobSpec, Placement, State
 
 __all__ = ["Event", "Group", "StateConflict", "Store"]
@@ -26,8 +27,10 @@ _FIELDS = (
     "attempt", "placement", "exit_code", "retries", "overrides", "started", "ended", "priority",
     "spent", "preempted",
 )  # fmt: skip
+_PLAIN_FIELDS = (
+    "state", "reason", "attempt", "exit_code", "submitted", "started", "ended", "priority", "spent",
+)  # fmt: skip
 _JSON_FIELDS = ("placement", "retries", "overrides", "preempted")
-_KEPT_SAMPLES = 500_000
 _KEPT_OBSERVATIONS = 20
 _ID = re.compile(r"j([1-9]\d{0,17})")
 _SIZE = re.compile(r"[\d.]+ (?:[KMGT]i)?B\b")
@@ -78,6 +81,8 @@ class Store:
     wall clock, which may jump.
     """
 
+    kept_samples = 500_000
+
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = Path(path)
         self._database = Database(self.path)
@@ -103,7 +108,7 @@ class Store:
         check_specs(specs)
         now = self._clock()
         with self._database.write() as connection:
-            name = free_name(connection, name)
+            name = self.free_name(name)
             for spec in specs:
                 self._check_owner(connection, spec)
             group = connection.execute(
@@ -220,6 +225,12 @@ class Store:
         rows = self._database.read(f"{_GROUPS} WHERE name = ?", (name,))
         return _group(rows[0]) if rows else None
 
+    def free_name(self, name: str) -> str:
+        """``NAME``, or ``NAME-2``, ``NAME-3``... when a submission has that name."""
+        taken = {row["name"] for row in self._database.read("SELECT name FROM groups")}
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        return name if name not in taken else next(other for other in numbered if other not in taken)
+
     def environment(self, group: str) -> dict[str, str] | None:
         """Variables of the shell that the group was submitted from; None when none were recorded. May hold secrets."""
         rows = self._database.read("SELECT environment FROM groups WHERE name = ?", (group,))
@@ -245,7 +256,7 @@ class Store:
         """Move a job to state ``to``, if it still is in one of ``from_states``; of two callers only one succeeds.
 
         ``starting`` counts a new attempt: ``attempt`` (default: the next) must be above the recorded one, so that a
-        decision taken before somebody else's attempt is void. ``started`` and ``ended`` are set here, unless given.
+        decision taken before somebody else's attempt is void. ``started`` is now, ``ended`` too unless given.
 
         Args:
             fields: attempt, placement, exit_code, retries, overrides, started, ended, priority, preempted.
@@ -275,9 +286,11 @@ class Store:
 
     def _changes(self, job: Job, to: State, fields: dict[str, Any]) -> dict[str, Any]:
         now = self._clock()
+        # An attempt may have ended long before somebody looked.
+        end = fields.pop("ended", None) or now
         changes: dict[str, Any] = {}
         if job.state in ACTIVE and to not in ACTIVE and job.started is not None:
-            changes["spent"] = job.spent + max(0.0, now - job.started)
+            changes["spent"] = job.spent + max(0.0, end - job.started)
         if to == "starting":
             attempt = fields.get("attempt", job.attempt + 1)
             if attempt <= job.attempt:
@@ -290,7 +303,7 @@ class Store:
                 "preempted": None,
             }
         elif to in FINISHED:
-            changes["ended"] = max(now, job.started or now)  # a clock set back makes no negative times
+            changes["ended"] = max(end, job.started or end)  # a clock set back makes no negative times
         elif to in ("queued", "waiting"):
             changes |= {"ended": None, "placement": None}
         return {**changes, **fields}
@@ -377,7 +390,8 @@ class Store:
     # Measurements
 
     def record_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append measurements: plain mappings; ``subject`` ("host", "cuda:0", "j3") and ``at`` are taken out."""
+        """Append measurements: plain mappings; ``subject`` ("host", "cuda:0", "j3") and ``at`` are taken out. The
+        oldest beyond ``kept_samples`` are dropped."""
         now = self._clock()
         values = [
             (
@@ -389,6 +403,8 @@ class Store:
         ]
         with self._database.write() as connection:
             connection.executemany("INSERT INTO samples (at, subject, data) VALUES (?, ?, ?)", values)
+            newest = "(SELECT coalesce(max(seq), 0) FROM samples)"
+            connection.execute(f"DELETE FROM samples WHERE seq <= {newest} - ?", (self.kept_samples,))
 
     def samples(self, since: float = 0.0, subject: str | None = None) -> list[dict[str, Any]]:
         """Measurements taken at ``since`` (wall clock) or later, in the order of their recording."""
@@ -418,16 +434,6 @@ class Store:
         )
         return (statistics.median(row["ratio"] for row in rows), len(rows)) if rows else (1.0, 0)
 
-    def vacuum(self, keep_samples: int = _KEPT_SAMPLES) -> None:
-        """Drop all but the newest samples and give free pages back to the disk. Events and jobs stay."""
-        with self._database.write() as connection:
-            connection.execute(
-                "DELETE FROM samples WHERE seq <= (SELECT coalesce(max(seq), 0) FROM samples) - ?",
-                (keep_samples,),
-            )
-        self._database.run("VACUUM")
-        self._database.run("PRAGMA wal_checkpoint (TRUNCATE)")
-
     def close(self) -> None:
         """Close this thread's connection."""
         self._database.close()
@@ -450,17 +456,6 @@ class Store:
         placement = json.loads(row["placement"]) if row["placement"] else None
         if placement is not None:
             placement = Placement(**{**placement, "devices": tuple(placement["devices"])})
-        plain = (
-            "state",
-            "reason",
-            "attempt",
-            "exit_code",
-            "submitted",
-            "started",
-            "ended",
-            "priority",
-            "spent",
-        )
         return Job(
             id=f"j{row['seq']}",
             group=row["group_name"],
@@ -469,7 +464,7 @@ class Store:
             retries=json.loads(row["retries"]),
             overrides=json.loads(row["overrides"]),
             preempted=json.loads(row["preempted"]) if row["preempted"] else None,
-            **{name: row[name] for name in plain},
+            **{name: row[name] for name in _PLAIN_FIELDS},
         )
 
 

@@ -119,10 +119,7 @@ class Supervisor:
     """
 
     def __init__(
-        self,
-        attempt: Path,
-        run_child: Callable[[Launch], NoReturn] | None = None,
-        note: str = "cold",
+        self, attempt: Path, run_child: Callable[[Launch], NoReturn] | None = None, note: str = "cold"
     ) -> None:
         self.attempt = attempt
         self.job_dir = attempt.parent
@@ -294,10 +291,7 @@ class Supervisor:
             if wish is None or wish == self._control:
                 return
             self._control = wish
-            if wish["action"] == "kill":
-                self._stop("killed", 0.0)
-            elif wish["action"] == "stop":
-                self._stop("stopped", float(wish["grace_seconds"]))
+            self._stop("stopped", float(wish["grace_seconds"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"control.json: {error!r}", file=sys.stderr)  # a bad request must not cost the job
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 __all__ = [
     "ACTIVE",
@@ -20,18 +20,25 @@ __all__ = [
     "Needs",
     "Placement",
     "State",
+    "state_words",
 ]
 
 State = Literal[
     "queued", "waiting", "starting", "running", "pausing", "paused", "succeeded", "failed", "cancelled"
 ]
-STATES: tuple[State, ...] = (
-    "queued", "waiting", "starting", "running", "pausing", "paused", "succeeded", "failed", "cancelled",
-)  # fmt: skip
+STATES: tuple[State, ...] = get_args(State)
 """``waiting``: for other jobs; ``queued``: ready, for devices; the rest says what it means."""
 ACTIVE: tuple[State, ...] = ("starting", "running", "pausing")
 """A supervisor lives."""
 FINISHED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+
+
+def state_words(state: State) -> str:
+    """``is running``, ``has succeeded``, ``has been cancelled``."""
+    return {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "has been cancelled"}.get(
+        state, f"is {state}"
+    )
+
 
 LEGAL: dict[State, tuple[State, ...]] = {
     "queued": ("starting", "waiting", "paused", "failed", "cancelled"),

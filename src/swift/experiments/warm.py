@@ -92,11 +92,7 @@ def submit(home: Home, attempt: Path, launch: Launch, deadline_seconds: float) -
     refusal = _misfit(launch)
     if refusal is not None:
         return refusal
-    request = {
-        "attempt": str(attempt),
-        "owner": ProcessIdentity.of().to_dict(),
-        "umask": _umask(),
-    }
+    request = {"attempt": str(attempt), "owner": ProcessIdentity.of().to_dict(), "umask": _umask()}
     deadline = time.monotonic() + max(deadline_seconds, DEADLINE_SECONDS)
     try:
         with contextlib.closing(_connect(home, launch, deadline)) as connection:

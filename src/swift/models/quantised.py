@@ -85,13 +85,17 @@ def is_unpacked(config: Mapping[str, Any]) -> bool:
 
 def check_packages(section: QuantizationSection) -> None:
     """Raise ConfigError when the library that quantises is not installed."""
-    if section.quant_method is None:
+    method = "torchao" if section.needs_torchao else section.quant_method
+    if method is None:
         return
-    needs = _ON_LOADING[section.quant_method]
+    needs = _ON_LOADING[method]
     if missing := _missing(needs):
+        option = f"quant_method {method}"
+        if section.needs_torchao:
+            option = "fp8" if section.fp8 else "qat_bits"
         raise ConfigError(
             f"{missing} is not installed",
-            where=f"--quant_method {section.quant_method}",
+            where=f"--{option}",
             why="it holds the quantised layers",
             fix=needs.install,
         )

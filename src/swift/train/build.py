@@ -34,6 +34,7 @@ from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_chec
 from swift.train.evaluation import Evaluator, LossEvaluator
 from swift.train.inspection import inspection_report
 from swift.train.loop import Trainer
+from swift.train.low_precision import train_in_float8, train_quantisation_aware
 from swift.train.neftune import add_embedding_noise
 from swift.train.optimizers import build_optimizer
 from swift.train.precision import param_dtype
@@ -239,6 +240,10 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
                 parameter.data = parameter.data.to(dtype)
     if config.tuner.longlora_group_size:
         use_shifted_groups(model, config.tuner.longlora_group_size)
+    if config.quantization.qat_bits is not None:
+        train_quantisation_aware(model, config.quantization, output_head_name(model))
+    if config.quantization.fp8:
+        train_in_float8(model, prepared.device, output_head_name(model))
     if config.training.gradient_checkpointing:
         _recompute(model, config.training.recompute_num_layers)
     return tuned

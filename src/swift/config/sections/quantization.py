@@ -30,6 +30,23 @@ class QuantizationSection(Section):
         None, "Precision in which 4-bit layers multiply; default: torch_dtype."
     )
 
+    qat_bits: int | None = option(
+        None, "Full training for weights that will be rounded to 4 or 8 bits (quantisation-aware; torchao)."
+    )
+    qat_activation_bits: int | None = option(
+        None, "With qat_bits: 8 rounds activations as well, for each token."
+    )
+    qat_group_size: int = option(32, "With qat_bits: weights that share a scale.", ge=1)
+    fp8: bool = option(
+        False,
+        "Full training that multiplies in float8 (torchao; NVIDIA Ada, Hopper or newer; use torch_compile too).",
+    )
+
+    @property
+    def needs_torchao(self) -> bool:
+        """True when torchao changes how a full training computes."""
+        return self.fp8 or self.qat_bits is not None
+
     @property
     def is_active(self) -> bool:
         """True when the base is quantised while it is loaded."""

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
@@ -24,17 +24,7 @@ from swift.experiments.processes import send_signal
 from swift.experiments.supervisor import EXIT_LOCKED, clear_leftovers, read_json, take_lock, write_exit
 from swift.experiments.types import Launch
 
-__all__ = [
-    "AlreadyRunning",
-    "Exit",
-    "Observation",
-    "Runner",
-    "Supervisors",
-    "kill",
-    "launch",
-    "observe",
-    "stop",
-]
+__all__ = ["AlreadyRunning", "Exit", "Observation", "Runner", "Supervisors", "launch", "observe", "stop"]
 
 DEADLINE_SECONDS = 10.0
 STARTING_SECONDS = 30.0
@@ -55,7 +45,8 @@ class Exit:
     Attributes:
         exit_code, signal: one of them, or neither when the job never began or its end was not seen.
         reason: ``exited`` by itself; ``stopped`` as asked; ``killed`` because it did not stop, or as asked;
-            ``time_limit``, ``memory_limit``; ``lost``: the supervisor died (kill -9, reboot).
+            ``time_limit``, ``memory_limit``; ``lost``: the supervisor died (kill -9, reboot); ``not_begun``: the
+            launcher died before a supervisor came to life.
         ended: seconds since the epoch.
         peak_memory_bytes: of all its processes together; cpu_seconds: likewise.
     """
@@ -95,7 +86,7 @@ def launch(
     home: Home,
     job_id: str,
     attempt: int,
-    launch: Launch,
+    wanted: Launch,
     warm: bool,
     deadline_seconds: float = DEADLINE_SECONDS,
 ) -> None:
@@ -113,12 +104,12 @@ def launch(
     folder.chmod(0o700)  # launch.json holds the whole environment of the job
     if not (folder / "supervisor.json").exists():
         atomic_write_json(folder / "launcher.json", ProcessIdentity.of().to_dict(), durable=False)
-        atomic_write_json(folder / "launch.json", launch.to_dict())
+        atomic_write_json(folder / "launch.json", wanted.to_dict())
     note = "cold"
     if warm:
         from swift.experiments.warm import submit
 
-        refusal = submit(home, folder, launch, deadline_seconds)
+        refusal = submit(home, folder, wanted, deadline_seconds)
         if refusal is None:
             return
         note = f"cold ({refusal})"
@@ -173,18 +164,19 @@ def _began(folder: Path) -> bool:
         return True
     try:
         if not (folder / "supervisor.json").exists():
-            write_exit(folder, "lost")
+            write_exit(folder, "not_begun")
             return False
         return True
     finally:
         os.close(lock)
 
 
-def log_tail(log: Path, lines: int = 12) -> str | None:
-    """The last lines of a log, None when there are none."""
+def log_tail(log: Path, lines: int = 12, start: int = 0) -> str | None:
+    """The last lines of a log from byte ``start`` on, None when there are none."""
     try:
-        with log.open(encoding="utf-8", errors="replace") as file:
-            return "".join(deque(file, lines)).rstrip() or None
+        with log.open("rb") as file:
+            file.seek(start)
+            return b"".join(deque(file, lines)).decode(errors="replace").rstrip() or None
     except FileNotFoundError:
         return None
 
@@ -193,7 +185,7 @@ def observe(job_dir: Path, attempt: int) -> Observation:
     """How this attempt goes.
 
     When its supervisor has died without a last word, what is left of the job is killed and the attempt is
-    recorded as ``lost`` first; this is done under the job's lock, so never to a job that lives.
+    recorded as ``lost`` (or ``not_begun``) first; this is done under the job's lock, so never to a job that lives.
 
     Raises SwiftError when leftovers of a lost attempt cannot be killed.
     """
@@ -216,8 +208,11 @@ def observe(job_dir: Path, attempt: int) -> Observation:
             raise SwiftError(
                 "processes of a lost job cannot be killed", where=str(folder), why=f"pids {pids}"
             )
-        if folder.is_dir():
-            write_exit(folder, "lost")
+        if (folder / "supervisor.json").exists():
+            heard = folder / "heartbeat"  # of the dead supervisor
+            write_exit(folder, "lost", ended=heard.stat().st_mtime if heard.exists() else time.time())
+        elif folder.is_dir():
+            write_exit(folder, "not_begun")
     finally:
         os.close(lock)
     return _look(folder) or Observation("vanished")
@@ -228,7 +223,8 @@ def _look(folder: Path) -> Observation | None:
     ended = read_json(folder / "exit.json")
     if ended is not None:
         known = {key: ended[key] for key in Exit.__dataclass_fields__ if key in ended}
-        return Observation("vanished" if ended["reason"] == "lost" else "ended", Exit(**known))
+        vanished = ended["reason"] in ("lost", "not_begun")
+        return Observation("vanished" if vanished else "ended", Exit(**known))
     supervisor = _supervisor(folder)
     if supervisor is None:
         return None
@@ -263,23 +259,17 @@ def _supervisor(folder: Path) -> ProcessIdentity | None:
 
 
 def stop(job_dir: Path, attempt: int, grace_seconds: float) -> None:
-    """Ask for a stop: SIGTERM (a training saves a checkpoint), SIGKILL after ``grace_seconds``. Returns at once.
+    """Ask for a stop: SIGTERM (a training saves a checkpoint), SIGKILL after ``grace_seconds`` (0: at once). Does
+    not wait.
 
     A later call can only shorten the time. An attempt that has ended is left alone; one that has not begun
     yet ends without starting its command.
     """
-    _control(job_dir / f"attempt-{attempt}", {"action": "stop", "grace_seconds": grace_seconds})
-
-
-def kill(job_dir: Path, attempt: int) -> None:
-    """SIGKILL to all processes of the attempt, now. Returns at once."""
-    _control(job_dir / f"attempt-{attempt}", {"action": "kill", "grace_seconds": 0.0})
-
-
-def _control(folder: Path, wish: dict[str, Any]) -> None:
+    folder = job_dir / f"attempt-{attempt}"
     if (folder / "exit.json").exists():
         return
-    atomic_write_json(folder / "control.json", {**wish, "time": time.time()})
+    wish = {"action": "stop", "grace_seconds": grace_seconds, "time": time.time()}
+    atomic_write_json(folder / "control.json", wish)
     supervisor = _supervisor(folder)
     if supervisor is not None:
         send_signal(supervisor, signal.SIGUSR1)  # else it reads the file with its next heartbeat
@@ -288,7 +278,7 @@ def _control(folder: Path, wish: dict[str, Any]) -> None:
 class Runner(Protocol):
     """Starts, watches and stops attempts: what the engine needs; tests put a fake in its place."""
 
-    def launch(self, job_id: str, attempt: int, launch: Launch, warm: bool) -> None:
+    def launch(self, job_id: str, attempt: int, wanted: Launch, warm: bool) -> None:
         """Begin an attempt; returns when somebody is responsible for it. Raises SwiftError."""
 
     def observe(self, job_id: str, attempt: int) -> Observation:
@@ -307,17 +297,14 @@ class Supervisors:
     def __init__(self, home: Home) -> None:
         self.home = home
 
-    def launch(self, job_id: str, attempt: int, launch_: Launch, warm: bool) -> None:
-        launch(self.home, job_id, attempt, launch_, warm)
+    def launch(self, job_id: str, attempt: int, wanted: Launch, warm: bool) -> None:
+        launch(self.home, job_id, attempt, wanted, warm)
 
     def observe(self, job_id: str, attempt: int) -> Observation:
         return observe(self.home.job_dir(job_id), attempt)
 
     def stop(self, job_id: str, attempt: int, grace_seconds: float) -> None:
-        if grace_seconds > 0:
-            stop(self.home.job_dir(job_id), attempt, grace_seconds)
-        else:
-            kill(self.home.job_dir(job_id), attempt)
+        stop(self.home.job_dir(job_id), attempt, grace_seconds)
 
     def watch(self, job_id: str, attempt: int) -> int | None:
         record = read_json(self.home.attempt_dir(job_id, attempt) / "supervisor.json")

@@ -13,6 +13,7 @@ from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
 from swift.data.hub import is_here, with_hub
 from swift.data.sources import find_files, parse_dataset_spec
+from swift.experiments.types import TRAINING
 from swift.models.facts import check_model_folder
 from swift.models.locate import find_model
 from swift.runs.record import data_fingerprint
@@ -45,9 +46,7 @@ class Estimator:
         if model is not None and not self._comes_later(model):
             found = find_model(resolved.config.model)
             folder = None if found is None else found.folder  # None: the job downloads it
-            if folder is not None and (
-                (folder / "config.json").is_file() or resolved.command in ("pt", "sft")
-            ):
+            if folder is not None and ((folder / "config.json").is_file() or resolved.command in TRAINING):
                 check_model_folder(folder)
         for adapter in resolved.config.model.adapters:
             if not self._comes_later(adapter) and not Path(adapter).exists():
@@ -92,7 +91,7 @@ class Estimator:
         used = [resolved.config.model.model, *resolved.config.model.adapters]
         if (
             like
-            and resolved.command not in ("pt", "sft")
+            and resolved.command not in TRAINING
             and any(self._comes_later(path) for path in used if path)
         ):
             return _inference_like(resolved.command, like)
@@ -160,7 +159,7 @@ def _memory_key(resolved: Resolved, model: dict[str, Any]) -> str:
     """Jobs alike enough that what one needed tells about the others."""
     if not model:
         return resolved.command
-    tuner = resolved.config.tuner.tuner_type if resolved.command in ("pt", "sft") else "-"
+    tuner = resolved.config.tuner.tuner_type if resolved.command in TRAINING else "-"
     return f"{resolved.command}/{tuner}/{model['architecture']}/{model['parameters']}/{model['dtype']}"
 
 

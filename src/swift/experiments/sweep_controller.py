@@ -17,7 +17,7 @@ from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
 from swift.experiments.expand import trial_specs
 from swift.experiments.file import ExperimentFile, parse_experiments
-from swift.experiments.search import Parameter, Sweep, candidates
+from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.types import JobSpec
 from swift.runs.metrics import MetricsLog, read_metrics
 

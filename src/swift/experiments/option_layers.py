@@ -24,7 +24,6 @@ from swift.core.errors import ConfigError, SwiftError
 from swift.experiments.fields import Fields, fail, mapping
 
 __all__ = [
-    "TRAINING",
     "about",
     "bind",
     "bind_words",
@@ -34,9 +33,6 @@ __all__ = [
     "option_name",
     "snapshot",
 ]
-
-TRAINING = ("pt", "sft")
-"""Commands that make a run folder."""
 
 _PATHS = ("model", "output_dir", "resume_from_checkpoint", "result_path")
 _PATH_LISTS = ("adapters", "dataset", "val_dataset")

@@ -1,23 +1,25 @@
-"""Sweeps whose trials depend on results: asks their controllers for jobs, and tells them how these went."""
+"""OpenSweeps whose trials depend on results: asks their controllers for jobs, and tells them how these went."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift.core.errors import SwiftError
 from swift.core.logging import get_logger
+from swift.experiments.database import StoreUnusable
 from swift.experiments.home import Home
 from swift.experiments.store import Group, Store
 from swift.experiments.types import FINISHED, Job, JobSpec
 from swift.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from swift.experiments.sweep import SweepController
+    from swift.experiments.sweep_controller import SweepController
 
-__all__ = ["Sweeps", "sweep_is_open"]
+__all__ = ["OpenSweeps", "sweep_failure", "sweep_is_open"]
 
 logger = get_logger(__name__)
 _FINISHED_MARK = "finished"
@@ -29,7 +31,13 @@ def sweep_is_open(home: Home, group: str) -> bool:
     return folder.is_dir() and not (folder / _FINISHED_MARK).exists()
 
 
-class Sweeps:
+def sweep_failure(home: Home, group: str) -> str:
+    """Why the sweep of this group ended before its time; "" when it did not."""
+    mark = home.root / "sweeps" / group / _FINISHED_MARK
+    return mark.read_text(encoding="utf-8") if mark.is_file() else ""
+
+
+class OpenSweeps:
     """All controlled sweeps of one store; each has the folder ``sweeps/GROUP``.
 
     Optuna is imported only when there is one.
@@ -60,9 +68,9 @@ class Sweeps:
     ) -> Group:
         """Record a group and the first trials of its sweep. Raises SwiftError; nothing is left then."""
         from swift.experiments.file import parse_experiments
-        from swift.experiments.sweep import SweepController
+        from swift.experiments.sweep_controller import SweepController
 
-        name = self._free_name(name)
+        name = self.store.free_name(name)
         folder = self._folder(name)
         if folder.exists():
             shutil.rmtree(folder)  # of a submission that was cut before its jobs were recorded
@@ -80,21 +88,38 @@ class Sweeps:
     def tick(self) -> None:
         """Report metrics, give up trials that fell behind, settle those that ended, queue the next."""
         if not self._found:
-            self._found = True
             self._find()
+            self._found = True
         for name, controller in list(self._open.items()):
-            try:
+            with self._ending_on_errors(name):
                 self._advance(name, controller)
-            except SwiftError as error:
-                logger.error("the sweep of %s cannot go on: %s", name, error.render())
-                self.store.event(None, "sweep_failed", {"group": name, "message": error.render()})
-                self.stop(name)
 
-    def stop(self, name: str) -> None:
+    @contextmanager
+    def _ending_on_errors(self, name: str) -> Iterator[None]:
+        """A sweep that cannot go on ends and says why: neither the queue nor whoever follows may hang on it.
+
+        A store that cannot be used just now ends no sweep; the engine's next round tries again.
+        """
+        try:
+            yield
+        except StoreUnusable:
+            raise
+        except (
+            SwiftError,
+            ValueError,
+            KeyError,
+        ) as error:  # the latter two: a damaged sweep.json or trials.jsonl
+            message = error.render() if isinstance(error, SwiftError) else f"its files are damaged: {error!r}"
+            logger.error("the sweep of %s cannot go on: %s", name, message)
+            self.store.event(None, "sweep_failed", {"group": name, "message": message})
+            self.stop(name, message)
+
+    def stop(self, name: str, failure: str = "") -> None:
         """No more trials; those that run go on. Nothing happens for a group without a sweep."""
         controller = self._open.pop(name, None)
+        if self.store.group(name) is not None and sweep_is_open(self.home, name):
+            (self._folder(name) / _FINISHED_MARK).write_text(failure, encoding="utf-8")
         if controller is not None:
-            (self._folder(name) / _FINISHED_MARK).touch()
             controller.close()
 
     def close(self) -> None:
@@ -106,21 +131,15 @@ class Sweeps:
     def _folder(self, name: str) -> Path:
         return self.home.root / "sweeps" / name
 
-    def _free_name(self, name: str) -> str:
-        free, number = name, 1
-        while self.store.group(free) is not None:
-            number += 1
-            free = f"{name}-{number}"
-        return free
-
     def _find(self) -> None:
         """Open the sweeps that an earlier engine left."""
         folders = (self.home.root / "sweeps").glob("*")
         for folder in sorted(folders):
             if sweep_is_open(self.home, folder.name) and self.store.group(folder.name) is not None:
-                from swift.experiments.sweep import SweepController
+                from swift.experiments.sweep_controller import SweepController
 
-                self._open[folder.name] = SweepController.open(folder)
+                with self._ending_on_errors(folder.name):
+                    self._open[folder.name] = SweepController.open(folder)
 
     def _advance(self, name: str, controller: SweepController) -> None:
         jobs = {job.spec.name: job for job in self.store.jobs(group=name)}
@@ -152,7 +171,7 @@ class Sweeps:
                 return
 
     def _settle(self, controller: SweepController, trial: str, job: Job, judge: Job | None) -> None:
-        from swift.experiments.sweep import metric_of
+        from swift.experiments.sweep_controller import metric_of
 
         judge = judge or job
         if judge.state not in FINISHED:

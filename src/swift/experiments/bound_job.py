@@ -11,13 +11,13 @@ from swift.config.commands import COMMANDS
 from swift.config.read import Written
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
-from swift.experiments.binding import TRAINING, about, bind, make_absolute
 from swift.experiments.fields import NOWHERE, fail, mapping
 from swift.experiments.file import Experiment, Resources, read_resources
+from swift.experiments.option_layers import about, bind, make_absolute
 from swift.experiments.stages import Stage
-from swift.experiments.types import Dependency
+from swift.experiments.types import TRAINING, Dependency
 
-__all__ = ["Bound", "bind_stages", "check_run_name", "stages_of", "take_run_folder"]
+__all__ = ["BoundJob", "bind_stages", "check_run_name", "stages_of", "take_run_folder"]
 
 _INHERITED = (
     "device", "attn_impl", "trust_remote_code", "num_threads", "seed", "columns", "on_bad_rows", "val_dataset",
@@ -26,7 +26,7 @@ _INHERITED = (
 
 
 @dataclass
-class Bound:
+class BoundJob:
     """An experiment or stage whose options are resolved."""
 
     experiment: Experiment
@@ -53,7 +53,7 @@ def check_run_name(resolved: Resolved, name: str) -> None:
         )
 
 
-def take_run_folder(bound: Bound, name: str) -> None:
+def take_run_folder(bound: BoundJob, name: str) -> None:
     """Fix the run folder before the job starts: ``<output_dir>/<name>``."""
     assert bound.resolved is not None
     options = bound.resolved.config.checkpoint
@@ -64,7 +64,7 @@ def take_run_folder(bound: Bound, name: str) -> None:
     bound.run_dir = Path(options.output_dir) / name
 
 
-def stages_of(bound: Bound) -> dict[str, Stage]:
+def stages_of(bound: BoundJob) -> dict[str, Stage]:
     """The stages of an experiment, the automatic evaluation included, without those that do not apply to it."""
     stages = dict(bound.experiment.stages)
     resolved = bound.resolved
@@ -80,23 +80,20 @@ def stages_of(bound: Bound) -> dict[str, Stage]:
     return stages
 
 
-def _leave_out_merges(stages: dict[str, Stage], bound: Bound) -> None:
+def _leave_out_merges(stages: dict[str, Stage], bound: BoundJob) -> None:
     """Full training has nothing to merge, and some adapters cannot be merged. A merge that the file asks of every
     experiment is left out there, with the stages that need it; one that the experiment itself asks for is an error."""
     gone = {name for name, stage in stages.items() if stage.kind == "merge"}
     own = [stages[name] for name in gone if not stages[name].shared]
     if own:
-        raise about(
-            fail("there is no adapter that can be merged", own[0].written, own[0].name),
-            bound.name,
-        )
+        raise about(fail("there is no adapter that can be merged", own[0].written, own[0].name), bound.name)
     while gone:
         for name in gone:
             stages.pop(name, None)
         gone = {name for name, stage in stages.items() if set(stage.needs) - set(stages)}
 
 
-def bind_stages(bound: Bound, cwd: Path, planning: bool) -> list[Bound]:
+def bind_stages(bound: BoundJob, cwd: Path, planning: bool) -> list[BoundJob]:
     stages = stages_of(bound)
     made = []
     for stage in stages.values():
@@ -107,12 +104,12 @@ def bind_stages(bound: Bound, cwd: Path, planning: bool) -> list[Bound]:
     return made
 
 
-def _bind_stage(bound: Bound, stage: Stage, cwd: Path, planning: bool) -> Bound:
+def _bind_stage(bound: BoundJob, stage: Stage, cwd: Path, planning: bool) -> BoundJob:
     needs = [f"{bound.name}/{need}" for need in stage.needs] or [bound.name]
     words = {"{name}": bound.name, "{stage}": stage.name}
     if bound.run_dir is not None:
         words |= {"{run}": str(bound.run_dir), "{merged}": str(bound.run_dir / "merged")}
-    made = Bound(
+    made = BoundJob(
         experiment=bound.experiment,
         name=f"{bound.name}/{stage.name}",
         command=stage.command,
@@ -136,7 +133,7 @@ def _bind_stage(bound: Bound, stage: Stage, cwd: Path, planning: bool) -> Bound:
     return made
 
 
-def _stage_defaults(bound: Bound, stage: Stage, options: Written) -> dict[str, Any]:
+def _stage_defaults(bound: BoundJob, stage: Stage, options: Written) -> dict[str, Any]:
     """What a stage knows from its experiment: the run it works on, the validation data, where results go."""
     taken = COMMANDS[stage.command].options()
     trained, run = bound.resolved, bound.run_dir
@@ -163,7 +160,7 @@ def _stage_defaults(bound: Bound, stage: Stage, options: Written) -> dict[str, A
     return values
 
 
-def _check_stage(bound: Bound, stage: Stage, resolved: Resolved) -> None:
+def _check_stage(bound: BoundJob, stage: Stage, resolved: Resolved) -> None:
     if stage.kind in ("evaluate", "infer") and not resolved.config.data.val_dataset:
         raise fail(
             "has no data", stage.written, stage.name, fix="val_dataset: [FILE], here or in the experiment"
