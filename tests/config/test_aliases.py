@@ -17,6 +17,7 @@ TABLE = alias_table()
 
 # Options that only make sense beside another one.
 BESIDE = {
+    "loss_type": ["--task_type", "reranker"],
     "dataset_weights": ["--dataset", "d"],
     "galore_target_modules": ["--optim", "galore_adamw"],
     "streaming": ["--max_steps", "5"],

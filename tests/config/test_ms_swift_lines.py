@@ -163,8 +163,9 @@ def test_a_plan_names_what_is_missing(line: str, warning: str) -> None:
             "--report_to: not in this version: neptune: there is no such tracker here",
         ),
         (
-            f"sft {NEEDED} --experts_impl eager --task_type embedding",
-            "--task_type: not in this version: this version trains causal language models",
+            f"sft {NEEDED} --experts_impl eager --loss_type sigmoid",
+            "--loss_type: not in this version: sigmoid: preference and reinforcement learning"
+            " come with a later version",
         ),
         ("infer --model m --max_length 512", "--max_length: not used by swift infer"),
         (f"sft {NEEDED} --train_type full --lora_rank 8", "--lora_rank: has no effect with tuner_type full"),

@@ -119,13 +119,25 @@ EXPLICIT = {
     "greater_is_better": "true",
     "use_chat_template": "false",
     "loss_scale": "last_round",
+    "problem_type": "regression",
+    "num_labels": "2",
+    "loss_type": "mse",
+    "enable_thinking": "true",
+}
+BESIDE = {
+    "problem_type": ["--task_type", "seq_cls", "--num_labels", "2"],
+    "num_labels": ["--task_type", "seq_cls", "--problem_type", "regression"],
+    "loss_type": ["--task_type", "seq_cls", "--num_labels", "1"],
+    "enable_thinking": ["--task_type", "generative_reranker"],
 }
 
 
 @pytest.mark.parametrize("rule", DERIVATIONS, ids=lambda rule: rule.target)
 def test_a_typed_value_is_never_overwritten(rule: Any) -> None:
     word = EXPLICIT[rule.target]
-    resolved = resolve("pt", [*NEEDED, "--val_dataset", "v", f"--{rule.target}", word])
+    beside = BESIDE.get(rule.target, [])
+    command = "sft" if beside else "pt"
+    resolved = resolve(command, [*NEEDED, "--val_dataset", "v", f"--{rule.target}", word, *beside])
     assert str(resolved.value(rule.target)).lower() == word
     assert resolved.sources[rule.target].kind == "flag"
 

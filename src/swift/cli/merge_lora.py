@@ -56,9 +56,9 @@ def merge(resolved: Resolved) -> Path:
             why=error.strerror,
             fix="--output_dir elsewhere",
         ) from error
-    print(
-        f"check    {difference}\nmerged   {folder}\nnext     swift infer --model {shlex.quote(str(folder))}"
-    )
+    print(f"check    {difference}\nmerged   {folder}")
+    if context.writes_text:
+        print(f"next     swift infer --model {shlex.quote(str(folder))}")
     return folder
 
 

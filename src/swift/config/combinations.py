@@ -12,6 +12,7 @@ from typing import Any
 
 from swift.config.memory_rules import FULL_TRAINING_OPTIMIZERS, LOW_RANK_OPTIONS
 from swift.config.schema import Resolved
+from swift.config.task_rules import TASK_OPTIONS
 from swift.config.tuner_rules import TUNER_OPTIONS
 from swift.core.errors import ConfigError
 
@@ -30,7 +31,7 @@ class OnlyWith:
 
 
 ONLY_WITH: tuple[OnlyWith, ...] = (
-    *(OnlyWith(*row) for row in TUNER_OPTIONS),
+    *(OnlyWith(*row) for row in (*TUNER_OPTIONS, *TASK_OPTIONS)),
     OnlyWith(("lorap_lr_ratio",), "tuner_type", ("lora",)),
     OnlyWith(("qat_activation_bits", "qat_group_size"), "qat_bits", (4, 8)),
     OnlyWith(LOW_RANK_OPTIONS, "optim", FULL_TRAINING_OPTIMIZERS),

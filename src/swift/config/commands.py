@@ -87,8 +87,8 @@ COMMANDS: dict[str, Command] = {
         Command(
             "sft",
             "swift.cli.sft",
-            "Fine-tune on conversations or instructions.",
-            sections=_TRAINING,
+            "Fine-tune: answer, classify, rank, embed.",
+            sections=(*_TRAINING, "task"),
             required=_TRAINING_NEEDS,
             switches=_DRY_RUN,
         ),

@@ -16,6 +16,7 @@ from swift.config.combinations import check_combinations
 from swift.config.commands import Command
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
 from swift.config.schema import Resolved, Source, options
+from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
 from swift.config.tuner_rules import check_tuner, derived_dropout
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
@@ -24,11 +25,8 @@ __all__ = ["DERIVATIONS", "Derivation", "apply"]
 
 SAMPLES_PER_STEP = 16
 """Samples an optimizer step should see when nobody says otherwise (as in ms-swift)."""
-
 PACKED_ROWS_PER_STEP = 4
 """The same in packed rows: a row of max_length holds about four samples of usual length."""
-
-_EVAL_METRICS = ("eval_loss", "eval_token_accuracy", "eval_perplexity")
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,9 @@ def _eval_strategy(resolved: Resolved) -> str:
 
 
 def _greater_is_better(resolved: Resolved) -> bool:
-    return not re.search(r"loss|perplexity|ppl", resolved.config.evaluation.metric_for_best_model)
+    return not re.search(
+        r"loss|perplexity|ppl|mae|negative", resolved.config.evaluation.metric_for_best_model
+    )
 
 
 def _scheduler(resolved: Resolved) -> str | None:
@@ -116,7 +116,7 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("quant_method", ("quant_bits",), quant_method),
     Derivation("quant_bits", ("quant_method",), quant_bits),
     Derivation("lr_scheduler_type", ("optim",), _scheduler),
-    Derivation("use_chat_template", ("command",), lambda resolved: resolved.command != "pt"),
+    *(Derivation(*row) for row in TASK_DERIVATIONS),
     Derivation("loss_scale", ("command",), lambda resolved: "all" if resolved.command == "pt" else None),
 )
 
@@ -124,6 +124,7 @@ DERIVATIONS: tuple[Derivation, ...] = (
 def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool) -> None:
     """Fill derived values, then check. ``planning`` turns what only a run needs into warnings."""
     taken = command.options()
+    take_environment(resolved, taken)
     for rule in DERIVATIONS:
         if rule.target in taken and _may_derive(rule, resolved):
             value = rule.compute(resolved)
@@ -137,6 +138,7 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
         check(resolved)
     check_combinations(resolved, _where, planning)
     check_tuner(resolved, _where)
+    check_task(resolved, _where)
     if not partial:
         check_memory(resolved, _where)
     _check_devices(resolved)
@@ -183,19 +185,19 @@ def _check_evaluation(resolved: Resolved) -> None:
     evaluation = resolved.config.evaluation
     if resolved.command not in ("pt", "sft"):
         return
-    metric = evaluation.metric_for_best_model
+    metric, known = evaluation.metric_for_best_model, eval_metrics(resolved)
     if not metric.startswith("eval_"):
-        near = closest(metric, _EVAL_METRICS)
+        near = closest(metric, known)
         raise ConfigError(
             f"{metric!r} is not a metric of the evaluation",
             where=_where(resolved, "metric_for_best_model"),
-            fix=f"did you mean {near}?" if near else f"built in: {', '.join(_EVAL_METRICS)}",
+            fix=f"did you mean {near}?" if near else f"built in: {', '.join(known)}",
         )
-    if metric not in _EVAL_METRICS and not resolved.config.report.callbacks:
+    if metric not in known and not resolved.config.report.callbacks:
         raise ConfigError(
             f"there is no metric {metric!r}",
             where=_where(resolved, "metric_for_best_model"),
-            why=f"built in: {', '.join(_EVAL_METRICS)}",
+            why=f"built in: {', '.join(known)}",
             fix="name one of these, or the file that adds it: --callbacks FILE.py",
         )
     if not has_validation(resolved):

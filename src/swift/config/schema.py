@@ -20,6 +20,7 @@ from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
+from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
 from swift.config.sections.tuner import TunerSection
@@ -29,6 +30,7 @@ __all__ = ["SECTIONS", "Config", "Option", "Resolved", "Source", "options"]
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "data": DataSection,
+    "task": TaskSection,
     "template": TemplateSection,
     "tuner": TunerSection,
     "quantization": QuantizationSection,
@@ -49,6 +51,7 @@ class Config(Section):
 
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
+    task: TaskSection = Field(default_factory=TaskSection)
     template: TemplateSection = Field(default_factory=TemplateSection)
     tuner: TunerSection = Field(default_factory=TunerSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)

@@ -30,6 +30,8 @@ class Batch:
         num_targets: targets that are learned.
         sample_ids: the samples, in reading order.
         samples_per_row: how many of them each row holds.
+        groups: tasks over whole sequences: how many sequences each sample has; a target marks the end of each.
+        labels: [samples, K] float32, the labels of each sample of such a task.
     """
 
     input_ids: torch.Tensor
@@ -41,6 +43,8 @@ class Batch:
     num_targets: int
     sample_ids: list[int]
     samples_per_row: list[int]
+    groups: list[int] | None = None
+    labels: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -50,6 +54,7 @@ class Batch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
         )
 
 
@@ -74,4 +79,6 @@ def batch_of(layout: Layout) -> Batch:
         num_targets=layout.num_targets,
         sample_ids=layout.sample_ids,
         samples_per_row=layout.samples_per_row,
+        groups=layout.groups,
+        labels=None if layout.labels is None else torch.from_numpy(layout.labels),
     )

@@ -23,7 +23,15 @@ from typing import Any
 from swift.core.errors import DataError
 from swift.data.rows import Row
 
-__all__ = ["QUERY_COLUMNS", "RESPONSE_COLUMNS", "SYSTEM_COLUMNS", "RowError", "Sample", "to_sample"]
+__all__ = [
+    "QUERY_COLUMNS",
+    "RESPONSE_COLUMNS",
+    "SYSTEM_COLUMNS",
+    "RowError",
+    "Sample",
+    "to_messages",
+    "to_sample",
+]
 
 QUERY_COLUMNS = ("query", "prompt", "input", "instruction", "question", "problem")
 RESPONSE_COLUMNS = (
@@ -109,6 +117,14 @@ def to_sample(row: Row) -> Sample:
     except _FaultError as fault:
         raise RowError(row.location, str(fault)) from None
     return Sample(messages, tools, columns, row.location)
+
+
+def to_messages(raw: list[Any], column: str) -> list[dict[str, Any]]:
+    """A list of messages in our form; ValueError with the reason when it is none."""
+    try:
+        return _normalise(raw, column)
+    except _FaultError as fault:
+        raise ValueError(str(fault)) from None
 
 
 def _read_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ class Layout:
     num_targets: int
     sample_ids: list[int]
     samples_per_row: list[int]
+    groups: list[int] | None = None
+    labels: np.ndarray | None = None
 
 
 def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
@@ -39,6 +41,8 @@ def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: i
     The width is that of the longest row. An empty ``rows`` (a rank without work at the end of an epoch) gives
     one padding token without a target: it can be run like any batch and contributes nothing.
     """
+    if dataset.num_labels:
+        return _lay_out_groups(dataset, rows, mode, pad_token_id)
     lengths = [[int(dataset.lengths[sample]) for sample in row] for row in rows] or [[]]
     used = [sum(row) for row in lengths]
     width = max(*used, 1)
@@ -77,6 +81,56 @@ def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: i
         num_targets=int((targets != IGNORE).sum()),
         sample_ids=[sample for row in rows for sample in row],
         samples_per_row=[len(row) for row in rows],
+    )
+
+
+def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
+    """Padded: a line for each sequence of each sample; else the sequences of a row one after another.
+
+    A target stands at the last token of every sequence, where it is read; which one does not matter.
+    """
+    lines: list[list[np.ndarray]] = []
+    groups: list[int] = []
+    labels: list[np.ndarray] = []
+    for row in rows:
+        placed: list[np.ndarray] = []
+        for sample in row:
+            sequences, values = dataset.group(sample)
+            placed += sequences
+            groups.append(len(sequences))
+            labels.append(values)
+        lines += [[sequence] for sequence in placed] if mode == "padded" else [placed]
+    lines = lines or [[]]
+    used = [sum(map(len, line)) for line in lines]
+    shape = (len(lines), max(*used, 1))
+    ids = np.full(shape, pad_token_id, np.int64)
+    targets = np.full(shape, IGNORE, np.int64)
+    positions = np.empty(shape, np.int64)
+    documents: list[list[int]] = []
+    for number, line in enumerate(lines):
+        padding = shape[1] - used[number]
+        lengths = [len(sequence) for sequence in line]
+        if line:
+            ids[number, : used[number]] = np.concatenate(line)
+            targets[number, np.cumsum(lengths) - 1] = 0
+        if mode == "padded":
+            positions[number] = np.arange(shape[1])
+        else:
+            lengths += [padding] if padding else []
+            positions[number] = np.concatenate([np.arange(length) for length in lengths])
+        documents.append(lengths)
+    return Layout(
+        input_ids=ids,
+        position_ids=positions,
+        targets=targets,
+        weights=None,
+        document_lengths=None if mode == "padded" else documents,
+        num_tokens=sum(used),
+        num_targets=sum(groups),
+        sample_ids=[sample for row in rows for sample in row],
+        samples_per_row=[len(row) for row in rows],
+        groups=groups,
+        labels=np.stack(labels) if labels else np.zeros((0, dataset.num_labels), np.float32),
     )
 
 

@@ -17,6 +17,7 @@ from swift.core.format import format_count
 from swift.data.cache import cached_store, content_key
 from swift.data.channels import Channels, number_channels
 from swift.data.formats import RowError, to_sample
+from swift.data.groups import task_format
 from swift.data.mapping import NO_MAPPING, ColumnMapping
 from swift.data.mixing import mix, repeat_rows, row_ids, split_rows
 from swift.data.persona import dataset_specs
@@ -69,7 +70,8 @@ def load_data(
     seed = section.data_seed if section.data_seed is not None else resolved.config.training.seed
     if not section.dataset:
         raise DataError("no training data", where="--dataset", fix="--dataset FILE.jsonl")
-    encoder = Encoder(template, max_length, section.truncation_strategy)
+    task = task_format(resolved.config.task)
+    encoder = Encoder(template, max_length, section.truncation_strategy, task)
     notes: list[str] = []
     # Names first: a missing validation file should not be found after an hour of tokenising.
     specs = dataset_specs(section, section.dataset)
@@ -121,6 +123,7 @@ def _load_one(
             encoder.template.fingerprint,
             encoder.max_length,
             encoder.truncation,
+            *([encoder.task] if encoder.task is not None else []),
         )
         num_bytes = sum(file.stat().st_size for file in files)
     except OSError as error:
@@ -217,6 +220,8 @@ def _targets_per_sample(store: TokenStore) -> np.ndarray:
         return np.zeros(0, np.int64)
     starts = store.offsets[:-1]
     counts = np.add.reduceat(store.learned, starts, dtype=np.int64)
+    if store.labels is not None:  # the ends of sequences
+        return counts
     return counts - store.learned[starts]  # a first token is never a target
 
 

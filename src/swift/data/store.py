@@ -6,6 +6,8 @@ A store is a folder::
     learned.bin  bool  [tokens]       True where the token itself is learned
     weights.bin  float32 [tokens]     loss weight of each token; empty when all weights are 1
     offsets.bin  int64 [samples + 1]  sample i is ids[offsets[i]:offsets[i + 1]]
+    labels.bin   float32 [samples, K] labels of tasks over whole sequences (``groups``), for which ``learned`` is
+                                      the last token of each sequence; empty otherwise
     rows.bin     int64 [samples, 2]   where sample i comes from: (index into "files", number of the row)
     meta.json    version, files, report, size and CRC-32 of every array file
 
@@ -31,13 +33,14 @@ from swift.data.report import DataReport
 __all__ = ["IGNORE", "CorruptStoreError", "EncodedLike", "TokenStore", "TokenWriter", "encoded_arrays"]
 
 IGNORE = -100
-_VERSION = 1
+_VERSION = 2
 _DTYPES = {
     "ids": np.dtype(np.int32),
     "learned": np.dtype(np.bool_),
     "weights": np.dtype(np.float32),
     "offsets": np.dtype(np.int64),
     "rows": np.dtype(np.int64),
+    "labels": np.dtype(np.float32),
 }
 
 
@@ -64,18 +67,26 @@ class TokenWriter:
         self._learned: list[np.ndarray] = []
         self._weights: list[np.ndarray | None] = []
         self._rows: list[tuple[int, int]] = []
+        self._labels: list[Sequence[float]] = []
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def add(
-        self, ids: np.ndarray, learned: np.ndarray, weights: np.ndarray | None, row: tuple[int, int]
+        self,
+        ids: np.ndarray,
+        learned: np.ndarray,
+        weights: np.ndarray | None,
+        row: tuple[int, int],
+        labels: Sequence[float] | None = None,
     ) -> None:
-        """One sample: int32 ids, bool mask, float32 weights (None: all 1), (file index, number)."""
+        """One sample: int32 ids, bool mask, float32 weights (None: all 1), (file index, number), labels of a group."""
         self._ids.append(ids)
         self._learned.append(learned)
         self._weights.append(weights)
         self._rows.append(row)
+        if labels is not None:
+            self._labels.append(labels)
 
     def build(self, files: Sequence[str], report: DataReport) -> TokenStore:
         """The collected samples as arrays in memory."""
@@ -96,6 +107,7 @@ class TokenWriter:
             rows=np.asarray(self._rows, np.int64).reshape(-1, 2),
             files=list(files),
             report=report,
+            labels=np.asarray(self._labels, np.float32) if self._labels else None,
         )
 
 
@@ -111,6 +123,7 @@ class TokenStore:
     files: list[str]
     report: DataReport
     path: Path | None = None
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -148,6 +161,8 @@ class TokenStore:
                         columns["weights"].append(ones if part.weights is None else part.weights)
                     columns["offsets"].append(part.offsets[1:] + offset)
                     columns["rows"].append(part.global_rows(files))
+                    if part.labels is not None:
+                        columns["labels"].append(part.labels)
                     offset += len(part.ids)
             sums = {name: [column.size, column.crc] for name, column in columns.items()}
             meta = {"version": _VERSION, "files": list(files), "sums": sums, "report": report.to_dict()}
@@ -179,6 +194,7 @@ class TokenStore:
             rows=_concatenate([rows for _, rows in collected], np.int64).reshape(-1, 2),
             files=list(files),
             report=report,
+            labels=_join_labels(stores),
         )
 
     def global_rows(self, files: dict[str, int]) -> np.ndarray:
@@ -213,6 +229,8 @@ class TokenStore:
                 )  # no map of nothing
             arrays["rows"] = arrays["rows"].reshape(-1, 2)
             arrays["weights"] = arrays["weights"] if len(arrays["weights"]) else None
+            samples = len(arrays["rows"])
+            arrays["labels"] = arrays["labels"].reshape(samples, -1) if len(arrays["labels"]) else None
             report = DataReport.from_dict(meta["report"])
             return cls(**arrays, files=meta["files"], report=report, path=path)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -246,6 +264,12 @@ class _ColumnFile:
 
 def _concatenate(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+
+
+def _join_labels(stores: Sequence[TokenStore]) -> np.ndarray | None:
+    """Stores without a sample have no labels."""
+    labels = [store.labels for store in stores if store.labels is not None]
+    return np.concatenate(labels) if labels else None
 
 
 def _crc(file: Path) -> int:

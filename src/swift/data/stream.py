@@ -24,6 +24,7 @@ from swift.config.sections.data import DataSection
 from swift.core.errors import DataError
 from swift.data.batching import BatchSchedule, random_generator
 from swift.data.collate import Batch, batch_of
+from swift.data.groups import task_format
 from swift.data.layout import lay_out
 from swift.data.load import LoadedData, load_data
 from swift.data.loader import ahead
@@ -146,7 +147,8 @@ def open_stream(
     Raises DataError for missing files, bad rows, and when the first window holds nothing to learn.
     """
     section = resolved.config.data
-    encoder = Encoder(template, section.max_length, section.truncation_strategy)
+    task = task_format(resolved.config.task)
+    encoder = Encoder(template, section.max_length, section.truncation_strategy, task)
     stream = Stream(section, encoder, batch_size, split)
     first = next(stream.windows(0), None)
     train = first.dataset if first else TokenDataset([])

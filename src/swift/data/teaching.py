@@ -10,6 +10,7 @@ from swift.data.formats import Sample
 
 __all__ = ["TeachingReport"]
 
+TASK_COLUMNS = ("label", "positive_messages", "negative_messages", "positive", "negative")
 PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 _SHOWN = 3
 
@@ -25,11 +26,14 @@ class TeachingReport:
     all_learned: bool = False
     unanswered: list[str] = field(default_factory=list)
     preferences: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
 
     def look_at_sample(self, sample: Sample) -> None:
         """A row that could be read."""
-        if not self.all_learned and all(message["role"] != "assistant" for message in sample.messages):
-            self.unanswered.append(sample.location)
+        if self.all_learned or any(message["role"] == "assistant" for message in sample.messages):
+            return
+        is_task = any(sample.extra.get(name) is not None for name in TASK_COLUMNS)
+        (self.tasks if is_task else self.unanswered).append(sample.location)
 
     def look_at_columns(self, columns: Mapping[str, Any], location: str) -> None:
         """Any row; its columns as they stand in the file."""
@@ -43,6 +47,11 @@ class TeachingReport:
             said.append(
                 f"{_rows(self.unanswered)} no assistant message: sft learns nothing from them"
                 f" ({_places(self.unanswered)})"
+            )
+        if self.tasks:
+            said.append(
+                f"{_rows(self.tasks)} a label or documents and no assistant message, so this is data for"
+                f" --task_type seq_cls, embedding or reranker ({_places(self.tasks)})"
             )
         if self.preferences:
             said.append(

@@ -15,6 +15,7 @@ import numpy as np
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
+from swift.data.groups import TaskFormat, encode_group, end_mask
 from swift.data.report import DataReport
 from swift.data.rows import Row
 from swift.data.store import EncodedLike, TokenStore, TokenWriter, encoded_arrays
@@ -42,21 +43,33 @@ class TemplateLike(Protocol):
         self, samples: Sequence[tuple[list[dict[str, Any]], list[Any] | None]], /
     ) -> Sequence[EncodedLike]: ...
 
+    def encode_sequence(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        end_token: bool = False,
+    ) -> list[int]: ...
+
 
 @dataclass(frozen=True)
 class Encoder:
-    """How samples become tokens: the template, the longest sample (None: no limit), what becomes of longer ones."""
+    """How samples become tokens: the template, the longest sample (None: no limit), what becomes of longer ones.
+
+    With a ``task`` a sample is a group of sequences, and the limit is that of each of them.
+    """
 
     template: TemplateLike
     max_length: int | None
     truncation: Truncation = "delete"
+    task: TaskFormat | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self.template, Template):
             # A compiled chat template cannot be sent to another process; what it is made from can.
             made_from = (self.template.tokenizer, self.template.section, self.template.pretraining)
-            return _rebuild, (*made_from, self.max_length, self.truncation)
-        return Encoder, (self.template, self.max_length, self.truncation)
+            return _rebuild, (*made_from, self.max_length, self.truncation, self.task)
+        return Encoder, (self.template, self.max_length, self.truncation, self.task)
 
 
 def _rebuild(
@@ -65,8 +78,9 @@ def _rebuild(
     pretraining: bool,
     max_length: int | None,
     truncation: Truncation,
+    task: TaskFormat | None,
 ) -> Encoder:
-    return Encoder(Template(tokenizer, section, pretraining), max_length, truncation)
+    return Encoder(Template(tokenizer, section, pretraining), max_length, truncation, task)
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> TokenStore:
@@ -74,6 +88,8 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> TokenStore:
     collecting = gc.isenabled()
     gc.disable()  # the many small lists of a chunk die by themselves; looking for cycles among them costs a sixth
     try:
+        if encoder.task is not None:
+            return _encode_groups(rows, encoder, encoder.task)
         return _encode_rows(rows, encoder)
     finally:
         if collecting:
@@ -111,6 +127,42 @@ def _encode_rows(rows: Iterable[Row], encoder: Encoder) -> TokenStore:
             report.num_tokens += len(ids[piece])
     report.samples = len(writer)
     return writer.build(list(files), report)
+
+
+def _encode_groups(rows: Iterable[Row], encoder: Encoder, task: TaskFormat) -> TokenStore:
+    """``encode_rows`` for tasks over whole sequences. A row is deleted when one of its sequences is too long."""
+    report, writer = DataReport(), TokenWriter()
+    files: dict[str, int] = {}
+    for row in rows:
+        report.rows_read += 1
+        try:
+            sequences, labels = encode_group(row, encoder.template, task)
+        except RowError as error:
+            report.bad_rows.append((error.location, error.reason))
+            continue
+        cut = [_cut(sequence, encoder) for sequence in sequences]
+        where = (files.setdefault(row.source, len(files)), row.number)
+        if not all(cut):
+            report.deleted.setdefault(row.source, []).append(row.number)
+            continue
+        if cut != sequences:
+            report.truncated.setdefault(row.source, []).append(row.number)
+        ids = np.concatenate([np.asarray(sequence, np.int32) for sequence in cut])
+        writer.add(ids, end_mask(cut), None, where, labels)
+        report.num_targets += len(cut)
+        report.num_tokens += len(ids)
+    report.samples = len(writer)
+    return writer.build(list(files), report)
+
+
+def _cut(sequence: list[int], encoder: Encoder) -> list[int]:
+    """What is kept of a sequence, nothing when its row is deleted. Its last token, where it is read, stays."""
+    limit = encoder.max_length
+    if limit is None or len(sequence) <= limit:
+        return sequence
+    if encoder.truncation == "left":
+        return sequence[-limit:]
+    return [*sequence[: limit - 1], sequence[-1]] if encoder.truncation == "right" else []
 
 
 def _encode(

@@ -76,6 +76,19 @@ class TokenDataset:
         return any(store.weights is not None for store in self.stores)
 
     @property
+    def num_labels(self) -> int:
+        """Labels of a sample when samples are groups of sequences (see ``swift.data.groups``); else 0."""
+        return max((store.labels.shape[1] for store in self.stores if store.labels is not None), default=0)
+
+    def group(self, i: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """(ids int32 of each sequence, labels float32 [K]) of a sample that is a group."""
+        store, number = self._locate(i)
+        assert store.labels is not None
+        start, end = store.offsets[number], store.offsets[number + 1]
+        ends = np.flatnonzero(store.learned[start:end]) + 1
+        return np.split(store.ids[start:end], ends[:-1]), store.labels[number]
+
+    @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 

@@ -133,8 +133,8 @@ def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def smaller_is_better(metric: str) -> bool:
-    """True for losses and perplexities, as in a sweep."""
-    return re.search(r"loss|perplexity|ppl", metric) is not None
+    """True for losses, perplexities, errors and similarities to negatives, as in a sweep."""
+    return re.search(r"loss|perplexity|ppl|mae|negative", metric) is not None
 
 
 def collect(

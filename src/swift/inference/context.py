@@ -20,12 +20,14 @@ from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, ModelError
 from swift.hubs.names import is_repo_name
+from swift.models.classifier import ClassifierHead, is_classifier_name
+from swift.models.facts import read_safetensors_header
 from swift.models.load import ModelBundle, load_bundle
 from swift.models.locate import derive_chat_template, locate_model
 from swift.runs.folder import RunFolder
 from swift.tuners.merge import unpack_base
 from swift.tuners.peft_format import adapter_folder, is_adapter_folder, load_adapter, read_adapter_config
-from swift.tuners.peft_names import CONFIG_FILE, needs_rounded_base
+from swift.tuners.peft_names import CONFIG_FILE, WEIGHTS_FILE, needs_rounded_base
 
 __all__ = ["InferenceContext", "find_context", "load_context"]
 
@@ -41,6 +43,8 @@ class InferenceContext:
         pretraining: True when the run was ``pt``: plain text unless ``use_chat_template`` says otherwise.
         run: the run folder that all this comes from, or None.
         quantization: how the base is quantised when loaded: as in the run, unless the command line says otherwise.
+        head: the score head of an adapter that was trained for a classifier.
+        task: what the run was for.
         chosen_last: True when a run folder was named, and its last checkpoint taken.
         unpack: the adapter belongs to a rounded base (LoftQ) that is wanted in full precision: it is quantised when
             loaded, and its rounded values are unpacked then.
@@ -54,6 +58,13 @@ class InferenceContext:
     chosen_last: bool = False
     quantization: QuantizationSection = field(default_factory=QuantizationSection)
     unpack: bool = False
+    head: ClassifierHead | None = None
+    task: str = "causal_lm"
+
+    @property
+    def writes_text(self) -> bool:
+        """False for models that score or embed texts."""
+        return self.task == "causal_lm" and self.head is None
 
     def describe(self) -> str:
         """Model, adapter and system prompt in one line."""
@@ -117,7 +128,9 @@ def find_context(resolved: Resolved) -> InferenceContext:
         model = _base_model(adapter, recorded, section)
     elif section.model is not None and recorded is None:
         derive_chat_template(resolved, section.model, model)
-    return InferenceContext(
+    head = _score_head(adapter, recorded) if adapter else None
+    task = recorded.config.task.task_type if recorded else "causal_lm"
+    context = InferenceContext(
         model=model,
         adapter=adapter,
         template=_template(resolved, recorded),
@@ -126,7 +139,12 @@ def find_context(resolved: Resolved) -> InferenceContext:
         chosen_last=run is not None and any(_is_run(name) for name in (*section.adapters, section.model)),
         quantization=quantization,
         unpack=unpack,
+        head=head,
+        task=task,
     )
+    if resolved.command == "infer":
+        _refuse_scores(context)
+    return context
 
 
 def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
@@ -144,6 +162,7 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
         pretraining=context.pretraining,
         trust_remote_code=section.trust_remote_code,
         quantization=context.quantization,
+        head=context.head,
     )
     if context.adapter is not None:
         load_adapter(bundle.model, context.adapter)
@@ -151,6 +170,32 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
             unpack_base(bundle.model)
         bundle.model.eval()
     return bundle
+
+
+def _refuse_scores(context: InferenceContext) -> None:
+    """Raise ModelError for models that read texts and write none."""
+    config = json.loads((context.model / "config.json").read_text(encoding="utf-8"))
+    names = config.get("architectures") or []
+    if context.writes_text and not any(map(is_classifier_name, names)):
+        return
+    raise ModelError(
+        "this model scores or embeds texts; it writes none",
+        where=str(context.adapter or context.model),
+        why="it has a score head" if context.task == "causal_lm" else f"task_type {context.task}",
+        fix="load the folder with transformers or PEFT: docs/en/tasks.md shows how",
+    )
+
+
+def _score_head(adapter: Path, recorded: Resolved | None) -> ClassifierHead | None:
+    """The score head that an adapter was trained with, None for adapters of a model that writes text."""
+    config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    if config.get("task_type") != "SEQ_CLS":
+        return None
+    header = read_safetensors_header(adapter / WEIGHTS_FILE)[0]
+    shape = next((entry["shape"] for name, entry in header.items() if name.endswith("score.weight")), None)
+    if shape is None:
+        raise ModelError("the adapter of a classifier has no score.weight", where=str(adapter))
+    return ClassifierHead(shape[0], recorded.config.task.problem_type if recorded else None)
 
 
 def _is_run(name: str | None) -> bool:

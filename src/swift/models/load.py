@@ -12,6 +12,7 @@ from swift.config.sections.template import TemplateSection
 from swift.core.errors import ModelError
 from swift.core.logging import get_logger, quiet_libraries
 from swift.core.registry import closest
+from swift.models.classifier import ClassifierHead, classifier_of, start_head
 from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.quantised import (
     check_loadable,
@@ -68,6 +69,7 @@ def load_bundle(
     pretraining: bool = False,
     trust_remote_code: bool = False,
     quantization: QuantizationSection | None = None,
+    head: ClassifierHead | None = None,
 ) -> ModelBundle:
     """Model, tokenizer and template of one folder, checked against each other."""
     folder = Path(path)
@@ -81,7 +83,10 @@ def load_bundle(
         attention=attention,
         trust_remote_code=trust_remote_code,
         quantization=quantization,
+        head=head,
     )
+    if head is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     check_vocabulary(model, tokenizer, folder)
     used = model.config._attn_implementation
     return ModelBundle(model, tokenizer, template, ModelFacts.read(folder), folder, used)
@@ -145,14 +150,18 @@ def load_model(
     attention: str = "auto",
     trust_remote_code: bool = False,
     quantization: QuantizationSection | None = None,
+    head: ClassifierHead | None = None,
 ) -> Any:
-    """The causal language model of a folder, in evaluation mode, without key/value cache by default.
+    """The causal language model of a folder (with ``head``: its sequence classifier), in evaluation mode.
+
+    It works without key/value cache by default.
 
     Args:
         dtype: of the weights in memory.
         quantization: how the linear layers are quantised while they are read; None leaves them as they are.
         attention: ``auto`` takes ``swift_varlen`` where it is exact for the architecture, else what transformers
             chooses; ``varlen`` insists on it; other names are transformers'.
+        head: what the score head of a sequence classifier is like; one that the folder lacks is started.
 
     Raises:
         ModelError: incomplete folder, unknown architecture, attention the model cannot use, or a quantised folder
@@ -163,6 +172,8 @@ def load_model(
     check_model_folder(folder, need_tokenizer=False)
     model_class, config = _find_class(folder, trust_remote_code)
     implementation = _choose_attention(attention, config, folder)
+    if head is not None:
+        model_class = classifier_of(model_class, config, head, folder)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -188,7 +199,8 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ModelError("cannot load the model", where=str(folder), why=_first_line(error)) from error
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(start_head(model, report["missing_keys"], head) if head else report["missing_keys"])
+    if missing:
         # transformers would go on with random values.
         raise ModelError(
             f"{len(missing)} weights of {type(model).__name__} are not in the folder",

@@ -138,6 +138,35 @@ class Template:
             ids.pop()  # Some tokenizers close every text; this one goes on.
         return ids
 
+    def encode_sequence(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        end_token: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation that is read as a whole, at its last token.
+
+        With a chat template, one that ends with a question goes on to where the answer would begin. Without,
+        texts are joined by a space, with the control tokens that the tokenizer itself adds and, with ``end_token``,
+        the end token where it adds none at the end.
+        """
+        if self.chat is not None:
+            if messages[-1]["role"] != "assistant":
+                return self.encode_prompt(messages, tools)
+            return list(self._tokenize([self.render(messages, tools)], False)[0].ids)
+        contents = [message["content"] for message in messages]
+        if self.system and messages[0]["role"] != "system":
+            contents.insert(0, self.system)
+        plain = [c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents]
+        text = " ".join(part for part in plain if part)
+        encoding = self._tokenize([text], not self._begins_with_bos(text))[0]
+        ids: list[int] = encoding.ids
+        is_closed = len(ids) > 1 and encoding.offsets[-1] == (0, 0)
+        if end_token and not is_closed and self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        return ids
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

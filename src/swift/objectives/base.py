@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["Denominators", "Objective", "TargetBatch", "TokenOutputs"]
+__all__ = ["Denominators", "GroupBatch", "Objective", "PooledOutputs", "TargetBatch", "TokenOutputs"]
 
 
 class TargetBatch(Protocol):
@@ -29,15 +29,29 @@ class TargetBatch(Protocol):
     num_targets: int
 
 
+class GroupBatch(Protocol):
+    """The part of a batch that objectives of tasks over whole sequences read.
+
+    Attributes:
+        groups: how many sequences each sample has.
+        labels: ``[num_samples, K]`` float32.
+    """
+
+    groups: list[int] | None
+    labels: Tensor | None
+
+
 @dataclass(frozen=True)
 class Denominators:
     """Counts over one whole optimizer step.
 
     Attributes:
         target_weight: sum of the weights of all targets (their number when nothing is weighted).
+        num_answers: how many answers can be right or wrong; None: as many as there are targets.
     """
 
     target_weight: float
+    num_answers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +67,33 @@ class TokenOutputs:
     is_argmax: Tensor
 
 
+@dataclass(frozen=True)
+class PooledOutputs:
+    """What the model says about the sequences of one micro-batch, in order.
+
+    Attributes:
+        values: ``[num_sequences, size]``, differentiable: scores, or vectors.
+    """
+
+    values: Tensor
+
+
 class Objective(Protocol):
-    """A loss. Implementations keep no state that changes."""
+    """A loss. Implementations keep no state that changes.
+
+    Attributes:
+        accuracy: under which name the share of right answers is logged; None: there are no right and wrong ones.
+    """
+
+    accuracy: str | None
 
     def denominators(self, batches: Sequence[Any]) -> Denominators:
         """Counts over all micro-batches of one optimizer step."""
 
     def __call__(
-        self, outputs: TokenOutputs, batch: Any, denominators: Denominators
+        self, outputs: Any, batch: Any, denominators: Denominators
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's share of the step's loss, and sums (not means) to be added up as metrics."""
+        """The micro-batch's share of the step's loss, and sums (not means) to be added up as metrics.
+
+        ``outputs`` are `TokenOutputs` or `PooledOutputs`.
+        """

@@ -31,6 +31,8 @@ class SftObjective:
         num_groups: how many groups there are.
     """
 
+    accuracy: str | None = "token_accuracy"
+
     def __init__(
         self, *, dynamic: bool = False, groups: Callable[[Any], Tensor] | None = None, num_groups: int = 0
     ) -> None:

@@ -15,7 +15,7 @@ LENGTHS = (5, 7)
 
 @torch.no_grad()
 def check_isolation(engine: NativeEngine) -> None:
-    """Compare the second document's log-probabilities behind two different first documents.
+    """Compare what is read of the second document (log-probabilities, scores, vectors) behind two first documents.
 
     Costs three forward passes of a dozen tokens. Raises ConfigError when they differ, as they do for recurrent
     layers and for attention that ignores document borders.
@@ -26,8 +26,8 @@ def check_isolation(engine: NativeEngine) -> None:
     tokens = torch.randint(0, vocabulary, (1, sum(LENGTHS)), generator=generator)
     changed = tokens.clone()
     changed[0, : LENGTHS[0]] = (tokens[0, : LENGTHS[0]] + 1 + vocabulary // 2) % vocabulary
-    first, second = (engine.logprobs(_packed(ids).to(engine.device)) for ids in (tokens, changed))
-    alone = engine.logprobs(_single(tokens[:, LENGTHS[0] :]).to(engine.device))
+    first, second = (engine.values(_packed(ids).to(engine.device)) for ids in (tokens, changed))
+    alone = engine.values(_single(tokens[:, LENGTHS[0] :]).to(engine.device))
     rounding = 0.02 if engine.dtype in (torch.bfloat16, torch.float16) else 1e-4
     leak = (first - second).abs().max().item()
     difference = (first - alone).abs().max().item()
@@ -35,7 +35,7 @@ def check_isolation(engine: NativeEngine) -> None:
         raise ConfigError(
             "this model cannot keep packed documents apart",
             where="--packing / --padding_free",
-            why=f"a document's log-probabilities change by up to {max(leak, difference):.2g} with its neighbour",
+            why=f"what is read of a document changes by up to {max(leak, difference):.2g} with its neighbour",
             fix="leave packing out (samples are grouped by length then), or choose another --attn_impl",
         )
 

@@ -38,6 +38,7 @@ class NativeEngine:
         compile_model: wrap the backbone in torch.compile.
         penalty: a term added to the loss once a step; it is not part of the loss that is reported.
         offload_activations: keep what the backward pass needs in host memory.
+        split: tells backbone and head apart.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class NativeEngine:
         compile_model: bool = False,
         penalty: Callable[[], Tensor | None] | None = None,
         offload_activations: bool = False,
+        split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
     ) -> None:
         self.model = model
         self.parameter_sets = {group.name: group for group in parameter_sets}
@@ -63,7 +65,7 @@ class NativeEngine:
             parameter.dtype == torch.float32 for parameter in _plain_parameters(model)
         )
         with self._precision():
-            self._split = split_head(model)
+            self._split = split(model)
         self._forward: Callable[..., Any] = self._split[0] if self._split else model
         # Other attention functions tell documents apart by position ids alone.
         self._takes_lengths = model.config._attn_implementation == VARLEN  # type: ignore[union-attr]
@@ -192,19 +194,23 @@ class NativeEngine:
         }
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch) -> Tensor:
-        """Log-probabilities of the batch's targets, ``[num_targets]``, in the mode the model is in."""
+    def values(self, batch: Batch) -> Tensor:
+        """What the objective reads at the batch's targets, in the mode the model is in: log-probabilities ``[n]``."""
         return self._outputs(batch).logprobs
 
-    def _outputs(self, batch: Batch) -> TokenOutputs:
-        """Log-probabilities of the batch's targets, in row-major order."""
+    def _run(self, batch: Batch) -> Any:
+        """The outputs of the backbone, or of the whole model when its head cannot be told apart."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if batch.document_lengths is not None and self._takes_lengths:
             inputs["document_lengths"] = batch.document_lengths
+        return self._forward(**inputs, use_cache=False)
+
+    def _outputs(self, batch: Batch) -> TokenOutputs:
+        """Log-probabilities of the batch's targets, in row-major order."""
         learned = batch.targets != -100
         targets = batch.targets[learned]
         with self._precision():
-            outputs = self._forward(**inputs, use_cache=False)
+            outputs = self._run(batch)
             if self._split:
                 hidden = outputs.last_hidden_state[learned]
                 head = self._split[1]

@@ -203,7 +203,7 @@ def _data(resolved: Resolved, rows: RowPlan, warnings: list[str]) -> tuple[dict[
     section = resolved.config.data
     if not rows.datasets:
         return {}, []
-    limit, policy = section.max_length, section.truncation_strategy
+    limit, policy = None if rows.is_cut else section.max_length, section.truncation_strategy
     long = sum(length > limit for length in rows.lengths) if limit else 0
     lengths = fit_lengths(rows.lengths, limit, policy)
     if rows.lengths and long / len(rows.lengths) > LONG_SHARE:
@@ -324,6 +324,8 @@ def _setup(
     if adapts_linear and not adapted and not tuner.target_parameters:
         warnings.append("no linear layer of this model matches target_modules: nothing would be adapted")
     compute = _compute_dtype(resolved, device)
+    if config.task.has_score_head:
+        saved += facts.hidden_size * (config.task.num_labels or 1)
     trainable = trainable_parameters(facts, shapes, adapted, tuner) + saved
     if is_lora:
         stored = tuner.lora_dtype
@@ -348,7 +350,7 @@ def _setup(
         checkpointing=bool(config.training.gradient_checkpointing),
         recomputed=config.training.recompute_num_layers,
         offloaded=config.training.activation_cpu_offload,
-        chunk=config.training.logits_chunk_size,
+        chunk=config.training.logits_chunk_size if config.task.task_type == "causal_lm" else 1,
         device=device.kind,
         model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         sequence_shares=parallel.tensor_parallel_size * parallel.context_parallel_size,

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
 from swift.data.formats import RowError, Sample, to_sample
+from swift.data.groups import task_format
 from swift.data.hub import with_hub
 from swift.data.persona import dataset_specs
+from swift.data.rows import Row
 from swift.data.sources import DatasetSpec, find_files, read_rows, row_numbers
 from swift.data.teaching import TeachingReport
 
@@ -39,6 +41,7 @@ class RowPlan:
         sampled: rows looked at.
         datasets: name, rows in the files, rows taken.
         warnings: what could not be resolved.
+        is_cut: the lengths are those after the truncation policy, which holds for each sequence of a row.
     """
 
     rows: int = 0
@@ -47,6 +50,7 @@ class RowPlan:
     sampled: int = 0
     datasets: list[dict[str, object]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    is_cut: bool = False
 
     @property
     def tokens_exact(self) -> bool:
@@ -82,7 +86,8 @@ def plan_rows(
 
     What cannot be found or read becomes a warning: a plan may be made on another machine than the run.
     """
-    plan = RowPlan()
+    task = task_format(resolved.config.task)
+    plan = RowPlan(is_cut=task is not None)
     teaching = TeachingReport(all_learned=resolved.config.template.loss_scale == "all")
     sizes: list[int] = []
     found: list[float] = []
@@ -104,7 +109,7 @@ def plan_rows(
         if template is not None:
             numbers = [known for _, _, known in counts]
             _sample(plan, resolved, spec, files, numbers, SAMPLE_ROWS // len(texts) or 1, template, teaching)
-    if resolved.command == "sft":
+    if resolved.command == "sft" and task is None:
         plan.warnings += [f"of {plan.sampled} rows looked at, {said}" for said in teaching.sentences()]
     plan.rows = sum(sizes)
     if sum(found) > 0:
@@ -120,7 +125,8 @@ def plan_rows(
 def known_rows(resolved: Resolved, lengths: Sequence[int]) -> RowPlan:
     """The same of data that is tokenised already: nothing is estimated."""
     datasets: list[dict[str, object]] = [{"name": text} for text in resolved.config.data.dataset]
-    return RowPlan(len(lengths), True, list(lengths), len(lengths), datasets)
+    is_cut = resolved.config.task.task_type != "causal_lm"
+    return RowPlan(len(lengths), True, list(lengths), len(lengths), datasets, is_cut=is_cut)
 
 
 def _count(file: Path) -> tuple[int, bool, list[int] | None]:
@@ -160,6 +166,9 @@ def _sample(
             chosen = {number for place, number in enumerate(known, offset) if place % every == 0}
             offset += len(known)
             rows = list(read_rows(file, resolved.config.data.columns, chosen, spec.mapping)) if chosen else []
+        if plan.is_cut:
+            _sample_groups(plan, resolved, rows, template, file)
+            continue
         samples: list[Sample] = []
         for row in rows:
             plan.sampled += 1
@@ -175,3 +184,23 @@ def _sample(
             plan.warnings.append(f"{file}: {error.message}" + (f" ({error.why})" if error.why else ""))
             continue
         plan.lengths += [len(one.input_ids) for one in encoded]
+
+
+def _sample_groups(
+    plan: RowPlan, resolved: Resolved, rows: Sequence[Row], template: TemplateLike, file: Path
+) -> None:
+    """The tokens of rows that become several sequences."""
+    from swift.data.tokenise import Encoder, encode_rows
+
+    section = resolved.config.data
+    task = task_format(resolved.config.task)
+    store = encode_rows(rows, Encoder(template, section.max_length, section.truncation_strategy, task))
+    plan.sampled += len(rows)
+    plan.lengths += (store.offsets[1:] - store.offsets[:-1]).tolist()
+    plan.warnings += [f"{where}: {reason}" for where, reason in store.report.bad_rows]
+    if store.report.deleted:
+        count = sum(len(numbers) for numbers in store.report.deleted.values())
+        plan.warnings.append(
+            f"{file}: {count} of {len(rows)} rows looked at have a text longer than max_length"
+            f" {section.max_length} and will be left out"
+        )

@@ -175,6 +175,8 @@ def _next_commands(folder: Path, summary: Mapping[str, Any]) -> Lines:
         commands = [f"swift infer --adapters {checkpoint}", f"swift merge-lora --adapters {checkpoint}"]
     else:
         commands = [f"swift infer --model {checkpoint}"]
+    if summary.get("task_type"):  # it writes no text
+        commands = commands[1:]
     if summary.get("stop_reason"):
         commands.append(f"swift resume {shlex.quote(str(folder))}")
     return [("next" if place == 0 else "", command) for place, command in enumerate(commands)]

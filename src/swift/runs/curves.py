@@ -22,6 +22,13 @@ _RAW, _MAIN, _SECOND = "#b8c7dc", "#1f5fa8", "#d1682c"
 
 Points = list[tuple[float, float]]
 
+_MEASURES = (
+    ("token accuracy", "token_accuracy", "eval_token_accuracy"),
+    ("mean reciprocal rank", "mrr", "eval_mrr"),
+    ("accuracy", "accuracy", "eval_accuracy"),
+    ("correlation", "pearson", "eval_pearson"),
+)
+
 
 def draw_curves(folder: Path) -> Path | None:
     """Draw ``metrics.jsonl`` of a run folder to ``curves.png``; returns its path, None without any metrics.
@@ -43,7 +50,8 @@ def draw_curves(folder: Path) -> Path | None:
     # Fixed margins: matplotlib's layout engines draw everything twice to find them.
     figure.subplots_adjust(left=0.045, right=0.985, top=0.905, bottom=0.065, wspace=0.2, hspace=0.26)
     _panel(loss, "loss", series(rows, "loss"), series(rows, "eval_loss"), smoothed=True)
-    _panel(accuracy, "token accuracy", series(rows, "token_accuracy"), series(rows, "eval_token_accuracy"))
+    title, trained, evaluated = _quality(rows)
+    _panel(accuracy, title, trained, evaluated)
     _panel(rate, "learning rate", series(rows, "learning_rate"))
     _panel(norm, "gradient norm", series(rows, "grad_norm"), smoothed=True)
     _panel(speed, "tokens per second", series(rows, "tokens_per_second"), smoothed=True)
@@ -63,6 +71,15 @@ def draw_curves(folder: Path) -> Path | None:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _quality(rows: Sequence[dict[str, Any]]) -> tuple[str, Points, Points]:
+    """Title and points of how right the model is: the first measure, of several tasks, that the run has."""
+    for title, trained, evaluated in _MEASURES:
+        found = series(rows, trained), series(rows, evaluated)
+        if any(found):
+            return title, *found
+    return _MEASURES[0][0], [], []
 
 
 def series(rows: Sequence[dict[str, Any]], key: str) -> Points:

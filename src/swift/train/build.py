@@ -20,6 +20,7 @@ from swift.data.stream import StreamLoader
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
 from swift.models.quantised import stored_weights
+from swift.objectives.base import Objective
 from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
@@ -30,7 +31,7 @@ from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.lisa import LisaCallback
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
-from swift.train.evaluation import LossEvaluator
+from swift.train.evaluation import Evaluator, LossEvaluator
 from swift.train.inspection import inspection_report
 from swift.train.loop import Trainer
 from swift.train.low_precision import train_in_float8, train_quantisation_aware
@@ -41,6 +42,8 @@ from swift.train.prepare import Prepared
 from swift.train.schedules import learning_rate_schedule
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
+from swift.train.task_evaluation import TaskEvaluator
+from swift.train.tasks import classifier_head, engine_of, pooled_objective, tuner_of
 from swift.tuners.adapter import OtherAdapter
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
 from swift.tuners.longlora import use_shifted_groups
@@ -199,8 +202,11 @@ def _load_weights(prepared: Prepared) -> Any:
         attention=config.model.attn_impl,
         trust_remote_code=config.model.trust_remote_code,
         quantization=config.quantization,
+        head=classifier_head(prepared.resolved),
     )
     check_vocabulary(model, prepared.template.tokenizer, folder)
+    if config.task.has_score_head:  # transformers finds the last token of a padded row by it
+        model.config.pad_token_id = prepared.template.tokenizer.pad_token_id
     if config.training.use_liger_kernel:
         apply_liger_kernels(model)
     return model
@@ -221,7 +227,7 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
     else:
         tuned = apply_tuner(
             model,
-            config.tuner,
+            tuner_of(resolved),
             seed=config.training.seed,
             param_dtype=param_dtype(resolved),
             total_steps=prepared.plan.total_steps,
@@ -284,7 +290,8 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
     ]
     if tuned.other is not None:
         sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
-    return NativeEngine(
+    make = engine_of(prepared.resolved.config.task, tuned.model, prepared.template.tokenizer)
+    return make(
         tuned.model,
         sets,
         device=prepared.device,
@@ -303,11 +310,15 @@ def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
     return hook
 
 
-def _evaluator(prepared: Prepared, pad_token_id: int) -> LossEvaluator | None:
+def _evaluator(prepared: Prepared, pad_token_id: int) -> Evaluator | None:
     config, dataset = prepared.resolved.config, prepared.data.validation
     if dataset is None:
         return None
     size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
+    if config.task.task_type != "causal_lm":
+        return TaskEvaluator(
+            dataset, batch_size=size, pad_token_id=pad_token_id, objective=pooled_objective(config.task)
+        )
     return LossEvaluator(
         dataset,
         batch_size=size,
@@ -317,9 +328,12 @@ def _evaluator(prepared: Prepared, pad_token_id: int) -> LossEvaluator | None:
     )
 
 
-def _objective(prepared: Prepared, *, validation: bool) -> SftObjective:
+def _objective(prepared: Prepared, *, validation: bool) -> Objective:
     """Dynamic weights are for learning only: what is measured stays the cross-entropy."""
-    dynamic = prepared.resolved.config.training.enable_dft_loss and not validation
+    config = prepared.resolved.config
+    if config.task.task_type != "causal_lm":
+        return pooled_objective(config.task)
+    dynamic = config.training.enable_dft_loss and not validation
     if not prepared.data.channels:
         return SftObjective(dynamic=dynamic)
     channels = prepared.data.channels[1 if validation else 0]

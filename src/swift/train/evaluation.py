@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from swift.data.batching import BatchSchedule
 from swift.data.collate import Batch
@@ -14,7 +15,16 @@ from swift.objectives.base import Objective
 from swift.parallel.engine import Engine
 from swift.train.state import LogWindow
 
-__all__ = ["LossEvaluator"]
+__all__ = ["Evaluator", "LossEvaluator"]
+
+
+class Evaluator(Protocol):
+    """What measures the model between steps."""
+
+    num_batches: int
+
+    def run(self, engine: Any, given_up: Callable[[], bool] = ...) -> dict[str, float] | None:
+        """Metrics whose names begin with ``eval_``; None when ``given_up`` said so."""
 
 
 class LossEvaluator:

@@ -30,7 +30,7 @@ from swift.runs.folder import RunFolder
 from swift.runs.metrics import MetricsLog, read_metrics
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
-from swift.train.evaluation import LossEvaluator
+from swift.train.evaluation import Evaluator
 from swift.train.failures import NonFiniteError
 from swift.train.seeds import seed_everything
 from swift.train.signals import StopSignals
@@ -97,7 +97,7 @@ class Trainer:
         metrics: MetricsLog,
         status: StatusFile,
         device: torch.device,
-        evaluator: LossEvaluator | None = None,
+        evaluator: Evaluator | None = None,
         group_names: Sequence[str] = (),
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -180,6 +180,7 @@ class Trainer:
         state = self.state
         seed_everything(self.config.training.seed, "step", state.step)
         output = self.engine.forward_backward(batches, self.objective)
+        counted = self.objective.denominators(batches)
         norm = self.engine.clip()["default"]
         self._rates = self.engine.step(state.step)
         state.step += 1
@@ -193,8 +194,10 @@ class Trainer:
                 output.metrics["loss_sum"],
                 output.metrics["num_correct"],
                 norm,
-                self.objective.denominators(batches).target_weight,
-                sum(batch.num_targets for batch in batches),
+                counted.target_weight,
+                sum(batch.num_targets for batch in batches)
+                if counted.num_answers is None
+                else counted.num_answers,
                 output.metrics.get("groups"),
             )
         )
@@ -280,7 +283,7 @@ class Trainer:
             "epoch": round(self._epoch(), 4),
             "loss": window.loss,
             **window.group_losses,
-            "token_accuracy": window.token_accuracy,
+            **({self.objective.accuracy: window.token_accuracy} if self.objective.accuracy else {}),
             "grad_norm": grad_norm,
             "learning_rate": self._rates["default"],
             "tokens_per_second": round(clock.tokens / seconds, 1) if seconds else None,

@@ -25,6 +25,7 @@ from swift.train.checkpoints import read_state
 from swift.train.loop import StepPlan
 from swift.train.precision import check_precision, export_dtype
 from swift.train.preflight import find_checkpoint, preflight
+from swift.train.tasks import check_negatives
 
 __all__ = ["Prepared", "prepare"]
 
@@ -85,6 +86,12 @@ def prepare(resolved: Resolved) -> Prepared:
         ),
     )
     order_batch_size, split = _data_order(resolved, checkpoint)
+    if split > 1 and config.task.is_in_batch:
+        raise ConfigError(
+            f"{config.task.loss_type} compares the rows of a micro-batch: smaller ones make another loss",
+            where="--per_device_train_batch_size",
+            fix=f"--per_device_train_batch_size {order_batch_size}, with a smaller --max_length if memory runs out",
+        )
     stream = None
     if loaded is None:
         stream, data, schedule = open_stream(resolved, template, order_batch_size, split)
@@ -103,6 +110,7 @@ def prepare(resolved: Resolved) -> Prepared:
             seed=config.data.data_seed or 0,
         )
         plan = _step_plan(resolved, schedule)
+    check_negatives(resolved, data.train)
     return Prepared(
         resolved,
         model_path,

@@ -97,7 +97,13 @@ def train(
             say(f"going on from {prepared.checkpoint} (step {resumed_step} of {prepared.plan.total_steps})")
         gc.freeze()  # what is loaded by now stays to the end and need not be searched for garbage
         gc.enable()
-        summary = {"folder": str(folder.path), "command": resolved.command, **trainer.train()}
+        task = resolved.config.task.task_type
+        summary = {
+            "folder": str(folder.path),
+            "command": resolved.command,
+            **({} if task == "causal_lm" else {"task_type": task}),
+            **trainer.train(),
+        }
         write_summary(folder.path, summary)
         _draw_curves(folder.path)
         for callback in trainer.callbacks:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from swift.core.errors import ModelError
+from swift.models.classifier import is_classifier
 from swift.models.quantised import is_quantised_linear, linear_sizes
 from swift.tuners.lora import AdapterSpec, LoraLinear, is_linear
 from swift.tuners.targets import linear_names, module_names, short_names
@@ -131,7 +132,7 @@ def adapter_config(
         "rank_pattern": {re.escape(k): s.rank for k, s in specs.items() if s.rank != rank},
         "revision": None,
         "target_modules": short_names(model, list(layers)),
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": first.use_rslora,
     }

@@ -11,6 +11,7 @@ from torch import nn
 from swift.core.errors import ConfigError, ModelError
 from swift.core.logging import get_logger
 from swift.core.registry import closest
+from swift.models.classifier import SCORE, is_classifier
 from swift.tuners.lora import LoraLinear, is_linear
 from swift.tuners.saved_module import SavedModule
 
@@ -47,9 +48,11 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def output_head_name(model: nn.Module) -> str | None:
-    """Name of the module that turns hidden states into logits."""
+    """Name of the module that turns hidden states into logits, or into the scores of a classifier."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
+    if head is None and is_classifier(model):
+        head = getattr(model, SCORE)
     if head is None:
         return None
     return next((name for name, module in model.named_modules() if module is head), None)

@@ -55,8 +55,8 @@ class ProgressLine(Callback):
     def on_evaluate(self, run: RunView, metrics: dict[str, Any]) -> None:
         numbers = [
             f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.4g}"
-            for name in ("eval_loss", "eval_token_accuracy", "eval_perplexity")
-            if metrics.get(name) is not None
+            for name in metrics
+            if name.startswith("eval_") and name != "eval_seconds" and metrics[name] is not None
         ]
         self._say(f"step {run.state.step}/{run.total_steps}  evaluation: {', '.join(numbers)}")
 

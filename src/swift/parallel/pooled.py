@@ -1,0 +1,76 @@
+"""The native engine for tasks over whole sequences: one row of values is read at the last token of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swift.data.collate import Batch
+from swift.models.classifier import SCORE
+from swift.models.head import split_head
+from swift.objectives.base import PooledOutputs
+from swift.parallel.native import NativeEngine
+
+__all__ = ["PooledEngine", "answer_difference", "split_backbone", "split_score"]
+
+
+class PooledEngine(NativeEngine):
+    """What the head makes of the hidden state at each target of a batch, ``[num_sequences, size]`` in order.
+
+    Args:
+        split: backbone and head of the model, or None when they cannot be told apart: then its logits are read.
+        readout: from what the head gives ``[num_sequences, ...]`` to the values of the objective.
+        options: those of the native engine.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
+        readout: Callable[[Tensor], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, split=split, **options)
+        self._readout = readout
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> PooledOutputs:
+        """The values of a batch, in evaluation mode."""
+        self.model.eval()
+        self._average(True)
+        return self._outputs(batch.to(self.device))
+
+    @torch.no_grad()
+    def values(self, batch: Batch) -> Tensor:
+        return self._outputs(batch).values
+
+    def _outputs(self, batch: Batch) -> PooledOutputs:  # type: ignore[override]
+        ends = batch.targets != -100
+        with self._precision():
+            outputs = self._run(batch)
+            values = self._split[1](outputs.last_hidden_state[ends]) if self._split else outputs.logits[ends]
+        if self._readout is not None:
+            values = self._readout(values)
+        return PooledOutputs(values.to(torch.promote_types(values.dtype, torch.float32)))
+
+
+def split_score(model: Any) -> tuple[nn.Module, nn.Module]:
+    """Backbone and score head of a sequence classifier."""
+    return getattr(model, model.base_model_prefix), getattr(model, SCORE)
+
+
+def split_backbone(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The backbone of a causal model, whose hidden states are the vectors, and a head that changes nothing."""
+    return getattr(model, model.base_model_prefix), nn.Identity()
+
+
+def answer_difference(positive: int, negative: int) -> Callable[[Tensor], Tensor]:
+    """``logit(positive) - logit(negative)``, ``[n, vocab] -> [n, 1]``: the log-odds of the two answers."""
+
+    def read(logits: Tensor) -> Tensor:
+        return (logits[:, positive] - logits[:, negative])[:, None]
+
+    return read
