@@ -154,15 +154,15 @@ class Template:
         if self.chat is not None:
             if messages[-1]["role"] != "assistant":
                 return self.encode_prompt(messages, tools)
-            return list(self._tokenize([self.render(messages, tools)], False)[0].ids)
+            return self._encoder.encode([self.render(messages, tools)], False)[0].ids
         contents = [message["content"] for message in messages]
         if self.system and messages[0]["role"] != "system":
             contents.insert(0, self.system)
         plain = [c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents]
         text = " ".join(part for part in plain if part)
-        encoding = self._tokenize([text], not self._begins_with_bos(text))[0]
-        ids: list[int] = encoding.ids
-        is_closed = len(ids) > 1 and encoding.offsets[-1] == (0, 0)
+        tokens = self._encoder.encode([text], not self._begins_with_bos(text))[0]
+        ids = tokens.ids
+        is_closed = len(ids) > 1 and tokens.stops[-1] == 0
         if end_token and not is_closed and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
         return ids
