@@ -18,7 +18,7 @@ from swift.evaluate.architectures import (
 
 @pytest.mark.parametrize(
     ("kind", "packing"),
-    [("gpt_neox", "exact"), ("olmoe", "exact"), ("mamba", "no")],
+    [("gpt_neox", "exact"), ("olmoe", "exact"), ("phimoe", "exact"), ("falcon", "no"), ("mamba", "no")],
 )
 def test_trains_saves_and_reloads(tmp_path: Path, kind: str, packing: str) -> None:
     result = verify_architecture(kind, causal_architectures()[kind], tmp_path)

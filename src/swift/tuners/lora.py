@@ -220,8 +220,9 @@ def _keep_mask(noise: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
 def is_linear(module: nn.Module) -> bool:
     """True where an adapter fits: linear layers, quantised ones too, and GPT-2's ``Conv1D`` (``[in, out]``)."""
     if isinstance(module, nn.Linear):
-        # Those of some mixtures of experts inherit from it, but give scores and indices (Phi-MoE, Llama 4).
-        return "router" not in type(module).__name__.lower()
+        # Some inherit from it and compute something else: routers that give scores and indices (Phi-MoE, Llama 4),
+        # products group by group (DeepSeek-V4).
+        return not any(word in type(module).__name__ for word in ("Router", "Grouped"))
     return _is_conv1d(module) or is_quantised_linear(module)
 
 
