@@ -30,12 +30,6 @@ _SIDEWAYS = 6
 def run(argv: list[str]) -> int:
     """Exit code 0 when there was something to compare."""
     parser = parser_of("compare")
-    parser.add_argument(
-        "what",
-        nargs="*",
-        metavar="ID|NAME|FOLDER",
-        help="a submission, jobs, or run folders (also a folder of them); default: the newest submission",
-    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object (docs/en/comparison.md)")
     form.add_argument("--csv", action="store_true", help="one line per experiment")
@@ -54,6 +48,12 @@ def run(argv: list[str]) -> int:
 def parser_of(command: str) -> ArgumentParser:
     """With the options that compare and report share."""
     parser = ArgumentParser(prog=f"swift {command}", description=COMMANDS[command].help)
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="ID|NAME|FOLDER",
+        help="a submission, jobs, or run folders (also a folder of them); default: the newest submission",
+    )
     parser.add_argument(
         "--metric",
         metavar="M",

@@ -15,12 +15,6 @@ def run(argv: list[str]) -> int:
     """Write the page and print its path."""
     parser = parser_of("report")
     parser.add_argument(
-        "what",
-        nargs="*",
-        metavar="NAME",
-        help="a submission, jobs, or run folders; default: the newest submission",
-    )
-    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE.html",
