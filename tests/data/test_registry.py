@@ -239,3 +239,12 @@ def test_other_columns_than_declared_are_an_error_of_the_row() -> None:
     row = mapping.apply(Row({"query": "x"}, "a.jsonl:", 7))
     assert row.error is not None and row.location == "a.jsonl:7"
     assert "no 'question'" in row.error and "found [query]" in row.error
+
+
+def test_a_class_is_a_word_to_answer_with_and_a_number_to_classify_by() -> None:
+    entry = find_dataset("sst2")
+    assert entry is not None
+    mapped = entry.mapping.apply(Row({"sentence": "so good", "label": 1}, "a", 1))
+    assert (mapped.values["response"], mapped.values["label"]) == ("positive", 1)
+    unlabelled = entry.mapping.apply(Row({"sentence": "so good", "label": -1}, "a", 2))
+    assert unlabelled.error is not None and "label -1 names no class" in unlabelled.error

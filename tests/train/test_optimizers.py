@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
 
+from swift.config.bind import resolve
 from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.training import TrainingSection
 from swift.core.errors import ConfigError
+from swift.runs.metrics import read_metrics
 from swift.train import optimizers
 from swift.train.low_rank import LowRankAdamW, pack_4bit, unpack_4bit
 from swift.train.optimizers import OPTIMIZERS, build_optimizer
@@ -148,3 +151,21 @@ def test_four_bits() -> None:
     )  # 300 numbers in two groups of 256, two a byte
     back = unpack_4bit(packed, scale, (3, 100))
     assert (back - values).abs().max() <= scale.max() / 14 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "tuner", [{"tuner_type": "reft"}, {"tuner_type": "full", "lisa_activated_layers": 1}]
+)
+def test_an_optimizer_of_two_parts_serves_tuners_that_act_after_steps(
+    run_training: Any, tuner: dict[str, Any]
+) -> None:
+    folder = run_training(optim="muon", max_steps=3, **tuner).folder
+    assert len(read_metrics(folder / "metrics.jsonl")) >= 3
+
+
+@pytest.mark.parametrize(
+    ("optim", "option"), [("adafactor", "adam_beta1"), ("paged_lion_8bit", "adam_epsilon")]
+)
+def test_options_that_an_optimizer_does_not_know_are_refused(optim: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"has no effect with optim {optim}"):
+        resolve("sft", values={"model": "m", "dataset": "d.jsonl", "optim": optim, option: 0.5})

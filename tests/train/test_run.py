@@ -397,3 +397,11 @@ def test_recomputing_some_layers_changes_nothing_but_memory(run_training):
 def test_offloading_needs_an_accelerator(run_training):
     with pytest.raises(ConfigError, match="needs an accelerator"):
         run_training(activation_cpu_offload=True)
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 4}, {"use_rslora": True}, {"target_modules": ["q_proj"]}])
+def test_tuner_options_beside_an_adapter_are_refused(run_training, options):
+    start = run_training(run_name="start", max_steps=1)
+    with pytest.raises(ConfigError, match="would have no effect"):
+        run_training(run_name="more", max_steps=1, adapters=[str(start.folder)], **options)
+    run_training(run_name="same", max_steps=1, adapters=[str(start.folder)], lora_rank=8)

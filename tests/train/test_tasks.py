@@ -174,6 +174,30 @@ def test_training_goes_on_from_the_adapter_of_a_classifier(run_task, class_rows)
     )
 
 
+def test_an_adapter_without_a_score_head_is_refused(run_training, run_task, class_rows):
+    causal = run_training(run_name="causal", max_steps=1)
+    with pytest.raises(ConfigError, match="brings no score head"):
+        run_task(class_rows, adapters=[str(causal.folder)], **class_options("single_label_classification"))
+
+
+def test_a_metric_that_is_not_defined_is_never_the_best(run_task, class_rows):
+    """The correlation with labels that are all alike."""
+    rows = [{**row, "label": 1.0} for row in class_rows]
+    run = run_task(
+        rows, task_type="seq_cls", num_labels=1, problem_type="regression", max_steps=6, eval_strategy="steps",
+        eval_steps=1, metric_for_best_model="eval_pearson", greater_is_better=True, early_stop_interval=2,
+    )  # fmt: skip
+    assert run.summary["steps"] == 6 and run.summary["best_step"] is None
+
+
+def test_a_classifier_is_not_trained_as_a_text_model(run_task, run_training, class_rows):
+    full = run_task(
+        class_rows, tuner_type="full", **class_options("single_label_classification", max_steps=1)
+    )
+    with pytest.raises(ModelError, match="gives scores, not text"):
+        run_training(model=str(full.folder / "last"), run_name="again")
+
+
 def ranking_options(**options):
     return {"max_steps": 30, "learning_rate": 3e-3, **options}
 

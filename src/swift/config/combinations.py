@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from swift.config.memory_rules import FULL_TRAINING_OPTIMIZERS, LOW_RANK_OPTIONS
 from swift.config.schema import Resolved
+from swift.config.sections.optimizer import OptimizerSection
 from swift.config.task_rules import TASK_OPTIONS
 from swift.config.tuner_rules import TUNER_OPTIONS
 from swift.core.errors import ConfigError
@@ -30,10 +31,18 @@ class OnlyWith:
     values: tuple[Any, ...]
 
 
+def _without(*kinds: str) -> tuple[str, ...]:
+    """The optimizers of other kinds (``lion`` stands for its 8-bit and paged ones too)."""
+    names = get_args(OptimizerSection.model_fields["optim"].annotation)
+    return tuple(name for name in names if not any(kind in name for kind in kinds))
+
+
 ONLY_WITH: tuple[OnlyWith, ...] = (
     *(OnlyWith(*row) for row in (*TUNER_OPTIONS, *TASK_OPTIONS)),
     OnlyWith(("lorap_lr_ratio",), "tuner_type", ("lora",)),
     OnlyWith(("qat_activation_bits", "qat_group_size"), "qat_bits", (4, 8)),
+    OnlyWith(("adam_beta1", "adam_beta2"), "optim", _without("adafactor")),
+    OnlyWith(("adam_epsilon",), "optim", _without("adafactor", "lion")),
     OnlyWith(LOW_RANK_OPTIONS, "optim", FULL_TRAINING_OPTIMIZERS),
     OnlyWith(("galore_quantization", "galore_cos_threshold"), "optim", ("galore_adamw",)),
     OnlyWith(("apollo_scale_type",), "optim", ("apollo_adamw",)),

@@ -37,7 +37,7 @@ class ColumnMapping:
 
     Attributes:
         targets: target column -> how it is made.
-        labels: column -> names of its numbers, put in their place first.
+        labels: column -> names of its numbers, put in their place first; a target ``label`` gets the number itself.
         fill: placeholder (``NAME`` for ``{{NAME}}``) -> (Chinese, other) texts; the column ``language`` chooses.
     """
 
@@ -56,10 +56,16 @@ class ColumnMapping:
                 if isinstance(value, str):
                     values[name] = value.replace("{{" + placeholder + "}}", text)
         try:
+            numbers = dict(values)
             for name, names in self.labels.items():
                 if isinstance(values.get(name), int):
+                    if values[name] < 0:  # some data sets mark rows without a label so
+                        raise IndexError(f"{name} {values[name]} names no class")
                     values[name] = names[values[name]]
-            made = {target: _make(text, values) for target, text in self.targets.items()}
+            made = {
+                target: _make(text, numbers if target == "label" else values)
+                for target, text in self.targets.items()
+            }
         except (KeyError, IndexError, TypeError, ValueError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             columns = ", ".join(row.values)

@@ -174,6 +174,12 @@ def load_model(
     implementation = _choose_attention(attention, config, folder)
     if head is not None:
         model_class = classifier_of(model_class, config, head, folder)
+    elif model_class.__name__.endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"{model_class.__name__} gives scores, not text",
+            where=str(folder),
+            fix="--task_type seq_cls (or reranker) trains it",
+        )
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

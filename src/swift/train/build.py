@@ -17,6 +17,7 @@ from swift.core.format import format_bytes
 from swift.data.collate import collate
 from swift.data.loader import BatchLoader
 from swift.data.stream import StreamLoader
+from swift.models.classifier import SCORE
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
 from swift.models.quantised import stored_weights
@@ -38,6 +39,7 @@ from swift.train.low_precision import train_in_float8, train_quantisation_aware
 from swift.train.neftune import add_embedding_noise
 from swift.train.optimizers import build_optimizer
 from swift.train.precision import param_dtype
+from swift.train.preflight import check_tuner_options
 from swift.train.prepare import Prepared
 from swift.train.schedules import learning_rate_schedule
 from swift.train.starts import start_from_data
@@ -223,7 +225,17 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
                 where="--adapters",
                 fix="name one adapter, and leave out --tuner_type",
             )
-        tuned = load_adapter(model, adapter_folder(config.model.adapters[0]), trainable=True)
+        folder = adapter_folder(config.model.adapters[0])
+        check_tuner_options(resolved, folder)
+        tuned = load_adapter(model, folder, trainable=True)
+        names = [name for group in tuned.parameter_sets().values() for name in group]
+        if config.task.has_score_head and not any(SCORE in name.split(".") for name in names):
+            raise ConfigError(
+                "this adapter brings no score head",
+                where=f"--adapters {config.model.adapters[0]}",
+                why="it was trained for another task; its run would learn with a random head that is not kept",
+                fix="leave it out, or merge it first (swift merge-lora) and train on the merged model",
+            )
     else:
         tuned = apply_tuner(
             model,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["CombinedOptimizer"]
 
@@ -16,6 +18,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         # The parts hold groups and state; torch's own bookkeeping of a single optimizer is left out.
         self.parts = list(parts)
+        self._after_step: OrderedDict[int, Callable[..., None]] = OrderedDict()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -28,6 +31,14 @@ class CombinedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:
             part.step()
+        for hook in list(self._after_step.values()):
+            hook(self, (), {})
+
+    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Called as ``hook(optimizer, (), {})`` once all parts have stepped."""
+        handle = RemovableHandle(self._after_step)
+        self._after_step[handle.id] = hook
+        return handle
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}

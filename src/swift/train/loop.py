@@ -324,7 +324,10 @@ class Trainer:
                 why=f"known: {', '.join(metrics)}",
             )
         value, sign = metrics[name], 1.0 if options.greater_is_better else -1.0
-        if state.best_metric is None or sign * value > sign * state.best_metric:
+        best = state.best_metric
+        if not math.isfinite(value):  # a correlation with constant labels: neither better nor worse
+            return False
+        if best is None or not math.isfinite(best) or sign * value > sign * best:
             state.best_metric, state.best_step, state.stale_evaluations = value, state.step, 0
             return True
         state.stale_evaluations += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -17,7 +18,7 @@ from swift.models.quantised import check_packages
 from swift.runs.folder import RunFolder, find_latest_run, locate
 from swift.train.optimizers import check_optimizer
 
-__all__ = ["find_checkpoint", "preflight"]
+__all__ = ["check_tuner_options", "find_checkpoint", "preflight"]
 
 
 def preflight(resolved: Resolved) -> Path:
@@ -63,6 +64,37 @@ def preflight(resolved: Resolved) -> Path:
     if config.checkpoint.resume_from_checkpoint is None:
         _check_output(Path(config.checkpoint.output_dir), config.checkpoint.run_name)
     return folder
+
+
+_RECORDED = {
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+"""Options -> keys of PEFT's adapter_config.json."""
+
+
+def check_tuner_options(resolved: Resolved, adapter: Path) -> None:
+    """Refuse tuner options that say something else than the adapter that training goes on from.
+
+    Raises ConfigError: its folder decides how it is made; options beside it would be ignored.
+    """
+    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    for name in type(resolved.config.tuner).model_fields:
+        if name == "tuner_type" or not resolved.is_explicit(name):
+            continue
+        value = resolved.value(name)
+        if name not in _RECORDED or recorded.get(_RECORDED[name]) != value:
+            raise ConfigError(
+                f"the adapter {adapter} is made as it is: {name} {value} would have no effect",
+                where=f"--{name}",
+                why=f"its {_RECORDED[name]} is {recorded.get(_RECORDED[name])}"
+                if name in _RECORDED
+                else None,
+                fix=f"leave out --{name}, or leave out --adapters for a new adapter",
+            )
 
 
 def _check_output(output_dir: Path, run_name: str | None) -> None:

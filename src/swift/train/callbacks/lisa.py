@@ -47,4 +47,5 @@ class LisaCallback(Callback):
             for parameter in parameters:
                 parameter.requires_grad_(index in chosen)
                 if index not in chosen:
-                    self._optimizer.state.pop(parameter, None)
+                    for part in getattr(self._optimizer, "parts", [self._optimizer]):
+                        part.state.pop(parameter, None)
