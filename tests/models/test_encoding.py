@@ -65,7 +65,16 @@ def test_what_changes_the_text_is_asked(backend: Tokenizer) -> None:
     greedy.add_special_tokens([AddedToken("<|eat|>", lstrip=True, rstrip=True)])
     composed = changed(backend)
     composed.normalizer = normalizers.NFC()
-    for other in (changed(backend, pre_tokenizer=spaced), greedy, composed):
+    trimmed = changed(
+        backend,
+        post_processor={
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+    )
+    for other in (changed(backend, pre_tokenizer=spaced), greedy, composed, trimmed):
         tokens = TextEncoder(other).encode(["one two e\u0301 <|eat|> three"], False)[0]
         assert not tokens.in_bytes
         assert tokens.stops[-1] == len(tokens.text)

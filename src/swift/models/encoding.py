@@ -99,6 +99,9 @@ def _byte_level_sizes(backend: Any) -> np.ndarray | None:
     # What is put before a text, or taken away around a special token, is no part of any token's bytes.
     if not plain or len(byte_level) != 1 or byte_level[0].get("add_prefix_space"):
         return None
+    after = settings.get("post_processor") or {}
+    if any(step.get("trim_offsets") for step in after.get("processors", [after])):
+        return None  # the library then counts a token from behind its spaces, and so do assistant masks elsewhere
     added = settings.get("added_tokens") or []
     if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
         return None
