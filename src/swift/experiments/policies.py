@@ -230,10 +230,9 @@ def _smaller(
     if batch > 1 and not in_batch:
         factor = next(number for number in range(2, batch + 1) if batch % number == 0)
         smaller = batch // factor
-        overrides: dict[str, Any] = {
-            "per_device_train_batch_size": smaller,
-            "gradient_accumulation_steps": accumulation * factor,
-        }
+        overrides: dict[str, Any] = {"per_device_train_batch_size": smaller}
+        if not options.get("global_batch_size"):  # else it follows from it, and naming both is refused
+            overrides["gradient_accumulation_steps"] = accumulation * factor
         if int(options.get("per_device_eval_batch_size") or 0) > smaller:
             overrides["per_device_eval_batch_size"] = smaller
         change = f"micro-batch {batch} -> {smaller}, accumulation {accumulation} -> {accumulation * factor}"
