@@ -8,6 +8,7 @@ import pytest
 import yaml
 from tests.experiments.engines import GIB, World
 
+from swift.config.bind import dump_text, resolve
 from swift.core.errors import SwiftError, UsageError
 from swift.experiments.database import StoreUnusable
 from swift.experiments.isolation import from_shell
@@ -99,6 +100,30 @@ def test_out_of_memory_shrinks_the_micro_batch_and_goes_on(world):
     assert job.retries[0]["change"] == "micro-batch 4 -> 2, accumulation 4 -> 8"
     flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8"]
     assert world.argv("a") == ["resume", str(run), *flags]
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("samples", [{}, {"global_batch_size": 16}, {"gradient_accumulation_steps": 4}])
+def test_the_options_of_a_smaller_attempt_are_accepted(world, samples, resumes):
+    world.submit(world.training("a", options={"per_device_train_batch_size": 4, **samples}))
+    spec = world.job("a").spec
+    if resumes:
+        world.checkpoint("a")
+        first = resolve("sft", values=spec.options, partial=True)
+        (Path(spec.run_dir) / "config.yaml").write_text(dump_text(first))
+    for attempt, (batch, accumulation) in enumerate([(2, 8), (1, 16)], 2):
+        world.end("a", 1, log="error: torch.OutOfMemoryError: CUDA out of memory")
+        assert (world.state("a"), world.job("a").attempt) == ("starting", attempt)
+        words = world.argv("a")
+        assert words[0] == ("resume" if resumes else "sft")
+        file, flags = (str(Path(words[1]) / "config.yaml"), words[2:]) if resumes else (words[1], [])
+        training = resolve("sft", [file, *flags], partial=True).config.training
+        assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (
+            batch,
+            accumulation,
+        )
+        assert training.global_batch_size == samples.get("global_batch_size")
+        world.tick()
 
 
 def test_a_status_of_an_earlier_attempt_says_nothing_about_this_one(world):

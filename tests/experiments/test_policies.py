@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from swift.experiments.attempt import effective_options
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
 from swift.experiments.runner import Exit
 from swift.experiments.types import Job, JobSpec, Placement
@@ -144,6 +145,56 @@ def test_the_ladder_ends_with_checkpointing_and_a_larger_slot():
     whole = after_failure(state, Failure("out_of_memory"), options, Policies(), largest_bytes=10 * GIB)
     assert not whole.retry
     assert "nothing smaller to try" in whole.reason
+
+
+@pytest.mark.parametrize(
+    ("task", "smaller"),
+    [
+        ({"loss_type": "infonce"}, False),
+        ({"loss_type": "infonce", "infonce_use_batch": True}, False),
+        ({"loss_type": "infonce", "infonce_use_batch": False}, True),
+        ({"loss_type": "online_contrastive", "infonce_use_batch": True}, False),
+        ({"loss_type": "contrastive", "infonce_use_batch": True}, True),
+        ({"loss_type": None, "infonce_use_batch": True}, True),
+    ],
+)
+def test_the_micro_batch_of_an_in_batch_loss_stays(task, smaller):
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **task}
+    action = after_failure(job(), Failure("out_of_memory"), options, Policies(), largest_bytes=80 * GIB)
+    if smaller:
+        assert action.overrides["per_device_train_batch_size"] == 4
+        return
+    assert action.overrides == {"gradient_checkpointing": True}
+    options["gradient_checkpointing"] = True
+    action = after_failure(job(), Failure("out_of_memory"), options, Policies(), largest_bytes=80 * GIB)
+    assert (action.overrides, action.record["memory_bytes"]) == ({}, 20 * GIB)
+    action = after_failure(job(), Failure("out_of_memory"), options, Policies(), largest_bytes=10 * GIB)
+    assert not action.retry and "is another loss" in action.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "loss", "batch"),
+    [
+        ({"task_type": "embedding"}, "infonce", 4),
+        ({"task_type": "embedding", "infonce_use_batch": False}, "infonce", 2),
+        ({"task_type": "embedding", "loss_type": "online_contrastive"}, "online_contrastive", 4),
+        ({"task_type": "seq_cls", "num_labels": 3}, "cross_entropy", 2),
+    ],
+)
+def test_options_in_force_tell_the_loss(options, loss, batch, tmp_path):
+    spec = JobSpec(
+        name="a",
+        experiment="a",
+        command="sft",
+        options={"model": "m", "dataset": ["d"], "per_device_train_batch_size": 4, **options},
+        run_dir=str(tmp_path / "a"),
+    )
+    state = Job("j1", "g", spec, "running", attempt=1)
+    found = effective_options(state)
+    assert found["loss_type"] == loss
+    found["gradient_checkpointing"] = False
+    action = after_failure(state, Failure("out_of_memory"), found, Policies())
+    assert {**found, **action.overrides}["per_device_train_batch_size"] == batch
 
 
 def test_commands_without_a_batch_only_get_a_larger_slot():

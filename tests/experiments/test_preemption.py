@@ -9,6 +9,7 @@ from tests.experiments.engines import World
 from tests.experiments.services import Services, wait_for
 from tests.experiments.test_scheduler import EXACT, GIB, gpus, job, machine, slots
 
+from swift.core.errors import UsageError
 from swift.experiments.preemption import Preemption, preempt
 from swift.experiments.scheduler import Placed, Policy, QueuedJob, decide
 from swift.experiments.types import Inventory, JobSpec, Needs, Placement
@@ -158,6 +159,55 @@ def test_a_wish_of_the_user_counts_more_than_a_preemption(world) -> None:  # typ
     assert not world.events("urgent", "preempts")
     world.end("low", 143, reason="stopped")
     assert world.states() == {"low": "cancelled", "urgent": "starting"}
+
+
+def test_a_job_that_is_paused_while_it_makes_room_ends_paused(world) -> None:  # type: ignore[no-untyped-def]
+    world.submit(world.training("low"))
+    world.tick()
+    world.submit(world.spec("urgent", priority=5), group="h")
+    low = world.job("low")
+    paused = world.engine.pause(low.id, grace_seconds=7)
+    assert (paused.state, paused.reason) == ("pausing", "paused by the user; saves a checkpoint")
+    assert world.runner.stopped == [(low.id, 1, 30.0), (low.id, 1, 7)]
+    assert "has saved a checkpoint" in world.job("urgent").reason, "the room is still being made"
+    world.checkpoint("low")
+    world.engine = world.new_engine()
+    world.end("low", 143, reason="stopped")
+    assert world.states() == {"low": "paused", "urgent": "starting"}
+    world.tick()
+    world.end("urgent")
+    world.tick()
+    low = world.job("low")
+    assert (low.state, low.reason, low.placement) == ("paused", "paused by the user", None)
+    with pytest.raises(UsageError, match="is paused already"):
+        world.engine.pause(low.id)
+    world.engine.resume(low.id)
+    world.tick()
+    assert (world.state("low"), world.argv("low")) == ("starting", ["resume", low.spec.run_dir])
+
+
+def test_a_pause_that_comes_when_the_room_is_made_finds_the_job_in_the_queue(world) -> None:  # type: ignore[no-untyped-def]
+    world.submit(world.training("low"))
+    world.tick()
+    world.submit(world.spec("urgent", priority=5), group="h")
+    tell = world.runner.stop
+
+    def over(*_: object) -> None:
+        world.runner.stop = tell
+        world.store.transition("j1", "pausing", "queued", "preempted")
+
+    world.runner.stop = over
+    assert world.engine.pause(world.job("low").id).state == "paused"
+
+
+def test_a_stop_after_a_pause_while_it_makes_room_counts(world) -> None:  # type: ignore[no-untyped-def]
+    world.submit(world.training("low"))
+    world.tick()
+    world.submit(world.spec("urgent", priority=5), group="h")
+    world.engine.pause(world.job("low").id)
+    world.engine.stop(world.job("low").id)
+    world.end("low", 143, reason="stopped")
+    assert world.state("low") == "cancelled"
 
 
 def test_jobs_that_cannot_go_on_stay(world) -> None:  # type: ignore[no-untyped-def]

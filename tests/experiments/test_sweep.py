@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from swift.experiments.expand import expand
 from swift.experiments.file import ExperimentFile, parse_experiments
 from swift.experiments.search_space import candidates
 from swift.experiments.sweep_controller import SweepController, metric_of
+from swift.runs.metrics import MetricsLog
 
 
 @pytest.fixture
@@ -210,6 +212,19 @@ def test_where_the_metric_comes_from(work: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "evaluation.json").write_text(json.dumps({"rougeL": 0.25, "loss": 9.0}))
     assert [metric_of(run, name) for name in ("eval_loss", "loss", "rougeL")] == [1.5, 0.1, 0.25]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_metric_that_is_not_finite_is_none(work: Path, number: float) -> None:
+    with closing(MetricsLog(work / "metrics.jsonl")) as log:
+        log.append({"step": 1, "loss": 2.0, "eval_loss": 1.0})
+        log.append({"step": 2, "loss": 1.5, "eval_loss": number})
+        log.append({"step": 3, "loss": None})
+    (work / "evaluation.json").write_text(json.dumps({"rougeL": number, "bleu": 0.5}))
+    found = [metric_of(work, name) for name in ("eval_loss", "rougeL", "loss", "bleu")]
+    assert found == [None, None, 1.5, 0.5]
+    (work / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_loss": number}) + "\n")
+    assert metric_of(work, "eval_loss") is None
 
 
 def test_folder_of_another_sweep_and_missing_optuna(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,11 +99,16 @@ class Control(abc.ABC):
     def pause(
         self, job_id: str, reason: str = "paused by the user", grace_seconds: float | None = None
     ) -> Job:
-        """Checkpoint and set aside until ``resume``. Raises StateConflict when it has ended or is paused."""
+        """Checkpoint and set aside until ``resume``; one that is being preempted does not come back by itself then.
+
+        Raises UsageError when it has ended or is paused.
+        """
 
         def change(job: Job) -> Job:
             if job.state in ("queued", "waiting"):
                 return self.store.transition(job_id, job.state, "paused", reason)
+            if job.state == "pausing" and job.preempted:
+                return self._wish_while_active(job, "pause", reason, "saves a checkpoint", grace_seconds)
             if job.state in FINISHED or job.state in ("paused", "pausing"):
                 raise UsageError(f"{job.id} ({job.spec.name}) is {job.state} already")
             self._wish(job, "pause", reason)
@@ -183,14 +188,20 @@ class Control(abc.ABC):
                 raise UsageError(f"{job.id} ({job.spec.name}) has ended already: {job.state}")
             if job.state in _WAITING:
                 return self.store.transition(job_id, job.state, "cancelled", reason)
-            self._wish(job, action, reason)
-            self.runner.stop(job.id, job.attempt, self._grace(grace_seconds))
-            now = self.store.job(job_id)
-            if now.attempt != job.attempt or now.state not in ACTIVE:
-                raise StateConflict("it ended by itself meanwhile", now.state)
-            return self.store.update(job_id, reason=f"{reason}; stopping")
+            return self._wish_while_active(job, action, reason, "stopping", grace_seconds)
 
         return self._change(job_id, change)
+
+    def _wish_while_active(
+        self, job: Job, action: str, reason: str, doing: str, grace_seconds: float | None
+    ) -> Job:
+        """Ask for the end of an attempt whose state stays as it is. Raises StateConflict when it was over already."""
+        self._wish(job, action, reason)
+        self.runner.stop(job.id, job.attempt, self._grace(grace_seconds))
+        now = self.store.job(job.id)
+        if now.attempt != job.attempt or now.state not in ACTIVE:
+            raise StateConflict("it ended by itself meanwhile", now.state)
+        return self.store.update(job.id, reason=f"{reason}; {doing}")
 
     def _change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
         """Change a job, looking again when it has changed its state meanwhile."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from swift.config.sections.task import TaskSection
 from swift.core.format import format_bytes, format_duration
 from swift.experiments.runner import Exit
 from swift.experiments.types import Job
@@ -216,19 +217,22 @@ def _retry(
 def _smaller(
     job: Job, failure: Failure, options: Mapping[str, Any], policies: Policies, largest_bytes: int | None
 ) -> Action:
-    """The ladder: a smaller micro-batch with the same effective batch, checkpointing, a larger slot."""
+    """The ladder: a smaller micro-batch with the same effective batch, checkpointing, a larger slot.
+
+    The micro-batch of an in-batch loss stays: with another one it would be another loss.
+    """
     before = sum(entry.get("kind") == "out_of_memory" for entry in job.retries)
     if before >= policies.out_of_memory:
         return Action(False, f"{failure} ({before} times made smaller)")
     batch = int(options.get("per_device_train_batch_size") or 1) if options else 1
     accumulation = int(options.get("gradient_accumulation_steps") or 1) if options else 1
-    if batch > 1:
+    in_batch = _is_in_batch(options)
+    if batch > 1 and not in_batch:
         factor = next(number for number in range(2, batch + 1) if batch % number == 0)
         smaller = batch // factor
-        overrides: dict[str, Any] = {
-            "per_device_train_batch_size": smaller,
-            "gradient_accumulation_steps": accumulation * factor,
-        }
+        overrides: dict[str, Any] = {"per_device_train_batch_size": smaller}
+        if not options.get("global_batch_size"):  # else it follows from it, and naming both is refused
+            overrides["gradient_accumulation_steps"] = accumulation * factor
         if int(options.get("per_device_eval_batch_size") or 0) > smaller:
             overrides["per_device_eval_batch_size"] = smaller
         change = f"micro-batch {batch} -> {smaller}, accumulation {accumulation} -> {accumulation * factor}"
@@ -243,7 +247,13 @@ def _smaller(
         wanted = min(2 * held, math.floor(0.94 * largest_bytes))
         change = f"memory {format_bytes(held)} -> {format_bytes(wanted)}"
         return _retry(job, failure, f"out of memory: {change}", change, memory_bytes=wanted)
-    return Action(False, f"{failure}; there is nothing smaller to try")
+    note = f" ({options['loss_type']} with a smaller micro-batch is another loss)" if in_batch else ""
+    return Action(False, f"{failure}; there is nothing smaller to try{note}")
+
+
+def _is_in_batch(options: Mapping[str, Any]) -> bool:
+    known = ("loss_type", "infonce_use_batch")
+    return TaskSection(**{name: options[name] for name in known if options.get(name) is not None}).is_in_batch
 
 
 def is_stalled(

@@ -227,15 +227,18 @@ def metric_of(run_dir: str | Path, metric: str) -> float | None:
     folder = Path(run_dir)
     if _is_training_metric(metric):
         values = [
-            row[metric] for row in read_metrics(folder / "metrics.jsonl") if row.get(metric) is not None
+            row.get(metric)
+            for row in read_metrics(folder / "metrics.jsonl")
+            if row.get(metric) is not None or metric in row.get("nonfinite", {})
         ]
-        return float(values[-1]) if values else None
-    try:
-        summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    value = summary.get(metric)
-    return None if value is None else float(value)
+        value = values[-1] if values else None
+    else:
+        try:
+            summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        value = summary.get(metric)
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _is_training_metric(metric: str) -> bool:

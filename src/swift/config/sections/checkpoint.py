@@ -15,7 +15,9 @@ class CheckpointSection(Section):
         None, "Name of the run folder; default: vN-YYYYMMDD-HHMMSS.", essential=True
     )
     save_strategy: Literal["steps", "epoch", "no"] = option(
-        "steps", "When to save: every save_steps, after each epoch, or only at the end (no)."
+        "steps",
+        "When to save: every save_steps, after each epoch, or neither (no); besides, at the end and whenever an"
+        " evaluation is the best so far.",
     )
     save_steps: int = option(500, "Steps between checkpoints.", unit="steps", essential=True, ge=1)
     save_total_limit: int | None = option(
