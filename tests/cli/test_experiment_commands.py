@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -167,6 +171,31 @@ def test_run_inline_needs_no_service(home, swift, tmp_path):
     assert code == 0
     assert out.count("succeeded (done)") == 2
     assert find_service(home) is None
+
+
+def test_ctrl_c_pauses_what_runs_inline(home, tmp_path):
+    """Nothing outlives the process: the running job is stopped, all are paused for ``swift resume``."""
+    waits = {"command": "data", "words": ["show", str(tmp_path / "pipe")]}
+    os.mkfifo(tmp_path / "pipe")  # reading it takes for ever
+    path = tmp_path / "pair.yaml"
+    content = {
+        "name": "pair",
+        "experiments": {"one": waits, "two": waits},
+        "resources": {"max_parallel": 1, "cold": True},
+    }
+    path.write_text(yaml.safe_dump(content))
+    home.root.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "SWIFT_HOME": str(home.root)}
+    command = [sys.executable, "-m", "swift", "run", str(path), "--inline"]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        store = Store(home.store)
+        wait_for(lambda: any(job.state == "running" for job in store.jobs()), "a job to run")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "swift resume pair" in errors
+    assert [job.state for job in store.jobs()] == ["paused", "paused"]
 
 
 def test_submit_pause_resume_stop(home, swift, tmp_path):

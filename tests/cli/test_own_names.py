@@ -89,6 +89,13 @@ def test_a_base_model_without_a_template_gets_the_one_of_its_name(home: Path, ti
     assert "im_start" in (checkpoint / "chat_template.jinja").read_text(encoding="utf-8")
 
 
+def test_a_tiny_model_replaces_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home.parent / "mine").mkdir()
+    assert main(["models", "tiny", "llama", "mine"]) == 2
+    assert "mine exists" in capsys.readouterr().err
+    assert main(["models", "tiny", "llama", "mine", "--overwrite"]) == 0
+
+
 def test_a_damaged_table_is_named(home: Path) -> None:
     (home / "models.yaml").write_text("my-base: [1]\n", encoding="utf-8")
     with pytest.raises(ModelError, match="not a table of models") as error:

@@ -1,5 +1,6 @@
 """What a run computes and leaves behind."""
 
+import importlib.util
 import json
 import math
 import os
@@ -405,3 +406,23 @@ def test_tuner_options_beside_an_adapter_are_refused(run_training, options):
     with pytest.raises(ConfigError, match="would have no effect"):
         run_training(run_name="more", max_steps=1, adapters=[str(start.folder)], **options)
     run_training(run_name="same", max_steps=1, adapters=[str(start.folder)], lora_rank=8)
+
+
+def test_peft_is_asked_for_before_anything_is_loaded(run_training, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    with pytest.raises(ConfigError, match="peft is not installed") as error:
+        run_training(use_dora=True)
+    assert error.value.fix == "pip install 'swift-forge[tuners]'"
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_says_what_to_do(run_training, tmp_path):
+    class Fail(Callback):
+        def on_train_begin(self, run):
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        run_training(run_name="early", callbacks=[Fail()])
+    with pytest.raises(ConfigError, match="ended before its first checkpoint") as error:
+        run_training(run_name="early")
+    assert error.value.fix.startswith(f"delete it: rm -r {tmp_path / 'output' / 'early'}")

@@ -56,7 +56,9 @@ def _parser() -> ArgumentParser:
         action.add_argument("--columns", metavar="JSON", help="rename columns: {old: new}")
         action.add_argument("--max_length", type=int, metavar="N", help="with --model: tell longer samples")
         action.add_argument("--system", metavar="TEXT", help="system prompt for samples that have none")
-        action.add_argument("--chat_template", metavar="FILE", help="instead of the tokenizer's own")
+        action.add_argument(
+            "--chat_template", "--template", metavar="FILE", help="instead of the tokenizer's own"
+        )
         action.add_argument("--loss_scale", choices=("default", "last_round", "all"), help="what is learned")
         action.add_argument("--use_loss_scale", action="store_true", help="read weights from the data")
         action.add_argument("--pt", action="store_true", help="as swift pt sees it: plain text, all learned")

@@ -65,7 +65,7 @@ def _experiments(folder: Path, seed: int) -> int:
         service.run(["stop"])
     if code == 0:
         group = Store(home.store).groups(limit=1)[-1].name
-        print("\n$ swift compare")
+        print(f"\n$ SWIFT_HOME={home.root} swift compare")
         code = compare.run([group, "--metric", "exact_match"])
         code = code or report.run([group, "--metric", "exact_match", "--output", str(folder / "report.html")])
     return code

@@ -48,7 +48,7 @@ OPTIONAL = {
     "bitsandbytes": "QLoRA (--quant_method bnb), 8-bit and paged optimizers",
     "torchao": "8-bit weights (--quant_method torchao)",
     "schedulefree": "--optim schedule_free_adamw",
-    "peft": "the tests and benchmarks",
+    "peft": "DoRA, AdaLoRA, VeRA, OFT, BOFT, IA3, LoHa, LoKr, FourierFT, Bone; LoRA on fused experts",
 }
 """Distribution -> what it is good for."""
 INSTALL = {"flash-attn": "pip install flash-attn --no-build-isolation"}

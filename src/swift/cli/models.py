@@ -37,11 +37,12 @@ def _parser() -> ArgumentParser:
     show.set_defaults(action=_show)
     tiny = actions.add_parser("tiny", help="write a small random model and its tokenizer")
     tiny.add_argument("architecture", metavar="ARCH", help="qwen3_moe, or a class of transformers")
-    tiny.add_argument("folder", metavar="DIR", help="replaced if it exists")
+    tiny.add_argument("folder", metavar="DIR", help="where to write it")
     for name, default in (("hidden_size", 64), ("num_layers", 2), ("vocab_size", 512), ("seed", 0)):
         tiny.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
     tiny.add_argument("--chat_template", default="chatml", help="a built-in one (default: chatml)")
     tiny.add_argument("--config", metavar="JSON", help="further keys of config.json, over the small ones")
+    tiny.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
     tiny.set_defaults(action=_tiny)
     verify = actions.add_parser("verify", help="one LoRA step, save and reload of every architecture")
     verify.add_argument("--only", default="*", metavar="PATTERN", help="model types, such as 'qwen*'")
@@ -174,6 +175,8 @@ def _tiny(arguments: Namespace) -> int:
         config = json.loads(arguments.config or "{}")
     except ValueError as error:
         raise UsageError("not JSON", where="--config", why=str(error)) from None
+    if Path(arguments.folder).exists() and not arguments.overwrite:
+        raise UsageError(f"{arguments.folder} exists", fix="another folder, or --overwrite to replace it")
     folder = make_tiny_model(
         arguments.folder,
         architecture=arguments.architecture,

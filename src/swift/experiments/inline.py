@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
+from swift.core.errors import UsageError
 from swift.experiments.engine import Engine
 from swift.experiments.follow import follow
 from swift.experiments.home import Home
 from swift.experiments.service import ServiceLock
 from swift.experiments.store import Store
 from swift.experiments.submission import Submission
-from swift.experiments.types import Job
+from swift.experiments.types import ACTIVE, Job
 
 __all__ = ["run_inline"]
 
+_LEAVE_SECONDS = 15.0
+"""Beyond the grace period: for the supervisors to write how the jobs ended."""
 Follow = Callable[[Home, Store, str, Callable[[float], None]], list[Job]]
 
 
@@ -23,8 +29,8 @@ def run_inline(
 ) -> tuple[str, list[Job]]:
     """Submit, run to the end, return (group, jobs).
 
-    Jobs that were queued in this home before run as well: it is the same queue. After Ctrl-C running jobs go on, and
-    waiting ones stay queued for the next engine.
+    Jobs that were queued in this home before run as well: it is the same queue. At Ctrl-C the submitted jobs are
+    paused, running ones with a checkpoint: none outlives this process, and ``swift resume NAME`` goes on.
 
     Args:
         follow_: shows progress; calls its last argument to let the engine work for about so many seconds.
@@ -43,7 +49,23 @@ def run_inline(
             engine.wait(min(seconds, engine.tick()))
 
         engine.tick()
-        return group.name, follow_(home, engine.store, group.name, work)
+        try:
+            return group.name, follow_(home, engine.store, group.name, work)
+        except KeyboardInterrupt:
+            _pause(engine, group.name)
+            raise
     finally:
         engine.close()
         lock.release()
+
+
+def _pause(engine: Engine, group: str) -> None:
+    """Set the jobs of a group aside, and wait until those that ran have saved and ended."""
+    print(f"pausing; go on later: swift resume {group}", file=sys.stderr, flush=True)
+    engine.sweeps.stop(group)
+    for job in engine.store.jobs(group=group):
+        with contextlib.suppress(UsageError):  # it has ended, or is paused
+            engine.pause(job.id)
+    deadline = time.monotonic() + engine.grace_seconds + _LEAVE_SECONDS
+    while time.monotonic() < deadline and any(job.state in ACTIVE for job in engine.store.jobs(group=group)):
+        engine.wait(min(0.2, engine.tick()))

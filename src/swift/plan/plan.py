@@ -270,7 +270,7 @@ def _steps(
         ranks=resolved.config.parallel.data_parallel_size,
     )
     per_epoch, total, warmup = step_counts(epoch.micro_batches, training)
-    if epoch.padding > 0.3:
+    if epoch.padding > 0.3 and mode != "packed":
         warnings.append(f"{epoch.padding:.0%} of each batch is padding: --packing true avoids it")
     mean = sum(lengths) / len(lengths)
     return {

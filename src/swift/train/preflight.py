@@ -17,6 +17,7 @@ from swift.models.locate import derive_chat_template, pin_model
 from swift.models.quantised import check_packages
 from swift.runs.folder import RunFolder, find_latest_run, locate
 from swift.train.optimizers import check_optimizer
+from swift.tuners.registry import check_peft
 
 __all__ = ["check_tuner_options", "find_checkpoint", "preflight"]
 
@@ -43,6 +44,7 @@ def preflight(resolved: Resolved) -> Path:
     if resolved.command != "pt":
         derive_chat_template(resolved, name, folder)
     check_packages(config.quantization)
+    check_peft(config.tuner)
     check_optimizer(config.optimizer)
     pin_datasets(resolved)
     for spec in dataset_specs(config.data, [*config.data.dataset, *config.data.val_dataset]):
@@ -108,11 +110,17 @@ def _check_output(output_dir: Path, run_name: str | None) -> None:
             why=f"{existing} is {'not writable' if existing.is_dir() else 'a file'}",
             fix="name a folder you may write to: --output_dir PATH",
         )
-    if run_name is not None and RunFolder(parent / run_name).holds_run():
+    run = RunFolder(parent / run_name) if run_name is not None else None
+    if run is not None and run.holds_run():
+        path = shlex.quote(str(run.path))
+        begun = run.latest_checkpoint() is not None
         raise ConfigError(
-            f"{parent / run_name} already holds a run",
+            f"{run.path} already holds a run"
+            + ("" if begun else ", which ended before its first checkpoint"),
             where="--run_name",
-            fix=f"go on with it: swift resume {shlex.quote(str(parent / run_name))}; or choose another --run_name",
+            fix=f"go on with it: swift resume {path}; or choose another --run_name"
+            if begun
+            else f"delete it: rm -r {path}; or choose another --run_name",
         )
 
 

@@ -5,16 +5,19 @@ A PEFT method more is one row here (and one value of ``tuner_type``). Imports no
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from swift.config.sections.tuner import TunerSection
+from swift.core.errors import ConfigError
 
 __all__ = [
     "METHODS",
     "Method",
+    "check_peft",
     "count_decoder_layer",
     "count_layer",
     "peft_method",
@@ -185,6 +188,19 @@ def peft_method(tuner: TunerSection) -> Method | None:
     """The method that PEFT carries out; None where our own code does."""
     own = tuner.tuner_type == "lora" and not tuner.use_dora and not tuner.target_parameters
     return None if own else METHODS.get(tuner.tuner_type)
+
+
+def check_peft(tuner: TunerSection) -> None:
+    """Raise ConfigError when PEFT carries the tuner out and is not installed."""
+    if peft_method(tuner) is None or importlib.util.find_spec("peft") is not None:
+        return
+    option = "--use_dora" if tuner.use_dora else f"--tuner_type {tuner.tuner_type}"
+    raise ConfigError(
+        "peft is not installed",
+        where="--target_parameters" if tuner.target_parameters else option,
+        why="this tuner is PEFT's own; plain LoRA needs no package",
+        fix="pip install 'swift-forge[tuners]'",
+    )
 
 
 def peft_method_of_folder(config: Mapping[str, Any]) -> Method | None:
