@@ -103,6 +103,35 @@ def test_changed_data_is_refused(run_training, chat_file, tmp_path):
         run_training(**{**options, "dataset": str(shorter), "resume_from_checkpoint": "last", "max_steps": 8})
 
 
+def test_a_stream_from_a_relative_path_is_resumed_and_a_change_behind_the_first_window_is_refused(
+    run_training, chat_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    file = Path("data.jsonl")
+    file.write_text(chat_file.read_text())
+    options = {"streaming": True, "shuffle_buffer_size": 10, "save_steps": 2, "max_steps": 8}
+    with pytest.raises(Kill.Killed):
+        run_training(callbacks=[Kill(5)], dataset="data.jsonl", run_name="cut", **options)
+    config = tmp_path / "output" / "cut" / "config.yaml"
+    whole = run_training(dataset="data.jsonl", run_name="whole", **options)
+    text = file.read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def resume():
+        resolved = resolve("sft", [str(config), "--resume_from_checkpoint", str(config.parent)])
+        assert resolved.config.data.dataset == [str(tmp_path / "data.jsonl")]
+        return train(resolved, say=lambda line: None)
+
+    file = tmp_path / file
+    file.write_text("".join(text.splitlines(keepends=True)[:50]))  # the first window, of 10 rows, is the same
+    with pytest.raises(SwiftError, match="changed since the checkpoint"):
+        resume()
+    file.unlink()
+    file.write_text(text)  # a copy, with another time
+    assert metric_lines(resume().folder) == metric_lines(whole.folder)
+
+
 def test_checkpoint_without_optimizer_cannot_be_resumed(run_training):
     run_training(save_steps=2, max_steps=4, save_only_model=True)
     with pytest.raises(SwiftError, match="no optimizer state"):
