@@ -132,6 +132,12 @@ def test_a_stream_from_a_relative_path_is_resumed_and_a_change_behind_the_first_
     assert metric_lines(resume().folder) == metric_lines(whole.folder)
 
 
+def test_the_epoch_of_a_stream_is_the_number_of_passes_done(run_training):
+    result = run_training(streaming=True, shuffle_buffer_size=10, max_steps=20)  # 6 windows of 3 batches
+    assert [line["epoch"] for line in metric_lines(result.folder)] == [0] * 18 + [1] * 2
+    assert result.summary["epochs"] == 1
+
+
 def test_checkpoint_without_optimizer_cannot_be_resumed(run_training):
     run_training(save_steps=2, max_steps=4, save_only_model=True)
     with pytest.raises(SwiftError, match="no optimizer state"):

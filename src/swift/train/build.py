@@ -364,7 +364,9 @@ def _cursor_fingerprint(prepared: Prepared) -> str:
         parts = (*parts, names, data.dataset_weights, data.shuffle_buffer_size, data.stopping_strategy)
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=12)
     digest.update(prepared.data.train.lengths.tobytes())
-    if prepared.stream is not None:  # the lengths are those of the first window; the sizes tell of what follows
+    if (
+        prepared.stream is not None
+    ):  # the lengths are those of the first window; the sizes tell of what follows
         sizes = [[file.stat().st_size for file in files] for files in prepared.stream.files]
         digest.update(repr(sizes).encode())
     return digest.hexdigest()

@@ -53,10 +53,10 @@ class Interrupted(SwiftError):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How long the run is: optimizer steps in all and per epoch, micro-batches per step."""
+    """How long the run is: optimizer steps in all and per epoch (None: of a stream), micro-batches per step."""
 
     total_steps: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     accumulation: int
 
 
@@ -383,6 +383,9 @@ class Trainer:
         }
 
     def _epoch(self) -> float:
+        """Passes over the data. Of a stream, whose length nobody knows, those before the one that is under way."""
+        if self.plan.steps_per_epoch is None:
+            return self.state.epoch
         return self.state.epoch + self.state.step_in_epoch / self.plan.steps_per_epoch
 
     def _write_status(self) -> None:
