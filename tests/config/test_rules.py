@@ -82,6 +82,12 @@ def test_what_is_derived_by_default() -> None:
             "steps",
             "val_dataset, eval_steps, save_strategy",
         ),
+        (
+            ["--val_dataset", "v", "--save_strategy", "no", "--streaming", "--max_steps", "5"],
+            "eval_strategy",
+            "steps",
+            "val_dataset, save_strategy, streaming",
+        ),
         (["--save_steps", "9"], "eval_steps", 9, "save_steps"),
         (["--batch_size", "3"], "per_device_eval_batch_size", 3, "per_device_train_batch_size"),
         (
@@ -176,6 +182,16 @@ def test_derivations_only_name_options() -> None:
         (
             ["--warmup_steps", "50", "--max_steps", "10"],
             "--warmup_steps: 50 warm-up steps, but only 10 steps\n  fix: lower --warmup_steps or raise --max_steps",
+        ),
+        (
+            ["--streaming", "--max_steps", "5", "--val_dataset", "v", "--save_strategy", "epoch"],
+            "--save_strategy: does not go together with streaming: the end of an epoch is not known beforehand\n"
+            "  fix: --save_strategy steps",
+        ),
+        (
+            ["--streaming", "--max_steps", "5", "--val_dataset", "v", "--eval_strategy", "epoch"],
+            "--eval_strategy: does not go together with streaming: the end of an epoch is not known beforehand\n"
+            "  fix: --eval_strategy steps",
         ),
         (
             ["--max_steps", "0"],

@@ -16,10 +16,11 @@ from swift.config.sections.data import DataSection
 from swift.core.errors import ConfigError, DataError
 from swift.data.mapping import ColumnMapping
 from swift.data.persona import dataset_specs
+from swift.data.report import StreamReport
 from swift.data.rows import Row
 from swift.data.sources import find_files, parse_dataset_spec, read_rows
-from swift.data.stream import Stream, StreamLoader, open_stream
-from swift.data.tokenise import Encoder
+from swift.data.stream import Stream, StreamLoader, open_stream, stream_notes
+from swift.data.tokenise import Encoder, encode_rows
 
 
 def rows(path: Path, count: int, letter: str) -> Path:
@@ -121,6 +122,63 @@ def test_bad_rows_and_streams_without_targets_are_refused(tmp_path: Path) -> Non
         list(StreamLoader(stream(mute)).steps(0, 1))
     with pytest.raises(DataError, match="no row is left"):
         open_stream(options(dataset=[str(mute)], streaming=True), FakeTemplate(), 4, 1)
+
+
+def test_the_first_window_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"messages": [{"role": "user", "content": "mute"}]}] * 10
+    file = write_jsonl(tmp_path / "a.jsonl", [*lines, *[chat("q", f"a{number}") for number in range(25)]])
+    read: list[int] = []
+
+    def counted(rows: list[Row], encoder: Encoder) -> Any:
+        read.extend(row.number for row in rows)
+        return encode_rows(rows, encoder)
+
+    monkeypatch.setattr("swift.data.stream.encode_rows", counted)
+    values = {"dataset": [str(file)], "streaming": True, "shuffle_buffer_size": 10, "max_length": 64}
+    source, loaded, _ = open_stream(options(**values), FakeTemplate(), 4, 1)
+    assert read == list(range(1, 21)) and len(loaded.train) == 10  # the first ten teach nothing
+    plain = StreamLoader(stream(file, shuffle_buffer_size=10, data_seed=source.section.data_seed))
+    expected, again = answers(plain), answers(plain, 1)
+    read.clear()
+    loader = StreamLoader(source)
+    assert answers(loader) == expected
+    assert read == list(range(21, 36))
+    assert answers(loader, 1) == again
+
+
+def test_rows_left_out_behind_the_first_window_are_counted_from_any_step_on(tmp_path: Path) -> None:
+    mute = {"messages": [{"role": "user", "content": "q"}]}
+    lines: list[Any] = [chat("q", f"a{number}") for number in range(60)]
+    for place in range(12, 20):  # all eight places of these are more than are kept
+        lines[place] = chat("q", "long " * 40)
+    lines[30:40] = ["{"] * 10  # a window of nothing else
+    lines[50:] = [mute] * 10  # the same, at the end
+    file = write_jsonl(tmp_path / "a.jsonl", lines)
+    kind = {"shuffle_buffer_size": 10, "on_bad_rows": "skip"}
+    loader, reports, positions = StreamLoader(stream(file, **kind)), [], []
+    for _ in loader.steps(0, 2):
+        reports.append(loader.report)
+        positions.append(loader.position)
+    seen = [(made["rows_read"], made["counts"]["deleted"], made["counts"]["bad_rows"]) for made in reports]
+    assert seen[0] == (10, 0, 0) and (30, 8, 0) in seen and (50, 8, 10) in seen
+    final = loader.report
+    numbers = StreamReport.from_dict(final).summary()
+    wanted = {"rows_read": 60, "samples": 32, "deleted": 8, "truncated": 0, "untargeted": 10, "bad_rows": 10}
+    assert {name: numbers[name] for name in wanted} == wanted
+    assert sum(map(len, final["deleted"].values())) == 6 and len(final["bad_rows"]) == 6
+    first, second, third = stream_notes(final, stream(file, **kind).section)
+    start = "of the 60 rows streamed: "
+    assert (
+        first
+        == f"{start}8 rows longer than max_length 64 were left out: {file}:13, 14, 15, 16, 17, 18 and 2 more"
+    )
+    assert second.startswith(f"{start}10 rows have no token to learn and were left out: {file}:51, 52")
+    assert third.startswith(f"{start}10 bad rows were skipped, the first: {file}:31: ")
+    for step, (made, position) in enumerate(zip(reports, positions, strict=True), start=1):
+        again = StreamLoader(stream(file, **kind))
+        assert len(list(again.steps(0, 2, step, position, made))) == len(reports) - step
+        assert again.report == final
+    assert len(list(loader.steps(1, 2, report=final))) == len(reports) and loader.report == final
 
 
 def test_validation_data_is_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A run that was cut and resumed equals the uninterrupted one to the last bit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,63 @@ def test_changed_data_is_refused(run_training, chat_file, tmp_path):
     shorter.write_text("".join(chat_file.read_text().splitlines(keepends=True)[:40]))
     with pytest.raises(SwiftError, match="changed since the checkpoint"):
         run_training(**{**options, "dataset": str(shorter), "resume_from_checkpoint": "last", "max_steps": 8})
+
+
+def test_a_stream_from_a_relative_path_is_resumed_and_a_change_behind_the_first_window_is_refused(
+    run_training, chat_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    file = Path("data.jsonl")
+    file.write_text(chat_file.read_text())
+    options = {"streaming": True, "shuffle_buffer_size": 10, "save_steps": 2, "max_steps": 8}
+    with pytest.raises(Kill.Killed):
+        run_training(callbacks=[Kill(5)], dataset="data.jsonl", run_name="cut", **options)
+    config = tmp_path / "output" / "cut" / "config.yaml"
+    whole = run_training(dataset="data.jsonl", run_name="whole", **options)
+    text = file.read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def resume():
+        resolved = resolve("sft", [str(config), "--resume_from_checkpoint", str(config.parent)])
+        assert resolved.config.data.dataset == [str(tmp_path / "data.jsonl")]
+        return train(resolved, say=lambda line: None)
+
+    file = tmp_path / file
+    file.write_text("".join(text.splitlines(keepends=True)[:50]))  # the first window, of 10 rows, is the same
+    with pytest.raises(SwiftError, match="changed since the checkpoint"):
+        resume()
+    file.unlink()
+    file.write_text(text)  # a copy, with another time
+    assert metric_lines(resume().folder) == metric_lines(whole.folder)
+
+
+def test_the_epoch_of_a_stream_is_the_number_of_passes_done(run_training):
+    result = run_training(streaming=True, shuffle_buffer_size=10, max_steps=20)  # 6 windows of 3 batches
+    assert [line["epoch"] for line in metric_lines(result.folder)] == [0] * 18 + [1] * 2
+    assert result.summary["epochs"] == 1
+
+
+def test_what_a_stream_left_out_is_said_at_the_end_also_of_a_resumed_run(run_training, chat_file, tmp_path):
+    lines = chat_file.read_text().splitlines()
+    lines[25], lines[45] = "{", "["
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join(lines))
+    options = {"dataset": str(file), "streaming": True, "shuffle_buffer_size": 10, "on_bad_rows": "skip"}
+    options |= {"max_steps": 20, "save_steps": 4}  # 18 steps make a pass
+    whole = run_training(run_name="whole", **options)
+    rows = whole.summary["rows"]
+    assert (rows["rows_read"], rows["samples"], rows["bad_rows"], rows["deleted"]) == (60, 58, 2, 0)
+    with pytest.raises(Kill.Killed):
+        run_training(callbacks=[Kill(10)], run_name="cut", **options)
+    folder = whole.folder.parent / "cut"
+    said = []
+    resolved = resolve("sft", [str(folder / "config.yaml"), "--resume_from_checkpoint", str(folder)])
+    assert train(resolved, say=said.append).summary["rows"] == rows
+    (note,) = [text for text in said if "bad rows" in text]
+    assert note.startswith(f"of the 60 rows streamed: 2 bad rows were skipped, the first: {file}:26: ")
+    assert json.loads((folder / "summary.json").read_text())["rows"] == rows
+    assert "rows" not in run_training(max_steps=1).summary
 
 
 def test_checkpoint_without_optimizer_cannot_be_resumed(run_training):

@@ -332,6 +332,7 @@ def test_an_adapter_of_a_classifier_merges_and_cannot_chat(run_task, class_rows,
 
 def test_streamed_rows_train_a_classifier(run_task, class_rows):
     options = class_options("single_label_classification", streaming=True, shuffle_buffer_size=16)
+    options["eval_strategy"] = "steps"
     assert last_evaluation(run_task(class_rows, **options))["eval_accuracy"] > 0.6
 
 

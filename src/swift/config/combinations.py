@@ -88,7 +88,12 @@ def check_combinations(resolved: Resolved, where: Where, planning: bool) -> None
         if resolved.value(rule.option):
             for name in _given(resolved, rule.names):
                 resolved.warnings.append(f"{where(resolved, name)}: not needed: {rule.why}")
-    for problem, place, fix in [*_without_effect(resolved, where), *_both_given(resolved, where)]:
+    found = (
+        *_without_effect(resolved, where),
+        *_both_given(resolved, where),
+        *_ends_of_epochs(resolved, where),
+    )
+    for problem, place, fix in found:
         if not planning:
             raise ConfigError(problem, where=place, fix=fix)
         resolved.warnings.append(f"{place}: {problem}; a run refuses it")
@@ -125,4 +130,19 @@ def _both_given(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
         )
         for first, second, why in EXCLUSIVE
         if len(_given(resolved, (first, second))) == 2
+    ]
+
+
+def _ends_of_epochs(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
+    """Where an epoch of a stream ends is known only when the step behind it asks for data."""
+    if resolved.command not in ("pt", "sft") or not resolved.config.data.streaming:
+        return []
+    return [
+        (
+            "does not go together with streaming: the end of an epoch is not known beforehand",
+            where(resolved, name),
+            f"--{name} steps",
+        )
+        for name in ("save_strategy", "eval_strategy")
+        if resolved.sources[name].kind != "derived" and resolved.value(name) == "epoch"
     ]

@@ -80,7 +80,9 @@ def _eval_strategy(resolved: Resolved) -> str:
     if resolved.is_explicit("eval_steps"):
         return "steps"
     saving = resolved.config.checkpoint.save_strategy
-    return "epoch" if saving == "no" else saving
+    if saving == "no":
+        return "steps" if resolved.config.data.streaming else "epoch"
+    return saving
 
 
 def _greater_is_better(resolved: Resolved) -> bool:
@@ -105,7 +107,7 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("min_lr_ratio", ("min_lr", "learning_rate"), _min_lr_ratio),
     Derivation("lora_dropout", ("target_parameters",), derived_dropout),
     Derivation("data_seed", ("seed",), lambda resolved: resolved.config.training.seed),
-    Derivation("eval_strategy", (*_VALIDATION, "eval_steps", "save_strategy"), _eval_strategy),
+    Derivation("eval_strategy", (*_VALIDATION, "eval_steps", "save_strategy", "streaming"), _eval_strategy),
     Derivation("eval_steps", ("save_steps",), lambda resolved: resolved.config.checkpoint.save_steps),
     Derivation(
         "per_device_eval_batch_size",

@@ -29,7 +29,7 @@ from swift.data.store import TokenStore
 from swift.data.tokenise import Encoder, TemplateLike, tokenise
 from swift.data.tokens import TokenDataset
 
-__all__ = ["LoadedData", "describe_rows", "load_data"]
+__all__ = ["LoadedData", "describe_rows", "load_data", "note_report"]
 
 _PROGRESS_BYTES = 4 << 20
 """From this much data on a progress bar is worth the look."""
@@ -89,14 +89,14 @@ def load_data(
     if train is None:
         train = load(specs, section.dataset_weights)
     _require_samples(train, section.dataset, max_length)
-    _note_report(train.report, max_length, section, notes)
+    note_report(train.report, max_length, section, notes)
     if section.dataset_weights and not streamed:
         notes.append(_mixing_note(train, specs))
     validation = None
     if val_specs:
         validation = load(val_specs, [])
         _require_samples(validation, section.val_dataset, max_length)
-        _note_report(validation.report, max_length, section, notes, "validation: ")
+        note_report(validation.report, max_length, section, notes, "validation: ")
     elif section.split_dataset_ratio > 0:
         train, validation = _split(train, section.split_dataset_ratio, seed)
     mappings = {str(file): spec.mapping for spec in [*specs, *val_specs] for file in files[spec.text]}
@@ -275,7 +275,7 @@ def _require_samples(dataset: TokenDataset, texts: Sequence[str], max_length: in
     if len(dataset):
         return
     report = dataset.report
-    deleted, untargeted = _count(report.deleted), _count(report.untargeted)
+    deleted, untargeted = report.count("deleted"), report.count("untargeted")
     reasons = [f"{report.rows_read} rows read"]
     if deleted:
         reasons.append(f"{deleted} longer than max_length {max_length}")
@@ -291,43 +291,36 @@ def _require_samples(dataset: TokenDataset, texts: Sequence[str], max_length: in
     raise DataError("no row is left to learn from", where=", ".join(texts), why=", ".join(reasons), fix=fix)
 
 
-def _count(places: Mapping[str, Sequence[int]]) -> int:
-    return sum(len(numbers) for numbers in places.values())
-
-
-def describe_rows(places: Mapping[str, Sequence[int]], limit: int = 6) -> str:
-    """``a.jsonl:3, 7, b.jsonl:1 and 5 more``."""
+def describe_rows(places: Mapping[str, Sequence[int]], limit: int = 6, count: int | None = None) -> str:
+    """``a.jsonl:3, 7, b.jsonl:1 and 5 more``; ``count``: of all rows, when ``places`` are only the first of them."""
     shown: list[str] = []
     for source, numbers in places.items():
         room = limit - len(shown)
         for place, number in enumerate(numbers[:room]):
             shown.append(location_of(source, number) if place == 0 else str(number))
-    more = _count(places) - len(shown)
+    total = sum(len(numbers) for numbers in places.values()) if count is None else count
+    more = total - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _note_report(
+def note_report(
     report: DataReport, max_length: int | None, section: DataSection, notes: list[str], prefix: str = ""
 ) -> None:
+    """Add to ``notes`` a sentence for each reason why rows were left out or cut."""
+    how = {"left": "cut at the left", "right": "cut at the right", "split": "split"}
     longer = f"longer than max_length {max_length}"
-    if report.deleted:
-        places = describe_rows(report.deleted)
-        notes.append(f"{prefix}{_count(report.deleted)} rows {longer} were left out: {places}")
-    if report.truncated:
-        how = {"left": "cut at the left", "right": "cut at the right", "split": "split"}[
-            section.truncation_strategy
-        ]
-        notes.append(
-            f"{prefix}{_count(report.truncated)} rows {longer} were {how}: {describe_rows(report.truncated)}"
-        )
-    if report.untargeted:
-        places = describe_rows(report.untargeted)
-        notes.append(
-            f"{prefix}{_count(report.untargeted)} rows have no token to learn and were left out: {places}"
-        )
+    for name, fate in (
+        ("deleted", f"{longer} were left out"),
+        ("truncated", f"{longer} were {how.get(section.truncation_strategy)}"),
+        ("untargeted", "have no token to learn and were left out"),
+    ):
+        if count := report.count(name):
+            notes.append(f"{prefix}{count} rows {fate}: {describe_rows(getattr(report, name), count=count)}")
     if report.bad_rows:
         first, reason = report.bad_rows[0]
-        notes.append(f"{prefix}{len(report.bad_rows)} bad rows were skipped, the first: {first}: {reason}")
+        notes.append(
+            f"{prefix}{report.count('bad_rows')} bad rows were skipped, the first: {first}: {reason}"
+        )
 
 
 def _mixing_note(train: TokenDataset, specs: Sequence[DatasetSpec]) -> str:

@@ -13,9 +13,11 @@ used up (``first_exhausted``) or when all are (``all_exhausted``: the others beg
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +28,11 @@ from swift.data.batching import BatchSchedule, random_generator
 from swift.data.collate import Batch, batch_of
 from swift.data.groups import task_format
 from swift.data.layout import lay_out
-from swift.data.load import LoadedData, load_data
+from swift.data.load import LoadedData, load_data, note_report
 from swift.data.loader import ahead
 from swift.data.mode import batch_mode
 from swift.data.persona import dataset_specs
+from swift.data.report import StreamReport
 from swift.data.rows import Row
 from swift.data.samples import bad_rows_error
 from swift.data.sources import find_files, lazy_rows
@@ -37,7 +40,7 @@ from swift.data.store import TokenStore
 from swift.data.tokenise import Encoder, TemplateLike, encode_rows
 from swift.data.tokens import TokenDataset
 
-__all__ = ["Stream", "StreamLoader", "Window", "open_stream"]
+__all__ = ["Stream", "StreamLoader", "Window", "open_stream", "stream_notes"]
 
 _CHUNK_ROWS = 256
 _AHEAD = 4
@@ -71,18 +74,27 @@ class Stream:
         self.files = [find_files(spec) for spec in self.specs]
         weights = np.asarray(section.dataset_weights, float)
         self._shares = weights / weights.sum() if len(weights) else weights
+        self._first: list[Window] = []
+
+    def first(self) -> Window | None:
+        """The first window with a sample; it is kept, with those before it, for the first epoch."""
+        for window in self.windows(0):
+            self._first.append(window)
+            if len(window.dataset):
+                break
+        return self._first[-1] if self._first else None
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
-        """The windows of ``epoch`` from number ``start`` on; those without a sample are left out."""
+        """The windows of ``epoch`` from number ``start`` on, also those without a sample."""
+        known = list(self._first) if epoch == 0 else []
+        yield from known[start:]
+        number = max(start, len(known))
         lazy = self._rows(epoch)
         size = self.section.shuffle_buffer_size
-        for _ in islice(lazy, start * size):
+        for _ in islice(lazy, number * size):
             pass  # passed over: nothing of these rows is parsed
-        number = start
         while rows := list(islice(lazy, size)):
-            store = self._encode(rows)
-            if len(store):
-                yield Window(number, TokenDataset([store]))
+            yield Window(number, TokenDataset([self._encode(rows)]))
             number += 1
 
     def schedule(self, dataset: TokenDataset) -> BatchSchedule:
@@ -150,11 +162,36 @@ def open_stream(
     task = task_format(resolved.config.task)
     encoder = Encoder(template, section.max_length, section.truncation_strategy, task)
     stream = Stream(section, encoder, batch_size, split)
-    first = next(stream.windows(0), None)
+    first = stream.first()
     train = first.dataset if first else TokenDataset([])
     loaded = load_data(resolved, template, section.max_length, train=train)
     loaded.notes.append(f"the rows are streamed; counts are those of the first {train.report.rows_read}")
     return stream, loaded, stream.schedule(train)
+
+
+def stream_notes(report: dict[str, Any], section: DataSection) -> list[str]:
+    """Sentences for the user about rows of the first pass that were left out or cut; of ``StreamLoader.report``."""
+    made, notes = StreamReport.from_dict(report), list[str]()
+    note_report(made, section.max_length, section, notes, f"of the {made.rows_read} rows streamed: ")
+    return notes
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A micro-batch (None behind the last one of a pass), where the next begins, and what became of the rows so far."""
+
+    batch: Batch | None
+    position: tuple[int, int]
+    report: dict[str, Any]
+
+
+def _with_window(report: dict[str, Any], window: Window) -> dict[str, Any]:
+    """The report with a window in it; one that was added before the run was interrupted is not added again."""
+    made = StreamReport.from_dict(copy.deepcopy(report))
+    if window.number < made.windows:
+        return report
+    made.merge(window.dataset.report)
+    return made.to_dict()
 
 
 class StreamLoader:
@@ -162,27 +199,37 @@ class StreamLoader:
 
     Attributes:
         position: (window, micro-batches used of it) behind the step served last; where a resumed run goes on.
+        report: what became of the rows of the first pass, of the windows that steps were served from.
     """
 
     def __init__(self, stream: Stream, *, pad_token_id: int = 0, deadline_seconds: float = 600.0) -> None:
         self.stream, self.pad_token_id, self.deadline_seconds = stream, pad_token_id, deadline_seconds
         self.position = (0, 0)
+        self.report: dict[str, Any] = {}
 
     def steps(
-        self, epoch: int, accumulation: int, start_step: int = 0, position: tuple[int, int] = (0, 0)
+        self,
+        epoch: int,
+        accumulation: int,
+        start_step: int = 0,
+        position: tuple[int, int] = (0, 0),
+        report: dict[str, Any] | None = None,
     ) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of ``epoch`` from ``position`` on (``start_step`` only tells whether
-        something was served before: an epoch that serves nothing at all is refused).
+        something was served before: an epoch that serves nothing at all is refused). ``report`` is the loader's as it
+        was at that position.
 
         Raises DataError for bad rows and for a stream without anything to learn, SwiftError when a batch is late.
         """
-        served = start_step > 0
-        ready = ahead(self._batches(epoch, position), _AHEAD, self.deadline_seconds)
+        served, self.report = start_step > 0, report or {}
+        ready = ahead(self._batches(epoch, position, self.report), _AHEAD, self.deadline_seconds)
         with contextlib.closing(ready):
             while items := list(islice(ready, accumulation)):
-                served = True
-                self.position = items[-1][1]
-                yield [batch for batch, _ in items]
+                batches = [item.batch for item in items if item.batch is not None]
+                self.report = items[-1].report
+                if batches:
+                    served, self.position = True, items[-1].position
+                    yield batches
         self.position = (0, 0)
         if not served:
             names = ", ".join(self.stream.section.dataset)
@@ -190,16 +237,23 @@ class StreamLoader:
                 "no row is left to learn from", where=names, fix="swift data check FILE --model FOLDER"
             )
 
-    def _batches(self, epoch: int, position: tuple[int, int]) -> Iterator[tuple[Batch, tuple[int, int]]]:
+    def _batches(self, epoch: int, position: tuple[int, int], report: dict[str, Any]) -> Iterator[_Served]:
+        """The batches, and behind the last of them one more item without a batch."""
         first, used = position
+        place_behind = position
         for window in self.stream.windows(epoch, first):
+            report = _with_window(report, window) if epoch == 0 else report
+            if not len(window.dataset):
+                continue
             schedule = self.stream.schedule(window.dataset)
             todo = schedule.micro_batches(epoch * 1_000_003 + window.number)
             for place, rows in enumerate(todo):
                 if window.number == first and place < used * schedule.split:
                     continue
                 layout = lay_out(window.dataset, rows, schedule.mode, self.pad_token_id)
-                yield batch_of(layout), (window.number, (place + 1) // schedule.split)
+                place_behind = (window.number, (place + 1) // schedule.split)
+                yield _Served(batch_of(layout), place_behind, report)
+        yield _Served(None, place_behind, report)
 
     def close(self) -> None:
         """Nothing to end: the thread ends with the iteration."""

@@ -32,6 +32,7 @@ from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.lisa import LisaCallback
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
+from swift.train.config_record import recorded_dataset
 from swift.train.evaluation import Evaluator, LossEvaluator
 from swift.train.inspection import inspection_report
 from swift.train.loop import Trainer
@@ -370,9 +371,16 @@ def _cursor_fingerprint(prepared: Prepared) -> str:
     )
     if config.data.streaming:
         data = config.data
-        parts = (*parts, data.dataset, data.dataset_weights, data.shuffle_buffer_size, data.stopping_strategy)
+        # By the names that config.yaml has: a run begun with a relative path is resumed with the absolute one.
+        names = [recorded_dataset(name) for name in data.dataset]
+        parts = (*parts, names, data.dataset_weights, data.shuffle_buffer_size, data.stopping_strategy)
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=12)
     digest.update(prepared.data.train.lengths.tobytes())
+    if (
+        prepared.stream is not None
+    ):  # the lengths are those of the first window; the sizes tell of what follows
+        sizes = [[file.stat().st_size for file in files] for files in prepared.stream.files]
+        digest.update(repr(sizes).encode())
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from swift.config.schema import Resolved, Source
 from swift.data.sources import parse_dataset_spec
 
-__all__ = ["recorded"]
+__all__ = ["recorded", "recorded_dataset"]
 
 
 def recorded(resolved: Resolved) -> Resolved:
@@ -17,8 +17,8 @@ def recorded(resolved: Resolved) -> Resolved:
     config = resolved.config.model_copy(deep=True)
     config.model.model = _each(_absolute, config.model.model)
     config.model.adapters = [_absolute(name) for name in config.model.adapters]
-    config.data.dataset = [_data(name) for name in config.data.dataset]
-    config.data.val_dataset = [_data(name) for name in config.data.val_dataset]
+    config.data.dataset = [recorded_dataset(name) for name in config.data.dataset]
+    config.data.val_dataset = [recorded_dataset(name) for name in config.data.val_dataset]
     config.template.system = _each(_text_file, config.template.system)
     config.template.chat_template = _each(_absolute, config.template.chat_template)
     config.report.callbacks = [_callback(name) for name in config.report.callbacks]
@@ -38,7 +38,8 @@ def _absolute(name: str) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
-def _data(name: str) -> str:
+def recorded_dataset(name: str) -> str:
+    """The name of a data set with an absolute path, when it is a path."""
     spec = parse_dataset_spec(name)
     if spec.entry is not None or spec.subsets or spec.hub is not None:
         return name

@@ -23,6 +23,7 @@ from swift.core.errors import SwiftError
 from swift.core.logging import get_logger, set_log_step
 from swift.data.collate import Batch
 from swift.data.loader import BatchLoader
+from swift.data.report import StreamReport
 from swift.data.stream import StreamLoader
 from swift.objectives.base import Objective
 from swift.parallel.engine import Engine
@@ -53,10 +54,10 @@ class Interrupted(SwiftError):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How long the run is: optimizer steps in all and per epoch, micro-batches per step."""
+    """How long the run is: optimizer steps in all and per epoch (None: of a stream), micro-batches per step."""
 
     total_steps: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     accumulation: int
 
 
@@ -171,10 +172,13 @@ class Trainer:
         if isinstance(loader, BatchLoader):
             yield from loader.steps(state.epoch, self.plan.accumulation, state.step_in_epoch)
             return
-        for batches in loader.steps(state.epoch, self.plan.accumulation, state.step_in_epoch, state.position):
-            state.position = loader.position  # saved after the step that these batches make
+        for batches in loader.steps(
+            state.epoch, self.plan.accumulation, state.step_in_epoch, state.position, state.stream_report
+        ):
+            # Saved after the step that these batches make.
+            state.position, state.stream_report = loader.position, loader.report
             yield batches
-        state.position = (0, 0)
+        state.position, state.stream_report = (0, 0), loader.report
 
     def _train_step(self, batches: list[Batch]) -> None:
         state = self.state
@@ -377,6 +381,7 @@ class Trainer:
             "best_metric": state.best_metric,
             "best_step": state.best_step,
             "num_tokens": state.num_tokens,
+            **({"rows": StreamReport.from_dict(rows).summary()} if (rows := state.stream_report) else {}),
             "train_seconds": round(state.seconds, 3),
             "tokens_per_second": round(state.num_tokens / state.seconds, 1) if state.seconds else None,
             "peak_memory_gib": _gib(peak_memory(self._device)),
@@ -386,6 +391,9 @@ class Trainer:
         }
 
     def _epoch(self) -> float:
+        """Passes over the data. Of a stream, whose length nobody knows, those before the one that is under way."""
+        if self.plan.steps_per_epoch is None:
+            return self.state.epoch
         return self.state.epoch + self.state.step_in_epoch / self.plan.steps_per_epoch
 
     def _write_status(self) -> None:

@@ -95,8 +95,8 @@ def prepare(resolved: Resolved) -> Prepared:
     stream = None
     if loaded is None:
         stream, data, schedule = open_stream(resolved, template, order_batch_size, split)
-        steps = config.training.max_steps
-        plan = StepPlan(steps, steps, config.training.gradient_accumulation_steps or 1)
+        accumulation = config.training.gradient_accumulation_steps or 1
+        plan = StepPlan(config.training.max_steps, None, accumulation)
     else:
         data = loaded
         schedule = BatchSchedule(

@@ -19,6 +19,7 @@ from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_text
 from swift.core.logging import attach_run_logs, detach_run_logs, get_logger
 from swift.data.sources import find_files, parse_dataset_spec
+from swift.data.stream import stream_notes
 from swift.runs.curves import draw_curves
 from swift.runs.folder import RunFolder
 from swift.runs.record import write_environment, write_provenance, write_summary
@@ -105,6 +106,9 @@ def train(
             **trainer.train(),
         }
         write_summary(folder.path, summary)
+        for note in stream_notes(trainer.state.stream_report, resolved.config.data):
+            logger.warning(note)
+            say(note)
         _draw_curves(folder.path)
         for callback in trainer.callbacks:
             callback.on_train_end(trainer, summary)

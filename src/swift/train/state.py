@@ -50,6 +50,7 @@ class TrainState:
         epoch: index of the epoch that the next step belongs to.
         step_in_epoch: steps of that epoch already done; with ``epoch`` the data cursor.
         position: of a stream: window, and micro-batches used of it, in ``epoch``.
+        stream_report: of a stream: what became of the rows of its first pass, up to ``position`` (``StreamReport``).
         num_tokens: non-pad tokens the model has been trained on.
         seconds: time spent training, over all resumed parts.
         cursor_fingerprint: hash of what the cursor refers to; a checkpoint of other data is refused.
@@ -73,6 +74,7 @@ class TrainState:
     cursor_fingerprint: str = ""
     order_batch_size: int = 0
     position: tuple[int, int] = (0, 0)
+    stream_report: dict[str, Any] = field(default_factory=dict)
     window: LogWindow = field(default_factory=LogWindow)
 
     def to_dict(self) -> dict[str, Any]:
