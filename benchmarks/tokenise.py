@@ -160,7 +160,7 @@ def write(turns: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     median = statistics.median
     lines += ["", f"Median ratio: {median(cpu)} of CPU-seconds (user), {median(wall)} of wall-clock time."]
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    lines += [f"Other work ran on the machine (load {load}): the CPU-seconds are the figure.", ""]
+    lines += [f"Load average at the end, this work included: {load}. The aim is 1.5.", ""]
     (RESULTS / "tokenise.md").write_text("\n".join(lines))
 
 
