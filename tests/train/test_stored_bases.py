@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.resuming import train_and_resume
 
 from swift.cli.merge_lora import merge
 from swift.config.bind import resolve
@@ -19,7 +20,6 @@ from swift.models.load import load_model
 from swift.models.quantised import check_loadable, prepare_stored
 from swift.plan.plan import make_plan
 from swift.plan.quantised import frozen_bytes
-from swift.runs.metrics import read_metrics
 from swift.tuners.peft_format import load_adapter
 
 NF4 = QuantizationSection(quant_method="bnb", quant_bits=4)
@@ -61,29 +61,6 @@ def fp8_folders(base, folder, **settings):
     return packed, plain
 
 
-def train_and_resume(run_training, tmp_path, base):
-    """The folder of a run that learned, whose second half was done twice with the same result."""
-    options = {
-        "model": str(base),
-        "max_steps": 6,
-        "save_steps": 3,
-        "num_train_epochs": 9,
-        "lora_dropout": 0.1,
-    }
-    whole = run_training(run_name="whole", **options).folder
-    losses = [row["loss"] for row in read_metrics(whole / "metrics.jsonl")]
-    assert losses[-1] < losses[0] - 0.05
-    cut = tmp_path / "output" / "cut"
-    shutil.copytree(whole, cut, symlinks=True)
-    assert (
-        run_training(run_name="cut", resume_from_checkpoint=str(cut / "checkpoint-3"), **options).folder
-        == cut
-    )
-    files = [folder / "last" / "adapter_model.safetensors" for folder in (cut, whole)]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    return whole
-
-
 def test_fp8_is_unpacked_where_its_config_says_so(run_training, tiny_model_dir, tmp_path):
     packed, plain = fp8_folders(tiny_model_dir, tmp_path, dequantize=True)
     model = load_model(packed, dtype=torch.float32)
@@ -91,7 +68,7 @@ def test_fp8_is_unpacked_where_its_config_says_so(run_training, tiny_model_dir, 
         logits(model), logits(load_model(plain, dtype=torch.float32)), rtol=1e-5, atol=1e-5
     )
     assert (logits(model) - logits(load_model(tiny_model_dir, dtype=torch.float32))).abs().max() > 1e-3
-    run = train_and_resume(run_training, tmp_path, packed)
+    run = train_and_resume(run_training, tmp_path, model=str(packed), lora_dropout=0.1)
     load_adapter(model, run / "last")
     words = ["--adapters", str(run), "--output_dir", str(tmp_path / "merged"), "--device", "cpu"]
     merged = load_model(merge(resolve("merge-lora", words)), dtype=torch.float32)
@@ -123,7 +100,7 @@ def test_a_folder_of_bitsandbytes(section, run_training, tiny_model_dir, tmp_pat
     quantised.save_pretrained(folder)
     stored = load_model(folder, dtype=torch.float32)
     assert torch.equal(logits(stored), logits(quantised))
-    run = train_and_resume(run_training, tmp_path, folder)
+    run = train_and_resume(run_training, tmp_path, model=str(folder), lora_dropout=0.1)
     load_adapter(stored, run / "last")
     load_adapter(quantised, run / "last")
     assert torch.equal(logits(stored), logits(quantised))

@@ -15,7 +15,7 @@ import numpy as np
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
-from swift.data.groups import TaskFormat, encode_group, end_mask
+from swift.data.groups import SequenceTemplate, TaskFormat, encode_group, end_mask
 from swift.data.report import DataReport
 from swift.data.rows import Row
 from swift.data.store import EncodedLike, TokenStore, TokenWriter, encoded_arrays
@@ -33,7 +33,7 @@ _DEADLINE_SECONDS = 600.0
 """How long a chunk may take in a worker before we call it stuck."""
 
 
-class TemplateLike(Protocol):
+class TemplateLike(SequenceTemplate, Protocol):
     """What tokenisation needs of ``swift.models.template.Template``."""
 
     @property
@@ -42,14 +42,6 @@ class TemplateLike(Protocol):
     def encode_many(
         self, samples: Sequence[tuple[list[dict[str, Any]], list[Any] | None]], /
     ) -> Sequence[EncodedLike]: ...
-
-    def encode_sequence(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Sequence[Any] | None = None,
-        *,
-        end_token: bool = False,
-    ) -> list[int]: ...
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def load_model(
     folder = Path(path)
     check_model_folder(folder, need_tokenizer=False)
     model_class, config = _find_class(folder, trust_remote_code)
-    implementation = _choose_attention(attention, config, folder)
+    options = _loading_options(attention, config, folder, dtype=dtype, device=str(device))
     if head is not None:
         model_class = classifier_of(model_class, config, head, folder)
     elif model_class.__name__.endswith("ForSequenceClassification"):
@@ -183,7 +183,6 @@ def load_model(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"attn_implementation": implementation} if implementation else {}
     if trust_remote_code:
         options["trust_remote_code"] = True
     quantization = quantization or QuantizationSection()
@@ -196,9 +195,6 @@ def load_model(
     if is_quantised:
         options["device_map"] = {"": str(device)}  # quantised layers cannot be moved afterwards
         prepare_stored(config)
-    if str(device).startswith("cpu") and str(dtype) != "torch.float32":
-        # transformers' default for experts, grouped_mm, is 2.6x slower in bf16 on CPU, and knows no float64.
-        options["experts_implementation"] = "eager"
     try:
         model, report = model_class.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
@@ -224,6 +220,18 @@ def load_model(
         model.to(device)
     model.config.use_cache = False
     return model.eval()
+
+
+def _loading_options(
+    attention: str, config: Any, folder: Path, *, dtype: torch.dtype, device: str
+) -> dict[str, Any]:
+    """Which functions of transformers compute attention and experts."""
+    implementation = _choose_attention(attention, config, folder)
+    options: dict[str, Any] = {"attn_implementation": implementation} if implementation else {}
+    if device.startswith("cpu") and str(dtype) != "torch.float32":
+        # transformers' default for experts, grouped_mm, is 2.6x slower in bf16 on CPU, and knows no float64.
+        options["experts_implementation"] = "eager"
+    return options
 
 
 def isolates_documents(path: Path | str, attention: str = "auto", *, trust_remote_code: bool = False) -> bool:

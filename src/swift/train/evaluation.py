@@ -15,7 +15,7 @@ from swift.objectives.base import Objective
 from swift.parallel.engine import Engine
 from swift.train.state import LogWindow
 
-__all__ = ["Evaluator", "LossEvaluator"]
+__all__ = ["Evaluator", "LossEvaluator", "validation_loader"]
 
 
 class Evaluator(Protocol):
@@ -25,6 +25,21 @@ class Evaluator(Protocol):
 
     def run(self, engine: Any, given_up: Callable[[], bool] = ...) -> dict[str, float] | None:
         """Metrics whose names begin with ``eval_``; None when ``given_up`` said so."""
+
+
+def validation_loader(
+    dataset: TokenDataset, *, batch_size: int, pad_token_id: int, group_by_length: bool
+) -> tuple[BatchLoader, int]:
+    """Padded batches that hold every sample once, and how many there are."""
+    schedule = BatchSchedule(
+        dataset.lengths,
+        batch_size=batch_size,
+        mode="padded",
+        group_by_length=group_by_length,
+        shuffle=False,
+        seed=0,
+    )
+    return BatchLoader(dataset, schedule, pad_token_id=pad_token_id), schedule.num_micro_batches
 
 
 class LossEvaluator:
@@ -47,16 +62,9 @@ class LossEvaluator:
         group_names: Sequence[str] = (),
     ) -> None:
         self.objective, self.group_names = objective, group_names
-        schedule = BatchSchedule(
-            dataset.lengths,
-            batch_size=batch_size,
-            mode="padded",
-            group_by_length=True,
-            shuffle=False,
-            seed=0,
+        self._loader, self.num_batches = validation_loader(
+            dataset, batch_size=batch_size, pad_token_id=pad_token_id, group_by_length=True
         )
-        self.num_batches = schedule.num_micro_batches
-        self._loader = BatchLoader(dataset, schedule, pad_token_id=pad_token_id)
 
     def run(self, engine: Engine, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """Keys: eval_loss (mean per target weight), eval_token_accuracy, eval_perplexity, eval_seconds; with groups

@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from swift.data.batching import BatchSchedule
-from swift.data.loader import BatchLoader
 from swift.data.tokens import TokenDataset
 from swift.objectives.pooled import PooledObjective
 from swift.parallel.pooled import PooledEngine
+from swift.train.evaluation import validation_loader
 
 __all__ = ["TaskEvaluator"]
 
@@ -30,16 +29,9 @@ class TaskEvaluator:
         self, dataset: TokenDataset, *, batch_size: int, pad_token_id: int, objective: PooledObjective
     ) -> None:
         self.objective = objective
-        schedule = BatchSchedule(
-            dataset.lengths,
-            batch_size=batch_size,
-            mode="padded",
-            group_by_length=False,
-            shuffle=False,
-            seed=0,
+        self._loader, self.num_batches = validation_loader(
+            dataset, batch_size=batch_size, pad_token_id=pad_token_id, group_by_length=False
         )
-        self.num_batches = schedule.num_micro_batches
-        self._loader = BatchLoader(dataset, schedule, pad_token_id=pad_token_id)
 
     def run(
         self,
