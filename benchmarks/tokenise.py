@@ -104,7 +104,7 @@ def _truncate(examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 SIDES = {"ours": ours, "trl": trl, "map": bare_map}
 IMPORTS = {"ours": (), "trl": ("datasets", "trl.trainer.sft_trainer"), "map": ("datasets",)}
-"""What is imported before the clock runs: theirs only, so that the size of their packages does not count against them."""
+"""What is imported before the clock runs: theirs only, lest the size of their packages counts against them."""
 
 
 def child(side: str, model: Path, data: Path, workers: int) -> None:
