@@ -28,7 +28,7 @@ class SwiftTrainer:
         config: options, flat (``{"lora_rank": 8}``) or nested by section, in any spelling the command line takes;
             ``command`` (or ``train_type``) may name another training command (``pt``). Or a configuration file, as on
             the command line.
-        callbacks: observers of the run.
+        callbacks: observers of the run, beside the progress line.
         options: further options, on top of ``config``.
 
     Raises:
@@ -59,9 +59,10 @@ class SwiftTrainer:
 
     def train(self) -> RunResult:
         """Run to the end; returns the run folder and the summary."""
+        from swift.train.callbacks.progress import ProgressLine
         from swift.train.run import train as run_training
 
-        return run_training(self.resolved, callbacks=self.callbacks)
+        return run_training(self.resolved, callbacks=[ProgressLine(), *self.callbacks])
 
 
 def train(
