@@ -132,8 +132,8 @@ def test_values(words: str, name: str, value: object) -> None:
             "kernels",
         ),
         (
-            "deploy --adapters name=folder --gpu_memory_utilization 0.9 --infer_backend vllm",
-            "--gpu_memory_utilization, --infer_backend: not in this version: other inference engines come with a "
+            "deploy --adapters name=folder --vllm_enforce_eager true --use_async_engine false",
+            "--vllm_enforce_eager, --use_async_engine: not in this version: other inference engines come with a "
             "later version; a run refuses them",
         ),
         (
