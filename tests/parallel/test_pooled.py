@@ -32,7 +32,7 @@ def resolved_task(**options):
 
 def dataset_of(folder, rows, resolved):
     template = load_template(folder, resolved.config.template)
-    encoder = Encoder(template, 512, "delete", task_format(resolved.config.task))
+    encoder = Encoder(template, 512, "delete", task_format(resolved.config))
     store = encode_rows([Row(row, "rows:", number) for number, row in enumerate(rows, 1)], encoder)
     assert not store.report.bad_rows
     return TokenDataset([store]), template.tokenizer
