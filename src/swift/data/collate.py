@@ -33,7 +33,7 @@ class Batch:
         groups: tasks over whole sequences: how many sequences each sample has; a target marks the end of each.
         labels: [samples, K] float32, the labels of each sample of such a task.
         target_counts: of such a task, how many targets each sequence has.
-        reference: [sequences] float64, log-probabilities of the answers under a reference, where they are known.
+        reference: [sequences] float32, log-probabilities of the answers under a reference, where they are known.
         mismatched: the questions with answers to other ones (KTO).
     """
 

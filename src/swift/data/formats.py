@@ -131,7 +131,10 @@ def to_messages(raw: list[Any], column: str) -> list[dict[str, Any]]:
 
 def _read_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row; removes the columns it uses."""
-    if "chosen" in columns and "rejected" in columns:
+    if {"chosen", "rejected"} <= columns.keys() and not columns.keys() & {
+        "rejected_messages",
+        "rejected_response",
+    }:
         return _chosen_and_rejected(columns)
     for name in ("messages", "conversations", "conversation"):
         if name in columns:

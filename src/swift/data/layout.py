@@ -102,7 +102,7 @@ def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_tok
     labels = [values for row in samples for _, values in row]
     layout.labels = np.stack(labels) if labels else np.zeros((0, dataset.num_labels), np.float32)
     if dataset.reference is not None:
-        layout.reference = dataset.reference[numbers].reshape(-1)
+        layout.reference = dataset.reference[numbers].reshape(-1).astype(np.float32)
     if dataset.mismatched and len(numbers) > 1:
         layout.mismatched = _lay_out_sequences(_mismatch(found), mode, pad_token_id)
     return layout

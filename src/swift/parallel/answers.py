@@ -58,7 +58,7 @@ class AnswerEngine(NativeEngine):
     def reference_sums(self, batch: Batch) -> Tensor:
         """``[num_sequences]``: log-probabilities of the answers under the reference; 0 without one."""
         if batch.reference is not None:
-            return batch.reference.to(torch.float32)
+            return batch.reference
         if self.reference_engine is not None:
             self.reference_engine.model.eval()
             logprobs = self.reference_engine.token_outputs(batch).logprobs
@@ -106,7 +106,7 @@ class AnswerEngine(NativeEngine):
         if ld_alpha is not None:
             shared = torch.tensor([min(counts[at & ~1], counts[at | 1]) for at in range(len(counts))])
             behind = torch.arange(table.shape[1])[None] >= shared[:, None]
-            table = table * torch.where(behind, ld_alpha, 1.0).to(table)
+            table = torch.where(behind.to(table.device), table * ld_alpha, table)
         return table.sum(1)
 
 
