@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from swift.cli import infer as infer_command
+from swift.config.bind import resolve
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, ModelError
 from swift.data.sources import parse_dataset_spec
 from swift.evaluate.values import read_rows_of_texts, value_texts
+from swift.inference.context import find_context
 from swift.inference.engines.base import Request
 from swift.inference.engines.embedded_core import EmbeddedCore
 from swift.models.classifier import ClassifierHead
@@ -36,7 +38,8 @@ def classifier_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def bundle_of(folder: Path) -> ModelBundle:
-    return load_bundle(folder, TemplateSection(), dtype=torch.float32, device="cpu")
+    context = find_context(resolve("infer", values={"model": str(folder)}))
+    return load_bundle(folder, TemplateSection(), dtype=torch.float32, device="cpu", head=context.head)
 
 
 @torch.no_grad()
@@ -88,7 +91,14 @@ def test_infer_scores_the_rows_of_a_file_and_goes_on(
     classifier_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"messages": [{"role": "user", "content": f"number {n}"}], "label": n % 3} for n in range(5)]
-    argv = ["--model", str(classifier_dir), "--device", "cpu", "--val_dataset", write(tmp_path / "r.jsonl", rows)]
+    argv = [
+        "--model",
+        str(classifier_dir),
+        "--device",
+        "cpu",
+        "--val_dataset",
+        write(tmp_path / "r.jsonl", rows),
+    ]
     path = tmp_path / "out.jsonl"
     argv += ["--result_path", str(path)]
     assert infer_command.run(argv) == 0
@@ -98,11 +108,15 @@ def test_infer_scores_the_rows_of_a_file_and_goes_on(
     ids = [bundle.template.encode_sequence(row["messages"]) for row in rows]
     for result, scores in zip(results, EmbeddedCore(bundle).pool(ids), strict=True):
         assert result["scores"] == pytest.approx(scores, abs=1e-5)
-        assert result["class"] == scores.index(max(scores)) and result["extra"]["label"] == result["index"] % 3
+        assert (
+            result["class"] == scores.index(max(scores)) and result["extra"]["label"] == result["index"] % 3
+        )
     whole = path.read_text()
     path.write_text("".join(line + "\n" for line in whole.splitlines()[:2]))
     assert infer_command.run(argv) == 0
-    assert [json.loads(line)["class"] for line in path.read_text().splitlines()] == [r["class"] for r in results]
+    assert [json.loads(line)["class"] for line in path.read_text().splitlines()] == [
+        r["class"] for r in results
+    ]
     with pytest.raises(ModelError, match="scores or embeds texts; it writes none") as caught:
         infer_command.run(argv[:4])
     assert "--val_dataset" in (caught.value.fix or "")
@@ -123,5 +137,7 @@ def test_rows_of_rerankers_and_embeddings(tiny_model_dir: Path, tmp_path: Path) 
     assert [len(result["vectors"]) for result in vectors] == [4, 1]
     assert vectors[0]["vectors"][0] == pytest.approx(vectors[1]["vectors"][0], abs=1e-5)
     good, bad = read_rows_of_texts(specs, {}, "reranker", "skip")
-    assert [len(row.conversations) for row in good] == [3] and bad[0].endswith('under "positive_messages" or "negative_messages"')
+    assert [len(row.conversations) for row in good] == [3] and bad[0].endswith(
+        'under "positive_messages" or "negative_messages"'
+    )
     assert good[0].conversations[2] == [*query, {"role": "assistant", "content": "No."}]
