@@ -311,12 +311,11 @@ def _without_runs(bound: Sequence[BoundJob]) -> list[BoundJob]:
     for job in left:
         for name in [need.job for need in job.after if need.job in there]:
             if (read_status(there[name]) or {}).get("state") != "succeeded":
-                why, fix = f"its run is in {there[name]}", "swift resume goes on with it"
                 raise ConfigError(
                     f"{job.name} needs {name}, which did not succeed",
                     where=job.place or None,
-                    why=why,
-                    fix=fix,
+                    why=f"its run is in {there[name]}",
+                    fix="swift resume goes on with it",
                 )
         job.after = [need for need in job.after if need.job not in there]
     if not left:
