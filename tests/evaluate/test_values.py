@@ -88,7 +88,14 @@ def test_infer_scores_the_rows_of_a_file_and_goes_on(
     classifier_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"messages": [{"role": "user", "content": f"number {n}"}], "label": n % 3} for n in range(5)]
-    argv = ["--model", str(classifier_dir), "--device", "cpu", "--val_dataset", write(tmp_path / "r.jsonl", rows)]
+    argv = [
+        "--model",
+        str(classifier_dir),
+        "--device",
+        "cpu",
+        "--val_dataset",
+        write(tmp_path / "r.jsonl", rows),
+    ]
     path = tmp_path / "out.jsonl"
     argv += ["--result_path", str(path)]
     assert infer_command.run(argv) == 0
@@ -98,11 +105,15 @@ def test_infer_scores_the_rows_of_a_file_and_goes_on(
     ids = [bundle.template.encode_sequence(row["messages"]) for row in rows]
     for result, scores in zip(results, EmbeddedCore(bundle).pool(ids), strict=True):
         assert result["scores"] == pytest.approx(scores, abs=1e-5)
-        assert result["class"] == scores.index(max(scores)) and result["extra"]["label"] == result["index"] % 3
+        assert (
+            result["class"] == scores.index(max(scores)) and result["extra"]["label"] == result["index"] % 3
+        )
     whole = path.read_text()
     path.write_text("".join(line + "\n" for line in whole.splitlines()[:2]))
     assert infer_command.run(argv) == 0
-    assert [json.loads(line)["class"] for line in path.read_text().splitlines()] == [r["class"] for r in results]
+    assert [json.loads(line)["class"] for line in path.read_text().splitlines()] == [
+        r["class"] for r in results
+    ]
     with pytest.raises(ModelError, match="scores or embeds texts; it writes none") as caught:
         infer_command.run(argv[:4])
     assert "--val_dataset" in (caught.value.fix or "")
@@ -123,5 +134,7 @@ def test_rows_of_rerankers_and_embeddings(tiny_model_dir: Path, tmp_path: Path) 
     assert [len(result["vectors"]) for result in vectors] == [4, 1]
     assert vectors[0]["vectors"][0] == pytest.approx(vectors[1]["vectors"][0], abs=1e-5)
     good, bad = read_rows_of_texts(specs, {}, "reranker", "skip")
-    assert [len(row.conversations) for row in good] == [3] and bad[0].endswith('under "positive_messages" or "negative_messages"')
+    assert [len(row.conversations) for row in good] == [3] and bad[0].endswith(
+        'under "positive_messages" or "negative_messages"'
+    )
     assert good[0].conversations[2] == [*query, {"role": "assistant", "content": "No."}]

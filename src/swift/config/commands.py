@@ -203,7 +203,7 @@ COMMANDS: dict[str, Command] = {
             "run",
             "swift.cli.run",
             "Run a file of experiments and follow it.",
-            usage="FILE.yaml [--inline] [--wait] [--cold]",
+            usage="FILE.yaml [--inline] [--wait] [--cold] [--new]",
             own_arguments=True,
         ),
         Command(

@@ -47,10 +47,6 @@ class Derivation:
         return Source("derived", f"derived from {', '.join(changed or self.inputs[:1])}")
 
 
-def _learning_rate(resolved: Resolved) -> float:
-    return 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4
-
-
 def _accumulation(resolved: Resolved) -> int:
     wanted = PACKED_ROWS_PER_STEP if resolved.config.data.packing else SAMPLES_PER_STEP
     at_once = _samples_at_once(resolved)
@@ -92,10 +88,6 @@ def _greater_is_better(resolved: Resolved) -> bool:
     )
 
 
-def _scheduler(resolved: Resolved) -> str | None:
-    return "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None
-
-
 def _loss_scale(resolved: Resolved) -> str | None:
     """What a preference is about is the last answer; those before it are the same in both."""
     return {"pt": "all", "rlhf": "last_round"}.get(resolved.command)
@@ -104,7 +96,11 @@ def _loss_scale(resolved: Resolved) -> str | None:
 _VALIDATION = ("val_dataset", "split_dataset_ratio")
 
 DERIVATIONS: tuple[Derivation, ...] = (
-    Derivation("learning_rate", ("tuner_type",), _learning_rate),
+    Derivation(
+        "learning_rate",
+        ("tuner_type",),
+        lambda resolved: 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4,
+    ),
     Derivation(
         "gradient_accumulation_steps",
         ("global_batch_size", "per_device_train_batch_size", "packing", "data_parallel_size"),
@@ -123,7 +119,11 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("greater_is_better", ("metric_for_best_model",), _greater_is_better),
     Derivation("quant_method", ("quant_bits",), quant_method),
     Derivation("quant_bits", ("quant_method",), quant_bits),
-    Derivation("lr_scheduler_type", ("optim",), _scheduler),
+    Derivation(
+        "lr_scheduler_type",
+        ("optim",),
+        lambda resolved: "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None,
+    ),
     *(Derivation(*row) for row in (*RLHF_DERIVATIONS, *TASK_DERIVATIONS)),
     Derivation("loss_scale", ("command",), _loss_scale),
 )
