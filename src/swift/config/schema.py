@@ -14,6 +14,7 @@ from swift.config.option import Section
 from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
 from swift.config.sections.evaluation import EvaluationSection
+from swift.config.sections.export import ExportSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
 from swift.config.sections.optimizer import OptimizerSection
@@ -41,6 +42,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "report": ReportSection,
     "generation": GenerationSection,
+    "export": ExportSection,
 }
 
 
@@ -62,6 +64,7 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    export: ExportSection = Field(default_factory=ExportSection)
 
 
 @dataclass(frozen=True)
