@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,7 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: QuantizationSection | None = None,
     head: ClassifierHead | None = None,
+    kept_modules: Sequence[str] | None = None,
 ) -> Any:
     """The causal language model of a folder (with ``head``: its sequence classifier), in evaluation mode.
 
@@ -162,6 +164,7 @@ def load_model(
         attention: ``auto`` takes ``swift_varlen`` where it is exact for the architecture, else what transformers
             chooses; ``varlen`` insists on it; other names are transformers'.
         head: what the score head of a sequence classifier is like; one that the folder lacks is started.
+        kept_modules: with bitsandbytes, the linear layers that stay as they are; default: the output head.
 
     Raises:
         ModelError: incomplete folder, unknown architecture, attention the model cannot use, or a quantised folder
@@ -188,7 +191,7 @@ def load_model(
     quantization = quantization or QuantizationSection()
     check_packages(quantization)
     check_loadable(config.to_dict(), str(device).partition(":")[0], quantization, str(folder))
-    settings = loading_config(quantization, dtype)
+    settings = loading_config(quantization, dtype, kept_modules)
     if settings is not None:
         options["quantization_config"] = settings
     is_quantised = settings is not None or getattr(config, "quantization_config", None) is not None
