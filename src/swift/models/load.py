@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelBundle",
+    "find_class",
     "isolates_documents",
     "load_bundle",
     "load_model",
@@ -173,7 +174,7 @@ def load_model(
     quiet_libraries()
     folder = Path(path)
     check_model_folder(folder, need_tokenizer=False)
-    model_class, config = _find_class(folder, trust_remote_code)
+    model_class, config = find_class(folder, trust_remote_code)
     options = _loading_options(attention, config, folder, dtype=dtype, device=str(device))
     if head is not None:
         model_class = classifier_of(model_class, config, head, folder)
@@ -242,7 +243,7 @@ def isolates_documents(path: Path | str, attention: str = "auto", *, trust_remot
     from swift.models.attention import VARLEN
 
     folder = Path(path)
-    _, config = _find_class(folder, trust_remote_code)
+    _, config = find_class(folder, trust_remote_code)
     return _choose_attention(attention, config, folder) == VARLEN
 
 
@@ -258,7 +259,7 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _find_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+def find_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model class and config: by name where transformers has it, which avoids importing the Auto classes."""
     import transformers
 
