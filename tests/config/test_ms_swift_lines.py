@@ -50,7 +50,9 @@ def test_values_are_read_as_a_shell_passes_them() -> None:
 
 
 def test_a_value_may_begin_with_a_minus_or_be_empty() -> None:
-    resolved = planned(f"export {NEEDED} --quant_method gptq --quant_batch_size -1 --hub_model_id '' --seed 7")
+    resolved = planned(
+        f"export {NEEDED} --quant_method gptq --quant_batch_size -1 --hub_model_id '' --seed 7"
+    )
     assert (resolved.value("seed"), resolved.value("quant_batch_size")) == (7, -1)
     assert [text.partition(":")[0] for text in resolved.warnings] == ["--hub_model_id"]
 

@@ -29,7 +29,9 @@ def test_chunked_figures_are_those_of_the_whole(tmp_path: Path) -> None:
     kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
     assert found.kl == pytest.approx(kl.item(), rel=1e-4)
     losses = [
-        F.cross_entropy(logits[:-1].double(), torch.tensor(probe.labels[1:], dtype=torch.long), reduction="sum")
+        F.cross_entropy(
+            logits[:-1].double(), torch.tensor(probe.labels[1:], dtype=torch.long), reduction="sum"
+        )
         for logits, probe in zip(after, probes, strict=True)
     ]
     count = sum(label != -100 for probe in probes for label in probe.labels[1:])

@@ -71,7 +71,14 @@ _DRY_RUN = {
     "json": "With dry_run: print the plan as one JSON object.",
 }
 
-_READING = ("columns", "on_bad_rows", "model_name", "model_author", "dataset_num_proc", "load_from_cache_file")
+_READING = (
+    "columns",
+    "on_bad_rows",
+    "model_name",
+    "model_author",
+    "dataset_num_proc",
+    "load_from_cache_file",
+)
 """How the rows of data files are read."""
 
 _OF_FULL_TRAINING = ("qat_bits", "qat_activation_bits", "qat_group_size", "fp8")

@@ -48,9 +48,7 @@ aliases.yaml, which says what to do instead."""
 _OF_BNB = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 
-def check_export(
-    resolved: Resolved, where: Callable[[Resolved, str], str], planning: bool = False
-) -> None:
+def check_export(resolved: Resolved, where: Callable[[Resolved, str], str], planning: bool = False) -> None:
     """Raise ConfigError for what ``swift export`` cannot do (a warning in a plan).
 
     Args:
@@ -103,9 +101,7 @@ def _check(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
     _refuse_unused(resolved, method, where)
 
 
-def _refuse_unused(
-    resolved: Resolved, method: Method | None, where: Callable[[Resolved, str], str]
-) -> None:
+def _refuse_unused(resolved: Resolved, method: Method | None, where: Callable[[Resolved, str], str]) -> None:
     """No option without effect."""
     calibrated = method is not None and method.calibrated
     used = {
@@ -115,7 +111,7 @@ def _refuse_unused(
         "dataset": calibrated,
         "quant_exclude": method is not None,
         "quantize_lm_head": method is not None,
-        **{name: method is METHODS["bnb"] for name in _OF_BNB},
+        **dict.fromkeys(_OF_BNB, method is METHODS["bnb"]),
     }
     name = resolved.config.quantization.quant_method
     for option, is_used in used.items():

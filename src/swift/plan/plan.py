@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.bind import dump
+from swift.config.export_rules import METHODS
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
@@ -21,6 +22,7 @@ from swift.models.quantised import stored_method
 from swift.models.registry import ModelEntry, find_entry, own_folder
 from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts
 from swift.plan.device import DeviceFacts, find_device
+from swift.plan.export import export_memory, export_part, source_of
 from swift.plan.modules import (
     adapted_layers,
     linear_layers,
@@ -31,7 +33,7 @@ from swift.plan.modules import (
 from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 from swift.train.optimizers import is_target, state_bytes
-from swift.tuners.registry import METHODS
+from swift.tuners.registry import METHODS as TUNERS
 
 __all__ = ["Plan", "make_plan"]
 
@@ -56,6 +58,7 @@ class Plan:
     steps: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
     fits: bool | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -94,6 +97,9 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
         if facts is not None:
             setup = _setup(resolved, facts, folder, device, widest, warnings)
             memory = _memory(resolved, facts, setup, device, steps)
+    export: dict[str, Any] = {}
+    if resolved.command == "export":
+        export, memory = _export(resolved, facts, folder, device, warnings)
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
@@ -103,6 +109,7 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
         steps=steps,
         memory=memory,
         parallel=parallel,
+        export=export,
         warnings=warnings,
     )
     plan.fits = _fits(plan, device)
@@ -111,6 +118,9 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
 
 def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | None, Path | None]:
     name = resolved.config.model.model
+    if resolved.command == "export" and (source := source_of(resolved)[0]) is not None:
+        name = str(source)
+        resolved.config.model.model = name
     if not name:
         return None, None
     entry = None if Path(name).expanduser().exists() or own_folder(name) else find_entry(name)
@@ -144,6 +154,33 @@ def _read_entry(entry: ModelEntry, warnings: list[str]) -> ModelFacts | None:
     except SwiftError as error:
         warnings.append(_one_line(error))
         return None
+
+
+def _export(
+    resolved: Resolved,
+    facts: ModelFacts | None,
+    folder: Path | None,
+    device: DeviceFacts,
+    warnings: list[str],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The export part, and memory and disk."""
+    section, recorded = resolved.config.data, source_of(resolved)[1]
+    named, rows_from = list(section.dataset), ", ".join(section.dataset) or None
+    if not named and recorded is not None:
+        named = recorded.config.data.dataset
+        rows_from = f"{', '.join(named)} (training data of the run)"
+    method = METHODS.get(resolved.config.quantization.quant_method or "")
+    rows = RowPlan()
+    if method is not None and method.calibrated and named:
+        section.dataset = named
+        rows = _plan_rows(resolved, folder, warnings)
+    if facts is None:
+        return export_part(resolved, None, [], "float32", rows, rows_from, warnings), {}
+    dtype = resolved.config.model.torch_dtype
+    dtype = (facts.dtype or "float32") if dtype == "auto" else dtype
+    layers = linear_layers(facts, parameter_sizes(folder))
+    part = export_part(resolved, facts, layers, dtype, rows, rows_from, warnings)
+    return part, export_memory(resolved, facts, part, device.kind, device.memory_bytes)
 
 
 def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts, warnings: list[str]) -> None:
@@ -317,7 +354,7 @@ def _setup(
     tuner, parallel = config.tuner, config.parallel
     shapes = parameter_sizes(folder)
     is_lora = not tuner.trains_whole_model
-    adapts_linear = is_lora and tuner.tuner_type in METHODS
+    adapts_linear = is_lora and tuner.tuner_type in TUNERS
     layers = linear_layers(facts, {} if stored_method(facts.config) else shapes)
     adapted = adapted_layers(layers, tuner) if adapts_linear else []
     saved = saved_parameters(facts, shapes, tuner) if is_lora else 0
@@ -445,7 +482,9 @@ def _model(
         "vocab_size": facts.vocab_size,
         "context_length": facts.max_position_embeddings,
         "stored_dtype": facts.dtype,
-        "dtype": _compute_dtype(resolved, device),
+        "dtype": _compute_dtype(resolved, device)
+        if resolved.command != "export"
+        else facts.dtype or "float32",
         "quantized": _quantized(resolved),
         "weights_bytes": facts.weights_bytes,
     }
@@ -454,7 +493,7 @@ def _model(
 def _quantized(resolved: Resolved) -> str | None:
     """How the base is quantised when it is loaded: ``4-bit nf4``; None when it is not."""
     section = resolved.config.quantization
-    if not section.is_active:
+    if not section.is_active or resolved.command == "export":
         return None
     is_nf4 = section.quant_method == "bnb" and section.quant_bits == 4
     return f"{section.quant_bits}-bit {section.bnb_4bit_quant_type if is_nf4 else section.quant_method}"
@@ -468,15 +507,20 @@ def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
         if not verdict:
             plan.warnings.append(
                 f"memory: about {format_bytes(plan.memory['total'])} on a {device.kind} device of"
-                f" {format_bytes(device.memory_bytes)}; a smaller --per_device_train_batch_size or --max_length,"
-                " --gradient_checkpointing true or --tuner_type lora lowers it"
+                f" {format_bytes(device.memory_bytes)}; "
+                + (
+                    "another machine, or --device cpu"
+                    if plan.export
+                    else "a smaller --per_device_train_batch_size or --max_length,"
+                    " --gradient_checkpointing true or --tuner_type lora lowers it"
+                )
             )
     if plan.memory:
         disk = plan.memory["disk"]
         if disk["total_bytes"] > disk["free_bytes"]:
             plan.warnings.append(
-                f"disk: checkpoints need about {format_bytes(disk['total_bytes'])},"
-                f" {format_bytes(disk['free_bytes'])} are free; --save_total_limit 1 keeps fewer"
+                f"disk: {'an export needs' if plan.export else 'checkpoints need'} about {format_bytes(disk['total_bytes'])},"
+                f" {format_bytes(disk['free_bytes'])} are free; {'--output_dir elsewhere' if plan.export else '--save_total_limit 1 keeps fewer'}"
             )
     if plan.parallel["devices_needed"] > (device.count if device.count is not None else math.inf):
         plan.warnings.append(

@@ -48,7 +48,7 @@ def export(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path
     toolchain = check_before(resolved)
     context = find_context(resolved)
     target = _target(resolved, context)
-    check = _check_source(resolved, context, target)
+    method = _check_source(resolved, context, target)
     if note := context.note():
         say(note)
     keep_stored_precision(resolved, context.model)
@@ -56,8 +56,12 @@ def export(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path
         import torch
 
         torch.set_num_threads(resolved.config.training.num_threads)
+    from swift.quantize.layers import kept_layers
+
+    options, trusted = resolved.config.export, resolved.config.model.trust_remote_code
+    kept = kept_layers(context.model, options.quant_exclude, options.quantize_lm_head, trusted)
     with _work_folder(target, _fingerprint(resolved, context), say) as work:
-        flow = _Flow(resolved, context, work, check, toolchain, say)
+        flow = _Flow(resolved, context, work, method, toolchain, kept, say)
         report = flow.run(target)
     return target, report
 
@@ -81,7 +85,11 @@ def _target(resolved: Resolved, context: InferenceContext) -> Path:
         folder = Path(resolved.config.checkpoint.output_dir).expanduser().absolute()
     else:
         section = resolved.config.quantization
-        end = section.quant_method if section.quant_method in ("fp8", "w8a8") else f"{section.quant_method}-int{section.quant_bits}"
+        end = (
+            section.quant_method
+            if section.quant_method in ("fp8", "w8a8")
+            else f"{section.quant_method}-int{section.quant_bits}"
+        )
         real = (context.adapter or context.model).resolve()
         folder = real.with_name(f"{real.name}-{end}")
     if folder.exists():
@@ -94,7 +102,9 @@ def _check_source(resolved: Resolved, context: InferenceContext, target: Path) -
     facts = ModelFacts.read(context.model)
     if (stored := stored_method(facts.config)) is not None and context.adapter is None:
         raise ConfigError(
-            f"the model is quantised already ({stored})", where=str(context.model), fix="name the full-precision model"
+            f"the model is quantised already ({stored})",
+            where=str(context.model),
+            fix="name the full-precision model",
         )
     if not context.writes_text:
         raise ModelError(
@@ -105,7 +115,9 @@ def _check_source(resolved: Resolved, context: InferenceContext, target: Path) -
         )
     if resolved.config.export.quantize_lm_head and facts.tie_word_embeddings:
         raise ConfigError(
-            "the output head is the embedding, which stays in full precision", where="--quantize_lm_head", fix="leave it out"
+            "the output head is the embedding, which stays in full precision",
+            where="--quantize_lm_head",
+            fix="leave it out",
         )
     size = facts.weights_bytes or 0
     logits = resolved.config.export.parity_tokens * facts.vocab_size * 4
@@ -125,7 +137,10 @@ def _fingerprint(resolved: Resolved, context: InferenceContext) -> str:
 
     def state(folder: Path | None) -> list[Any]:
         files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder else []
-        return [str(folder and folder.resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+        return [
+            str(folder and folder.resolve()),
+            [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+        ]
 
     config = resolved.config
     parts = [
@@ -158,7 +173,8 @@ def _work_folder(target: Path, fingerprint: str, say: Callable[[str], None]) -> 
         yield work
         shutil.rmtree(work)
     except BaseException:
-        if not any(entry.is_dir() for entry in work.iterdir()):
+        done = [work / name for name in ("merged", "original", "quantised")]
+        if not any(entry.exists() for entry in done):
             shutil.rmtree(work)
         else:
             say(f"what is done so far is in {work}; the same command goes on from there")
@@ -176,6 +192,7 @@ class _Flow:
     work: Path
     method: Method
     toolchain: Toolchain | None
+    kept: Sequence[str]
     say: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -209,7 +226,11 @@ class _Flow:
         path = self.work / "texts.json"
         if not path.exists():
             template = read_template(self.resolved, self.context)
-            rows, rows_from = calibration_rows(self.resolved, self.context, template) if self.method.calibrated else ([], "")
+            rows, rows_from = (
+                calibration_rows(self.resolved, self.context, template)
+                if self.method.calibrated
+                else ([], "")
+            )
             probes, probes_from = held_out_probes(self.resolved, self.context, template)
             texts = {
                 "rows": rows, "rows_from": rows_from, "probes_from": probes_from,
@@ -268,7 +289,6 @@ class _Flow:
         return str(pick_dtype(section.torch_dtype, pick_device(section.device))).removeprefix("torch.")
 
     def _job(self, source: Path, rows: Sequence[Sequence[int]]) -> Any:
-        from swift.quantize.layers import kept_layers
         from swift.quantize.methods import Job
 
         config = self.resolved.config
@@ -279,7 +299,7 @@ class _Flow:
             source=source,
             section=config.quantization,
             rows=rows,
-            kept=kept_layers(source, options.quant_exclude, options.quantize_lm_head, config.model.trust_remote_code),
+            kept=self.kept,
             dtype=self._dtype,
             device=self._device,
             group_size=options.group_size,
@@ -323,7 +343,12 @@ class _Flow:
         if not output.exists():
             loader = "gptqmodel" if job.toolchain.name == "gptqmodel" else "transformers"
             with self._timed("logits of the result"), atomic_directory(output) as aside:
-                payload = {"model": str(folder), "probes": texts["ids"], "output": str(aside), "loader": loader}
+                payload = {
+                    "model": str(folder),
+                    "probes": texts["ids"],
+                    "output": str(aside),
+                    "loader": loader,
+                }
                 run_worker(job, "forward.py", payload)
         return stored_logits(output)
 
@@ -343,7 +368,10 @@ class _Flow:
                 broken.append(f"vLLM does not load it: {loads['vllm'].removeprefix('no: ')}")
         settings: dict[str, Any] = {"bits": section.quant_bits}
         if name == "bnb" and section.quant_bits == 4:
-            settings |= {"type": section.bnb_4bit_quant_type, "double_quant": section.bnb_4bit_use_double_quant}
+            settings |= {
+                "type": section.bnb_4bit_quant_type,
+                "double_quant": section.bnb_4bit_use_double_quant,
+            }
         if self.method.grouped:
             settings["group_size"] = options.group_size
         if self.method.calibrated:
@@ -379,7 +407,9 @@ class _Flow:
     def _load_here(self, folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         try:
-            check_loadable(config, self._device.partition(":")[0], type(self.resolved.config.quantization)(), str(folder))
+            check_loadable(
+                config, self._device.partition(":")[0], type(self.resolved.config.quantization)(), str(folder)
+            )
         except ModelError as error:
             return f"not tried: {error.message} ({error.fix})"
         try:
@@ -399,7 +429,11 @@ class _Flow:
         payload = {"model": str(folder), "ids": ids[:16], "dtype": "auto"}
         try:
             toolchain.run(
-                worker, payload, deadline_seconds=VLLM_DEADLINE_SECONDS, stage="loading in vLLM", log=self.work / "vllm.log"
+                worker,
+                payload,
+                deadline_seconds=VLLM_DEADLINE_SECONDS,
+                stage="loading in vLLM",
+                log=self.work / "vllm.log",
             )
         except ToolchainError as error:
             return f"no: {error.message}"
@@ -417,5 +451,3 @@ def _copy_companions(source: Path, folder: Path) -> None:
     for file in [source / "generation_config.json", *source.glob("*.py")]:
         if file.is_file() and not (folder / file.name).exists():
             shutil.copy2(file, folder / file.name)
-
-

@@ -25,8 +25,12 @@ def kept_layers(folder: Path, exclude: Sequence[str], lm_head: bool, trust_remot
 
     model_class, config = find_class(folder, trust_remote_code)
     with torch.device("meta"):
-        model: Any = model_class(config) if hasattr(model_class, "config_class") else model_class.from_config(config)
+        model: Any = (
+            model_class(config) if hasattr(model_class, "config_class") else model_class.from_config(config)
+        )
     head = model.get_output_embeddings()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     check_excluded(exclude, list(layers))
     return [name for name, module in layers.items() if is_kept(name, module is head, exclude, lm_head)]

@@ -70,7 +70,9 @@ def quantise(job: Job, output: Path) -> dict[str, Any]:
     stored = config.get("quantization_config")
     if not isinstance(stored, dict) or stored.get("quant_method") != METHODS[job.method].stored_as:
         raise ModelError(
-            f"{job.method} wrote no folder of {METHODS[job.method].stored_as}", where=str(output), why=f"quantization_config is {stored}"
+            f"{job.method} wrote no folder of {METHODS[job.method].stored_as}",
+            where=str(output),
+            why=f"quantization_config is {stored}",
         )
     return done
 
@@ -167,7 +169,9 @@ def is_kept(name: str, is_head: bool, exclude: Sequence[str], lm_head: bool) -> 
     """Whether a linear layer stays in full precision: the output head unless asked, routers, and what is excluded."""
     if is_head:
         return not lm_head
-    return name.rpartition(".")[2] in _ROUTERS or any(name == one or name.endswith(f".{one}") for one in exclude)
+    return name.rpartition(".")[2] in _ROUTERS or any(
+        name == one or name.endswith(f".{one}") for one in exclude
+    )
 
 
 _VLLM_KEYS = {
@@ -190,7 +194,10 @@ def check_for_vllm(folder: Path) -> list[str]:
     method = stored["quant_method"]
     if method not in _VLLM_KEYS:
         return [f"vLLM has no loader for {method}"]
-    found = [f"quantization_config lacks {key}, which vLLM reads" for key in sorted(_VLLM_NEEDED[method] - stored.keys())]
+    found = [
+        f"quantization_config lacks {key}, which vLLM reads"
+        for key in sorted(_VLLM_NEEDED[method] - stored.keys())
+    ]
     if method == "awq":
         if stored.get("bits") != 4:
             found.append(f"vLLM's AWQ kernels are for 4 bits, not {stored.get('bits')}")

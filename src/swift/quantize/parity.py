@@ -47,7 +47,9 @@ class Limits:
             if value is not None and limit is not None and not value <= limit:
                 found.append(text.format(value, limit))
         if self.min_agreement is not None and not difference.same_choice >= self.min_agreement:
-            found.append(f"same likeliest token at {difference.same_choice:.1%}, the limit is {self.min_agreement:.1%}")
+            found.append(
+                f"same likeliest token at {difference.same_choice:.1%}, the limit is {self.min_agreement:.1%}"
+            )
         if not found and not math.isfinite(difference.mean):
             found.append("logits are not finite")
         return found
@@ -129,7 +131,9 @@ class ParityReport:
             shown = ", ".join(self.kept.names[:_SHOWN])
             more = len(self.kept.names) - _SHOWN
             shown += f" and {more} more" if more > 0 else ""
-            lines.append(("full precision", f"{self.kept.share:.1%} of the parameters: {shown or 'no matrix'}"))
+            lines.append(
+                ("full precision", f"{self.kept.share:.1%} of the parameters: {shown or 'no matrix'}")
+            )
         lines += [("loads", f"{engine}: {result}") for engine, result in self.loads.items()]
         lines += [("FAILED", text) for text in self.broken]
         lines.append(("folder", str(folder)))
@@ -177,7 +181,11 @@ def kept_tensors(original: Path, folder: Path) -> Kept:
         name: entry
         for name, entry in after.items()
         if entry["dtype"] in _FLOATS
-        and (before[name]["shape"] == entry["shape"] if name in before else not before and name.endswith("weight"))
+        and (
+            before[name]["shape"] == entry["shape"]
+            if name in before
+            else not before and name.endswith("weight")
+        )
     }
     total = sum(math.prod(entry["shape"]) for entry in before.values())
     count = sum(math.prod(entry["shape"]) for entry in kept.values())

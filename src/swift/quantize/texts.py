@@ -63,7 +63,9 @@ def calibration_rows(
             raise no_calibration(resolved)
         if recorded.config.data.streaming:
             raise ConfigError(
-                "the run streamed its data", where="--dataset", fix=f"--dataset {recorded.config.data.dataset[0]}#1000"
+                "the run streamed its data",
+                where="--dataset",
+                fix=f"--dataset {recorded.config.data.dataset[0]}#1000",
             )
         section = _data_of_run(recorded)
         said = f"{', '.join(section.dataset)} (training data of the run)"
@@ -102,7 +104,11 @@ def held_out_probes(
     elif recorded is not None and recorded.config.task.task_type == "causal_lm":
         section = _data_of_run(recorded)
         if section.val_dataset:
-            update: dict[str, Any] = {"dataset": section.val_dataset, "val_dataset": [], "dataset_weights": []}
+            update: dict[str, Any] = {
+                "dataset": section.val_dataset,
+                "val_dataset": [],
+                "dataset_weights": [],
+            }
             rows, _ = _load(resolved, context, template, section.model_copy(update=update))
             said = f"{', '.join(section.val_dataset)} (validation data of the run)"
         elif section.split_dataset_ratio > 0 and not recorded.config.data.streaming:
@@ -158,6 +164,9 @@ def _load(
     try:
         loaded = load_data(replace(resolved, config=config), template, longest_row(resolved, context.model))
     except DataError as error:
-        fix = error.fix or "--dataset FILE.jsonl for calibration, --parity_dataset FILE.jsonl for the comparison"
+        fix = (
+            error.fix
+            or "--dataset FILE.jsonl for calibration, --parity_dataset FILE.jsonl for the comparison"
+        )
         raise DataError(error.message, where=error.where, why=error.why, fix=fix) from error
     return loaded.train, loaded.validation

@@ -35,7 +35,9 @@ def merge_limit(dtype: torch.dtype) -> float:
 def probe_tokens(vocab_size: int, *, rows: int = 2, width: int = 64, seed: int = 0) -> list[Probe]:
     """Texts of random token ids, always the same ones."""
     generator = torch.Generator().manual_seed(seed)
-    return [Probe.text(row) for row in torch.randint(0, vocab_size, (rows, width), generator=generator).tolist()]
+    return [
+        Probe.text(row) for row in torch.randint(0, vocab_size, (rows, width), generator=generator).tolist()
+    ]
 
 
 @torch.no_grad()
@@ -127,9 +129,10 @@ def merge_to_folder(
     probes = probes or probe_tokens(model.config.get_text_config().vocab_size)
     device, dtype, limit = model.device, model.dtype, merge_limit(model.dtype)
     switch = tuned_model(model).switch
-    with atomic_directory(folder) as aside, tempfile.TemporaryDirectory(
-        prefix=f".{folder.name}.partial-", dir=folder.parent
-    ) as expected:
+    with (
+        atomic_directory(folder) as aside,
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as expected,
+    ):
         with switch.use(name) if switch else contextlib.nullcontext():
             store_logits(model_logits(model, probes), Path(expected))
         merge_adapter(model, name)

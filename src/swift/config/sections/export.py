@@ -11,7 +11,8 @@ class ExportSection(Section):
     """Merging, quantising, and how far the result may be from the original."""
 
     merge_lora: bool = option(
-        False, "Merge the adapter into its model in full precision (swift merge-lora); before quantising always."
+        False,
+        "Merge the adapter into its model in full precision (swift merge-lora); before quantising always.",
     )
     output_format: Literal["hf", "vllm"] = option(
         "hf", "Who loads the folder: transformers (hf), or vLLM, whose own rules are then checked as well."
@@ -23,10 +24,14 @@ class ExportSection(Section):
         256, "Calibration rows, drawn from the data at random.", unit="rows", ge=1, essential=True
     )
     quant_batch_size: int = option(
-        1, "Calibration rows that go through the model together (gptq, awq); -1: all of them.", unit="rows", ge=-1
+        1,
+        "Calibration rows that go through the model together (gptq, awq); -1: all of them.",
+        unit="rows",
+        ge=-1,
     )
     quant_exclude: list[str] = option(
-        [], "Modules that stay in full precision (ends of names, such as down_proj); routers of experts always do."
+        [],
+        "Modules that stay in full precision (ends of names, such as down_proj); routers of experts always do.",
     )
     quantize_lm_head: bool = option(
         False, "Quantise the output head as well, whose rounding reaches every logit."

@@ -25,8 +25,14 @@ def main(payload: dict[str, Any]) -> dict[str, Any]:
     with torch.inference_mode():
         for number, ids in enumerate(payload["probes"]):
             logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-            save_file({"logits": logits.cpu().contiguous()}, Path(payload["output"]) / f"{number:06d}.safetensors")
-    return {"layers": sorted({type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__})}
+            save_file(
+                {"logits": logits.cpu().contiguous()}, Path(payload["output"]) / f"{number:06d}.safetensors"
+            )
+    return {
+        "layers": sorted(
+            {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
+        )
+    }
 
 
 def _load(payload: dict[str, Any]) -> Any:
