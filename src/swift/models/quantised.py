@@ -160,8 +160,8 @@ def loading_config(
 ) -> Any:
     """The quantisation configuration of transformers for a section; None when nothing is to be quantised.
 
-    The output head keeps its precision: its rounding would reach every logit. With ``kept`` (bitsandbytes) the layers of
-    these names do, and no others.
+    The output head keeps its precision: its rounding would reach every logit. With ``kept`` (bitsandbytes) the layers
+    of these names do, and no others.
     """
     import torch
 

@@ -25,7 +25,7 @@ _DEFAULT_LENGTH = 2048
 
 
 def source_of(resolved: Resolved) -> tuple[Path | None, Resolved | None, bool]:
-    """(folder of the full-precision model, configuration of the run it comes from, whether an adapter is merged into it).
+    """(folder of the full-precision model, configuration of its run, whether an adapter is merged into it).
 
     Nothing is loaded or downloaded; (None, None, ...) when it is not on this disk.
     """

@@ -177,9 +177,9 @@ def _export(
     if facts is None:
         return export_part(resolved, None, [], "float32", rows, rows_from, warnings), {}
     dtype = resolved.config.model.torch_dtype
-    dtype = (facts.dtype or "float32") if dtype == "auto" else dtype
+    stored = (facts.dtype or "float32") if dtype == "auto" else dtype
     layers = linear_layers(facts, parameter_sizes(folder))
-    part = export_part(resolved, facts, layers, dtype, rows, rows_from, warnings)
+    part = export_part(resolved, facts, layers, stored, rows, rows_from, warnings)
     return part, export_memory(resolved, facts, part, device.kind, device.memory_bytes)
 
 
@@ -518,9 +518,12 @@ def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
     if plan.memory:
         disk = plan.memory["disk"]
         if disk["total_bytes"] > disk["free_bytes"]:
+            what, fix = ("checkpoints need", "--save_total_limit 1 keeps fewer")
+            if plan.export:
+                what, fix = ("an export needs", "--output_dir on another disk")
             plan.warnings.append(
-                f"disk: {'an export needs' if plan.export else 'checkpoints need'} about {format_bytes(disk['total_bytes'])},"
-                f" {format_bytes(disk['free_bytes'])} are free; {'--output_dir elsewhere' if plan.export else '--save_total_limit 1 keeps fewer'}"
+                f"disk: {what} about {format_bytes(disk['total_bytes'])},"
+                f" {format_bytes(disk['free_bytes'])} are free; {fix}"
             )
     if plan.parallel["devices_needed"] > (device.count if device.count is not None else math.inf):
         plan.warnings.append(

@@ -333,7 +333,7 @@ class _Flow:
         template.tokenizer.save_pretrained(folder)
 
     def _logits_of_result(self, job: Any, folder: Path, texts: dict[str, Any]) -> Any:
-        """From the library that made the folder: where activations are rounded too, only that computes what is served."""
+        """From the library that made the folder: only that rounds activations as well, where the method does."""
         from swift.models.compare import model_logits, stored_logits
         from swift.quantize.methods import run_worker
 

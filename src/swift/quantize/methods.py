@@ -116,15 +116,20 @@ def _gptqmodel(job: Job, output: Path) -> dict[str, Any]:
 
 
 def _settle_config(job: Job, output: Path) -> None:
-    """What the loaders of others read: AWQ's names modules left out under a key of its own, and knows no ``dynamic``."""
-    path = output / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    stored = config["quantization_config"]
-    if job.method == "awq":
-        stored.pop("dynamic", None)
-        stored["modules_to_not_convert"] = list(job.kept) or None
-    config["use_cache"] = True
-    atomic_write_json(path, config)
+    """What other loaders read: AWQ's names the modules left out under a key of its own, and knows no ``dynamic``."""
+    for name in ("config.json", "quantize_config.json"):
+        if not (path := output / name).is_file():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        stored = record.get("quantization_config", record)
+        if job.method == "awq":
+            stored.pop("dynamic", None)
+            stored["modules_to_not_convert"] = list(job.kept) or None
+        stored.get("meta", {}).pop("offload_to_disk_path", None)  # a folder that will be gone
+        if name == "config.json":
+            record["use_cache"] = True
+        atomic_write_json(path, record)
+    (output / "quant_log.csv").unlink(missing_ok=True)
 
 
 def _llmcompressor(job: Job, output: Path) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class ParityReport:
             ("same choice", f"{found.same_choice:.2%} of positions"),
             (
                 "logits",
-                f"differ by {found.max:.2e} at most, {found.mean:.2e} on average ({found.relative:.1e} of their spread)",
+                f"differ by {found.max:.2e} at most, {found.mean:.2e} on average ({found.relative:.1e} of spread)",
             ),
             ("weights", _sizes(self.bytes_before, self.bytes_after)),
         ]

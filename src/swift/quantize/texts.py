@@ -80,7 +80,7 @@ def no_calibration(resolved: Resolved) -> ConfigError:
     return ConfigError(
         f"{resolved.config.quantization.quant_method} needs text to calibrate with",
         where="--dataset",
-        why="it weighs each weight by what real inputs make of it; this model comes from no run of swift whose data could be taken",
+        why="it weighs rounding errors by real inputs, and this model comes from no run whose data could be taken",
         fix="--dataset FILE.jsonl (rows like those the model will see; a few hundred are enough)",
     )
 

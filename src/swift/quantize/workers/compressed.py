@@ -16,8 +16,8 @@ def main(payload: dict[str, Any]) -> dict[str, Any]:
     to int8 by GPTQ (arXiv 2210.17323), one layer after another, activations as with fp8.
 
     Args:
-        payload: ``model`` and ``output`` (folders), ``method``, ``rows`` (token ids), ``exclude`` (full names of modules),
-            ``device``, ``dtype``, ``trust_remote_code``, ``num_threads``.
+        payload: ``model`` and ``output`` (folders), ``method``, ``rows`` (token ids), ``exclude`` (full names of
+            modules), ``device``, ``dtype``, ``trust_remote_code``, ``num_threads``.
 
     Returns:
         ``peak_bytes``: largest resident memory.

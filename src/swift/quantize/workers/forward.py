@@ -42,14 +42,15 @@ def _load(payload: dict[str, Any]) -> Any:
     if payload["loader"] == "gptqmodel":
         from gptqmodel import BACKEND, GPTQModel
 
+        # Its layers load in 16 bits only; made float32 afterwards they compute in it, from the same scales.
         model = GPTQModel.load(
             payload["model"],
             device=payload["device"],
             backend=BACKEND.TORCH if payload["device"] == "cpu" else BACKEND.AUTO,
-            dtype=dtype,
+            dtype=torch.float16 if dtype is torch.float32 else dtype,
             trust_remote_code=payload["trust_remote_code"],
         )
-        return model.model
+        return model.model.float() if dtype is torch.float32 else model.model
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(

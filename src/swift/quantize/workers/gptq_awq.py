@@ -14,9 +14,9 @@ def main(payload: dict[str, Any]) -> dict[str, Any]:
     """Quantise ``model`` into ``output``.
 
     Args:
-        payload: ``model``, ``output`` and ``scratch`` (folders; finished layers go to the last, so that memory holds one
-            layer), ``method``, ``bits``, ``group_size``, ``rows`` (token ids), ``batch_size``, ``exclude`` (full names of
-            modules), ``lm_head``, ``device``, ``dtype``, ``trust_remote_code``, ``num_threads``.
+        payload: ``model``, ``output`` and ``scratch`` (folders; finished layers go to the last, so that memory holds
+            one layer), ``method``, ``bits``, ``group_size``, ``rows`` (token ids), ``batch_size``, ``exclude`` (full
+            names of modules), ``lm_head``, ``device``, ``dtype``, ``trust_remote_code``, ``num_threads``.
 
     Returns:
         ``resumable``: whether finished layers survive a kill; ``peak_bytes``: largest resident memory.
