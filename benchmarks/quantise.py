@@ -88,13 +88,13 @@ def train(folder: Path) -> Path:
         make_data(folder)
         sizes = {"intermediate_size": 384, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
         make_tiny_model(
-            folder / "start", texts=texts(), vocab_size=1024, hidden_size=128, num_layers=3, architecture="llama",
+            folder / "start", texts=texts(), vocab_size=384, hidden_size=128, num_layers=3, architecture="llama",
             max_position_embeddings=512, config=sizes,
         )  # fmt: skip
         options = {
             "model": folder / "start", "dataset": folder / "train.jsonl", "tuner_type": "full", "output_dir": folder / "run",
-            "run_name": "model", "max_length": 256, "truncation_strategy": "split", "packing": "true", "learning_rate": 5e-3,
-            "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 450, "weight_decay": 0.1,
+            "run_name": "model", "max_length": 256, "truncation_strategy": "split", "packing": "true", "learning_rate": 4e-3,
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 1000, "weight_decay": 0.1, "adam_beta2": 0.95,
             "warmup_ratio": 0.05, "logging_steps": 50, "save_only_model": "true", "device": "cpu", "min_lr_ratio": 0.1,
         }  # fmt: skip
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
