@@ -13,6 +13,7 @@ from swift.config.kinds import Kind, kind_of
 from swift.config.option import Section
 from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
+from swift.config.sections.engine import EngineSection
 from swift.config.sections.evaluation import EvaluationSection
 from swift.config.sections.export import ExportSection
 from swift.config.sections.generation import GenerationSection
@@ -42,6 +43,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "report": ReportSection,
     "generation": GenerationSection,
+    "engine": EngineSection,
     "export": ExportSection,
 }
 
@@ -64,6 +66,7 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
     export: ExportSection = Field(default_factory=ExportSection)
 
 
