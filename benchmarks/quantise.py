@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ METHODS = {
 NAMES = {"bnb-4": "bitsandbytes NF4", "bnb-8": "bitsandbytes int8", "gptq-4": "GPTQ, 4 bits", "awq-4": "AWQ, 4 bits",
          "fp8": "FP8 (W8A8, dynamic)", "w8a8": "W8A8 int8"}  # fmt: skip
 GROUP, PARITY_TOKENS, CHUNK, EVERY = 128, 32_768, 1500, 12
-MODULES = ("argparse", "asyncio.events", "collections", "datetime", "decimal", "difflib", "email.message", "functools",
-           "inspect", "json.decoder", "logging", "pathlib", "pickle", "random", "shutil", "socket", "statistics", "string",
-           "subprocess", "tarfile", "textwrap", "threading", "typing", "unittest.case", "urllib.parse", "zipfile")  # fmt: skip
+FORMS = ("{:.4f}", "{:+.3%}", "{:.2e}", "{:.2%}")
+MODULES = (
+    "argparse asyncio.events collections datetime decimal difflib email.message functools inspect json.decoder logging"
+    " pathlib pickle random shutil socket statistics string subprocess tarfile textwrap threading typing unittest.case"
+    " urllib.parse zipfile"
+).split()
 
 
 def texts() -> list[str]:
@@ -92,11 +95,26 @@ def train(folder: Path) -> Path:
             max_position_embeddings=512, config=sizes,
         )  # fmt: skip
         options = {
-            "model": folder / "start", "dataset": folder / "train.jsonl", "tuner_type": "full", "output_dir": folder / "run",
-            "run_name": "model", "max_length": 256, "truncation_strategy": "split", "packing": "true", "learning_rate": 4e-3,
-            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 1000, "weight_decay": 0.1, "adam_beta2": 0.95,
-            "warmup_ratio": 0.05, "logging_steps": 50, "save_only_model": "true", "device": "cpu", "min_lr_ratio": 0.1,
-        }  # fmt: skip
+            "model": folder / "start",
+            "dataset": folder / "train.jsonl",
+            "device": "cpu",
+            "tuner_type": "full",
+            "output_dir": folder / "run",
+            "run_name": "model",
+            "save_only_model": "true",
+            "logging_steps": 50,
+            "max_length": 256,
+            "truncation_strategy": "split",
+            "packing": "true",
+            "max_steps": 1000,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 4e-3,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "warmup_ratio": 0.05,
+            "min_lr_ratio": 0.1,
+        }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         if run(["pt", *words], folder, "train"):
             raise SystemExit((folder / "train.log").read_text()[-2000:])
@@ -216,23 +234,15 @@ def write(reports: dict[str, dict[str, Any]], missing: list[str]) -> None:
         found = report["difference"]
         size = f"{report['bytes_before'] / report['bytes_after']:.2f}x" if "bytes_after" in report else "-"
         of = f"{shares[name]:.0%} of {names[share[name]]}" if name in shares else "-"
-        rows.append(
-            [
-                names[name],
-                f"{found['perplexity_after']:.4f}",
-                f"{found['perplexity_increase']:+.3%}",
-                of,
-                f"{found['kl']:.2e}",
-                f"{found['same_choice']:.2%}",
-                size,
-            ]  # fmt: skip
-        )
+        figures = (found["perplexity_after"], found["perplexity_increase"], found["kl"], found["same_choice"])
+        after, more, kl, same = (form.format(value) for form, value in zip(FORMS, figures, strict=True))
+        rows.append([names[name], after, more, of, kl, same, size])
     before = reports["rtn"]["difference"]
     lines = [
         "# What quantising costs\n",
-        f"A Llama of 0.7M parameters, trained by `swift pt` on the standard library's documentation and sources; held-out"
-        f" text of {before['num_positions']:,} tokens; perplexity before: {before['perplexity_before']:.4f}. Groups of {GROUP};"
-        " embedding and head in full precision (which is why a model this small shrinks so little).\n",
+        f"A Llama of 0.7M parameters, trained by `swift pt` on the standard library's documentation and sources;"
+        f" held-out text of {before['num_positions']:,} tokens; perplexity before: {before['perplexity_before']:.4f}."
+        f" Groups of {GROUP}; embedding and head in full precision (so a model this small shrinks little).\n",
         markdown_table(
             ["method", "perplexity", "increase", "share of the loss", "KL (nats)", "same choice", "smaller"],
             rows,
@@ -246,18 +256,14 @@ def write(reports: dict[str, dict[str, Any]], missing: list[str]) -> None:
 
 def _goals(shares: dict[str, float], increase: dict[str, float]) -> Iterator[str]:
     """Each aim and whether it is reached, one sentence a line."""
-    aims: list[tuple[str, dict[str, float], float, Callable[[float], str]]] = [
-        ("lose at most 60 % of what rounding to nearest loses", shares, 0.6, "{:.0%}".format),
-        (
-            "at most 0.5 % perplexity",
-            {name: increase[name] for name in ("fp8", "w8a8") if name in increase},
-            0.005,
-            "{:+.3%}".format,
-        ),
-    ]
-    for aim, found, limit, form in aims:
+    eight = {name: increase[name] for name in ("fp8", "w8a8") if name in increase}
+    for aim, found, limit, form in (
+        ("lose at most 60 % of what rounding to nearest loses", shares, 0.6, "{:.0%}"),
+        ("add at most 0.5 % of perplexity", eight, 0.005, "{:+.3%}"),
+    ):
         for name, value in found.items():
-            yield f"- {NAMES[name]}: the aim is to {aim}: {form(value)}, {'reached' if value <= limit else 'NOT reached'}."
+            verdict = "reached" if value <= limit else "NOT reached"
+            yield f"- {NAMES[name]}: the aim is to {aim}: {form.format(value)}, {verdict}."
     yield ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
 from swift.models.facts import ModelFacts
 from swift.plan.analytic import DTYPE_BYTES, FRAMEWORK_BYTES, LinearShape
+from swift.plan.device import DeviceFacts
+from swift.plan.modules import linear_layers, parameter_sizes
 from swift.plan.quantised import layer_bytes
 from swift.plan.rows import RowPlan
 from swift.runs.folder import RunFolder
 
-__all__ = ["export_memory", "export_part", "source_of", "stored_bytes"]
+__all__ = ["export_plan", "source_of", "stored_bytes"]
 
 _PROBE_TOKENS = 1024
 """Longest text that two models are compared on."""
@@ -92,7 +94,36 @@ def stored_bytes(resolved: Resolved, facts: ModelFacts, layers: Sequence[LinearS
     return total
 
 
-def export_part(
+def export_plan(
+    resolved: Resolved,
+    facts: ModelFacts | None,
+    folder: Path | None,
+    device: DeviceFacts,
+    warnings: list[str],
+    read_rows: Callable[[], RowPlan],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The export part of a plan, and its memory and disk; adds to ``warnings``.
+
+    Args:
+        read_rows: counts the rows of ``dataset`` and tokenises some of them.
+    """
+    section, recorded = resolved.config.data, source_of(resolved)[1]
+    rows_from = ", ".join(section.dataset) or None
+    if not section.dataset and recorded is not None:
+        section.dataset = recorded.config.data.dataset
+        rows_from = f"{', '.join(section.dataset)} (training data of the run)"
+    method = METHODS.get(resolved.config.quantization.quant_method or "")
+    rows = read_rows() if method is not None and method.calibrated and section.dataset else RowPlan()
+    if facts is None:
+        return _part(resolved, None, [], "float32", rows, rows_from, warnings), {}
+    dtype = resolved.config.model.torch_dtype
+    stored = (facts.dtype or "float32") if dtype == "auto" else dtype
+    layers = linear_layers(facts, parameter_sizes(folder))
+    part = _part(resolved, facts, layers, stored, rows, rows_from, warnings)
+    return part, _memory(resolved, facts, part, device.kind, device.memory_bytes)
+
+
+def _part(
     resolved: Resolved,
     facts: ModelFacts | None,
     layers: Sequence[LinearShape],
@@ -157,7 +188,7 @@ def _is_installed(name: str | None) -> bool:
         return False
 
 
-def export_memory(
+def _memory(
     resolved: Resolved, facts: ModelFacts, part: dict[str, Any], device: str, device_bytes: int | None
 ) -> dict[str, Any]:
     """Memory and disk. The largest moment is that of the original in memory for the comparison: quantising itself holds

@@ -6,11 +6,11 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from swift.config.bind import dump
-from swift.config.export_rules import METHODS
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
@@ -22,7 +22,7 @@ from swift.models.quantised import stored_method
 from swift.models.registry import ModelEntry, find_entry, own_folder
 from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts
 from swift.plan.device import DeviceFacts, find_device
-from swift.plan.export import export_memory, export_part, source_of
+from swift.plan.export import export_plan, source_of
 from swift.plan.modules import (
     adapted_layers,
     linear_layers,
@@ -33,7 +33,7 @@ from swift.plan.modules import (
 from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 from swift.train.optimizers import is_target, state_bytes
-from swift.tuners.registry import METHODS as TUNERS
+from swift.tuners.registry import METHODS
 
 __all__ = ["Plan", "make_plan"]
 
@@ -99,7 +99,8 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
             memory = _memory(resolved, facts, setup, device, steps)
     export: dict[str, Any] = {}
     if resolved.command == "export":
-        export, memory = _export(resolved, facts, folder, device, warnings)
+        read = partial(_plan_rows, resolved, folder, warnings)
+        export, memory = export_plan(resolved, facts, folder, device, warnings, read)
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
@@ -154,33 +155,6 @@ def _read_entry(entry: ModelEntry, warnings: list[str]) -> ModelFacts | None:
     except SwiftError as error:
         warnings.append(_one_line(error))
         return None
-
-
-def _export(
-    resolved: Resolved,
-    facts: ModelFacts | None,
-    folder: Path | None,
-    device: DeviceFacts,
-    warnings: list[str],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The export part, and memory and disk."""
-    section, recorded = resolved.config.data, source_of(resolved)[1]
-    named, rows_from = list(section.dataset), ", ".join(section.dataset) or None
-    if not named and recorded is not None:
-        named = recorded.config.data.dataset
-        rows_from = f"{', '.join(named)} (training data of the run)"
-    method = METHODS.get(resolved.config.quantization.quant_method or "")
-    rows = RowPlan()
-    if method is not None and method.calibrated and named:
-        section.dataset = named
-        rows = _plan_rows(resolved, folder, warnings)
-    if facts is None:
-        return export_part(resolved, None, [], "float32", rows, rows_from, warnings), {}
-    dtype = resolved.config.model.torch_dtype
-    stored = (facts.dtype or "float32") if dtype == "auto" else dtype
-    layers = linear_layers(facts, parameter_sizes(folder))
-    part = export_part(resolved, facts, layers, stored, rows, rows_from, warnings)
-    return part, export_memory(resolved, facts, part, device.kind, device.memory_bytes)
 
 
 def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts, warnings: list[str]) -> None:
@@ -354,7 +328,7 @@ def _setup(
     tuner, parallel = config.tuner, config.parallel
     shapes = parameter_sizes(folder)
     is_lora = not tuner.trains_whole_model
-    adapts_linear = is_lora and tuner.tuner_type in TUNERS
+    adapts_linear = is_lora and tuner.tuner_type in METHODS
     layers = linear_layers(facts, {} if stored_method(facts.config) else shapes)
     adapted = adapted_layers(layers, tuner) if adapts_linear else []
     saved = saved_parameters(facts, shapes, tuner) if is_lora else 0
