@@ -14,7 +14,6 @@ from swift.config.bind import dump
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
-from swift.core.format import format_bytes
 from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.locate import derive_chat_template, find_model, not_here
@@ -32,6 +31,7 @@ from swift.plan.modules import (
 )
 from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
+from swift.plan.verdict import fits
 from swift.train.optimizers import is_target, state_bytes
 from swift.tuners.registry import METHODS
 
@@ -39,8 +39,6 @@ __all__ = ["Plan", "make_plan"]
 
 LONG_SHARE = 0.02
 """More rows than this above max_length are worth a warning."""
-TIGHT_SHARE = 0.95
-"""A total above this share of the device does not fit: allocators lose some to fragmentation."""
 
 
 @dataclass
@@ -113,7 +111,7 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
         export=export,
         warnings=warnings,
     )
-    plan.fits = _fits(plan, device)
+    plan.fits = fits(plan, device)
     return plan
 
 
@@ -471,40 +469,6 @@ def _quantized(resolved: Resolved) -> str | None:
         return None
     is_nf4 = section.quant_method == "bnb" and section.quant_bits == 4
     return f"{section.quant_bits}-bit {section.bnb_4bit_quant_type if is_nf4 else section.quant_method}"
-
-
-def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
-    """Whether it fits; adds the warnings that say why not."""
-    verdict: bool | None = None
-    if plan.memory and device.memory_bytes is not None:
-        verdict = plan.memory["total"] <= TIGHT_SHARE * device.memory_bytes
-        if not verdict:
-            plan.warnings.append(
-                f"memory: about {format_bytes(plan.memory['total'])} on a {device.kind} device of"
-                f" {format_bytes(device.memory_bytes)}; "
-                + (
-                    "another machine, or --device cpu"
-                    if plan.export
-                    else "a smaller --per_device_train_batch_size or --max_length,"
-                    " --gradient_checkpointing true or --tuner_type lora lowers it"
-                )
-            )
-    if plan.memory:
-        disk = plan.memory["disk"]
-        if disk["total_bytes"] > disk["free_bytes"]:
-            what, fix = ("checkpoints need", "--save_total_limit 1 keeps fewer")
-            if plan.export:
-                what, fix = ("an export needs", "--output_dir on another disk")
-            plan.warnings.append(
-                f"disk: {what} about {format_bytes(disk['total_bytes'])},"
-                f" {format_bytes(disk['free_bytes'])} are free; {fix}"
-            )
-    if plan.parallel["devices_needed"] > (device.count if device.count is not None else math.inf):
-        plan.warnings.append(
-            f"the layout needs {plan.parallel['devices_needed']} devices, {device.count} {device.kind} found here"
-        )
-        verdict = False
-    return verdict
 
 
 def _one_line(error: SwiftError) -> str:
