@@ -71,6 +71,16 @@ _DRY_RUN = {
     "json": "With dry_run: print the plan as one JSON object.",
 }
 
+_READING = (
+    "columns",
+    "on_bad_rows",
+    "model_name",
+    "model_author",
+    "dataset_num_proc",
+    "load_from_cache_file",
+)
+"""How the rows of data files are read."""
+
 _OF_FULL_TRAINING = ("qat_bits", "qat_activation_bits", "qat_group_size", "fp8")
 
 COMMANDS: dict[str, Command] = {
@@ -140,8 +150,24 @@ COMMANDS: dict[str, Command] = {
                 "trust_remote_code",
                 "output_dir",
                 "num_threads",
+                "parity_dataset",
+                "parity_tokens",
+                "max_perplexity_increase",
+                "max_kl",
+                "min_agreement",
+                *_READING,
             ),
             required=(("adapters",),),
+        ),
+        Command(
+            "export",
+            "swift.cli.export",
+            "Quantise a model (an adapter is merged first), and report what that costs.",
+            sections=("model", "quantization", "template", "export"),
+            extra=("dataset", "max_length", "output_dir", "seed", "num_threads", *_READING),
+            without=("param_dtype", "attn_impl", *_OF_FULL_TRAINING),
+            required=(("model", "adapters"),),
+            switches=_DRY_RUN,
         ),
         Command(
             "plan",
@@ -303,11 +329,6 @@ LATER_COMMANDS: dict[str, Command] = {
                 instead=instead,
             )
             for name, text, instead in (
-                (
-                    "export",
-                    "Quantise, merge or convert a model.",
-                    "swift merge-lora writes a merged model folder",
-                ),
                 ("deploy", "Serve a model.", "use swift infer"),
                 ("app", "Serve a model with a web page.", "use swift infer"),
                 ("eval", "Evaluation suites.", "swift infer --val_dataset FILE computes metrics"),

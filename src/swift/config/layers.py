@@ -243,7 +243,7 @@ class Binder:
             return False
         for part in word.split("+"):
             refused = alias_table().unsupported_values.get((name, part.lower()))
-            if refused:
+            if refused and self.command.name not in refused.able:
                 self.refused.append(_Refused(where, f"{word}: {refused.say}", refused.fix))
                 return True
         return False

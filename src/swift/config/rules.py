@@ -14,6 +14,7 @@ from typing import Any
 
 from swift.config.combinations import check_combinations
 from swift.config.commands import Command
+from swift.config.export_rules import check_export
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
 from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
@@ -150,6 +151,7 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
     check_rlhf(resolved, _where, planning)
     if not partial:
         check_memory(resolved, _where)
+        check_export(resolved, _where, planning)
     _check_devices(resolved)
     _check_parallel(resolved, planning)
     if not partial and "tensor_parallel_size" in taken:

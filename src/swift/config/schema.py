@@ -15,6 +15,7 @@ from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
 from swift.config.sections.engine import EngineSection
 from swift.config.sections.evaluation import EvaluationSection
+from swift.config.sections.export import ExportSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
 from swift.config.sections.optimizer import OptimizerSection
@@ -45,6 +46,7 @@ SECTIONS: dict[str, type[Section]] = {
     "report": ReportSection,
     "generation": GenerationSection,
     "engine": EngineSection,
+    "export": ExportSection,
 }
 
 
@@ -68,6 +70,7 @@ class Config(Section):
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     engine: EngineSection = Field(default_factory=EngineSection)
+    export: ExportSection = Field(default_factory=ExportSection)
 
 
 @dataclass(frozen=True)

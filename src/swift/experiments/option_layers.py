@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _PATHS = ("model", "output_dir", "resume_from_checkpoint", "result_path")
-_PATH_LISTS = ("adapters", "dataset", "val_dataset")
+_PATH_LISTS = ("adapters", "dataset", "val_dataset", "parity_dataset")
 _MADE_HERE = ("output_dir", "result_path")
 """Paths of what a job writes: they need not exist."""
 
