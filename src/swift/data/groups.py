@@ -25,7 +25,7 @@ from swift.data.batching import random_generator
 from swift.data.formats import RowError, Sample, to_messages, to_sample
 from swift.data.rows import Row
 
-__all__ = ["Group", "SequenceTemplate", "TaskFormat", "encode_group", "read_group", "task_format"]
+__all__ = ["Group", "SequenceTemplate", "TaskFormat", "encode_group", "read_group", "task_format", "write_pair"]
 
 Messages = list[dict[str, Any]]
 
@@ -188,9 +188,15 @@ def _ranking_group(sample: Sample, task: TaskFormat, number: int) -> Group:
             places = sorted(generator.permutation(len(documents))[:most].tolist())
             documents = [documents[place] for place in places]
         chosen.append(documents)
-    write = _judging if task.task_type == "generative_reranker" else _answering
-    conversations = [write(sample.messages, document) for documents in chosen for document in documents]
+    conversations = [
+        write_pair(task.task_type, sample.messages, document) for documents in chosen for document in documents
+    ]
     return Group(conversations, [float(len(chosen[0]))])
+
+
+def write_pair(task_type: str, query: Messages, document: Messages) -> Messages:
+    """The conversation that a ranker of this task reads to judge a document."""
+    return (_judging if task_type == "generative_reranker" else _answering)(query, document)
 
 
 def _answering(query: Messages, document: Messages) -> Messages:
