@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from swift.core.errors import SwiftError
 from swift.inference.server.completions import check_tokens
-from swift.inference.server.errors import ApiError, from_swift_error
+from swift.inference.server.errors import ApiError, check_unicode, from_swift_error
 from swift.inference.server.prompts import encode_text, messages_of, tools_of
 from swift.inference.server.schemas import (
     AdapterName,
@@ -87,10 +88,12 @@ def admin_routes(service: Service) -> APIRouter:
             raise ApiError(400, "give a prompt or messages, one of them", param="prompt")
         if body.messages is not None:
             messages, tools = messages_of(body.messages), tools_of(body.tools)
+            check_unicode(json.dumps([messages, tools], ensure_ascii=False))
             tokens = await service.working(0, lambda: model.template.encode_prompt(messages, tools or None))
         elif body.add_special_tokens:
             tokens = await encode_text(service, model, body.prompt or "")
         else:
+            check_unicode(body.prompt or "")
             tokens = service.tokenizer.encode(body.prompt, add_special_tokens=False)
         strings = service.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
         return {

@@ -16,7 +16,7 @@ from swift.inference.server.admin import admin_routes
 from swift.inference.server.chat import chat_routes
 from swift.inference.server.completions import completion_routes
 from swift.inference.server.errors import ApiError, from_validation
-from swift.inference.server.http import Gate, refusal
+from swift.inference.server.http import Gate, fault_of, log_fault, refusal, request_id
 from swift.inference.server.pooling import pooling_routes
 from swift.inference.server.service import Service
 
@@ -65,6 +65,11 @@ def create_app(service: Service, *, keys: Sequence[str] = (), verbose: bool = Fa
         answer = refusal(ApiError(error.status_code, said.get(error.status_code, str(error.detail))))
         answer.headers.update(error.headers or {})
         return answer
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        log_fault(request.scope)
+        return refusal(fault_of(request_id(request)))
 
     for routes in (chat_routes, completion_routes, pooling_routes, admin_routes):
         app.include_router(routes(service))

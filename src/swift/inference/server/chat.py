@@ -191,11 +191,13 @@ class _Writer:
                 f'"finish_reason": {reason}}}{tail}'
             )
 
+        begun: set[int] = set()
         async with self.exchange:
-            for number in range(len(self.choices)):
-                yield chunk(number, '{"role": "assistant", "content": ""}')
             async for number, delta in self.exchange.deltas():
                 choice = self.choices[number]
+                if number not in begun:
+                    begun.add(number)
+                    yield chunk(number, '{"role": "assistant", "content": ""}')
                 new = choice.push(delta).delta()
                 if new or (choice.infos and choice.text.is_over):
                     logprobs = json.dumps(self._logprobs(choice.infos))

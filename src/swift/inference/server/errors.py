@@ -12,7 +12,7 @@ from typing import Any
 
 from swift.core.errors import SwiftError
 
-__all__ = ["ApiError", "error_body", "from_swift_error", "from_validation"]
+__all__ = ["ApiError", "check_unicode", "error_body", "from_swift_error", "from_validation"]
 
 _TYPES = {
     401: "authentication_error",
@@ -76,3 +76,12 @@ def from_validation(errors: list[Any]) -> ApiError:
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     said = "is not an option of this route" if first["type"] == "extra_forbidden" else first["msg"]
     return ApiError(422, f"{place}: {said}{more}", param=place, code="invalid_value")
+
+
+def check_unicode(*texts: str) -> None:
+    """Raise ApiError for texts with halves of surrogate pairs, which JSON can write and no tokenizer can read."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(400, f"the text is not valid Unicode: {error.reason}", code="invalid_value") from error

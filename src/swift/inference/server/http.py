@@ -12,14 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swift.core.logging import get_logger
 from swift.inference.server.errors import ApiError
 from swift.inference.server.service import Service
 
-__all__ = ["EventStream", "Gate", "refusal", "unless_gone"]
+__all__ = ["EventStream", "Gate", "fault_of", "log_fault", "refusal", "request_id", "unless_gone"]
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -33,7 +33,20 @@ def refusal(error: ApiError) -> Response:
     headers = dict(error.headers)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers)
+    # Escaped: a text of the request that is quoted may hold what UTF-8 has no place for.
+    return Response(json.dumps(error.body()), error.status, headers, "application/json")
+
+
+def fault_of(identity: str) -> ApiError:
+    """A fault of ours, as the client hears of it: an id that leads to the traceback in the log."""
+    return ApiError(500, f"internal error; its id in the server's log is {identity}", code=identity)
+
+
+def log_fault(scope: Scope) -> None:
+    """The exception being handled, once for each request."""
+    if not scope["state"].get("is_logged"):
+        scope["state"]["is_logged"] = True
+        logger.exception("request %s failed: %s", scope["state"]["request_id"], scope["path"])
 
 
 def is_allowed(header: str, keys: Sequence[str]) -> bool:
@@ -72,10 +85,9 @@ class Gate:
             await self.app(scope, _replayed(body, receive), tell)
         except ApiError as error:
             await self._refuse(error, status, scope, receive, tell)
-        except Exception:  # a fault of ours: told with an id that leads to the traceback in the log
-            logger.exception("request %s failed: %s %s", identity, scope["method"], scope["path"])
-            message = f"internal error; its id in the server's log is {identity}"
-            await self._refuse(ApiError(500, message, code=identity), status, scope, receive, tell)
+        except Exception:
+            log_fault(scope)
+            await self._refuse(fault_of(identity), status, scope, receive, tell)
         finally:
             self.service.open_requests -= 1
             self._count(scope, status, time.monotonic() - started, identity)
@@ -185,12 +197,13 @@ class EventStream(Response):
         self._identity, self._close = identity, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        writing = asyncio.ensure_future(self._write(start, send))
+        writing = asyncio.ensure_future(self._write(scope, receive, send))
         watch = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait((writing, watch), return_when=asyncio.FIRST_COMPLETED)
-            if not writing.done():
+            if writing.done():
+                writing.result()
+            else:
                 self._service.metrics.disconnects += 1
         finally:
             for entry in (writing, watch):
@@ -198,26 +211,34 @@ class EventStream(Response):
             await asyncio.gather(writing, watch, return_exceptions=True)
             await self._close()
 
-    async def _write(self, start: Message, send: Send) -> None:
-        await send(start)
-        events = self._events()
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events. What fails before the first is refused with a status of its own."""
+        events, begun = self._events(), False
         try:
             async for data in events:
-                await send(
-                    {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
-                )
+                if not begun:
+                    begun = True
+                    head = {"status": self.status_code, "headers": self.raw_headers}
+                    await send({"type": "http.response.start", **head})
+                await _send_text(send, f"data: {data}\n\n")
             last = "data: [DONE]\n\n"
         except ApiError as error:
+            if not begun:
+                await refusal(error)(scope, receive, send)
+                return
             last = f"data: {json.dumps(error.body())}\n\n"
-        except Exception:  # the status line has been sent: the last event says what went wrong
-            logger.exception("request %s failed while its answer was streamed", self._identity)
-            said = ApiError(
-                500, f"internal error; its id in the server's log is {self._identity}", code=self._identity
-            )
-            last = f"data: {json.dumps(said.body())}\n\n"
+        except Exception:
+            if not begun:
+                raise
+            log_fault(scope)
+            last = f"data: {json.dumps(fault_of(self._identity).body())}\n\n"
         finally:
             await events.aclose()  # type: ignore[attr-defined]
-        await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
+        await _send_text(send, last, more=False)
+
+
+async def _send_text(send: Send, text: str, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
 
 def request_id(request: Request) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swift.inference.engines.base import Grammar, SamplingOptions
-from swift.inference.server.errors import ApiError
+from swift.inference.server.errors import ApiError, check_unicode
 from swift.inference.server.schemas import ChatRequest, CompletionRequest, Generation
 
 __all__ = ["Defaults", "Limits", "grammar_of", "sampling_of"]
@@ -181,6 +181,7 @@ def grammar_of(body: ChatRequest | CompletionRequest) -> Grammar | None:
     if len(given) > 1:
         raise ApiError(400, "an answer can be bound to one form only: " + ", ".join(kind for kind, _ in given))
     kind, value = given[0]
+    check_unicode(*([value] if isinstance(value, str) else value if kind == "choice" else []))
     if kind == "json":
         return Grammar("json_schema", value if isinstance(value, str) else json.dumps(value))
     if kind == "choice":

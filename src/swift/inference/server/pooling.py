@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 
 from swift.core.errors import SwiftError
 from swift.inference.server.completions import check_tokens
-from swift.inference.server.errors import ApiError, from_swift_error
+from swift.inference.server.errors import ApiError, check_unicode, from_swift_error
 from swift.inference.server.http import unless_gone
 from swift.inference.server.schemas import EmbeddingRequest, RerankRequest, ScoreRequest
 from swift.inference.server.service import ServedModel, Service
@@ -100,12 +100,11 @@ def _inputs(service: Service, model: ServedModel, body: EmbeddingRequest) -> lis
 
 def _encode(model: ServedModel, messages: Sequence[dict[str, Any]]) -> list[int]:
     """Token ids as in training. Raises ApiError for a text without tokens, or one that the template refuses."""
+    check_unicode(*(message["content"] for message in messages))
     try:
         ids = model.template.encode_sequence(messages, end_token=model.task == "embedding")
     except SwiftError as error:
         raise from_swift_error(error) from error
-    except UnicodeEncodeError as error:
-        raise ApiError(400, f"the text is not valid Unicode: {error}") from error
     if not ids:
         raise ApiError(400, "a text has no tokens", param="input")
     return ids

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swift.core.errors import DataError
 from swift.inference.engines.base import Grammar
-from swift.inference.server.errors import ApiError
+from swift.inference.server.errors import ApiError, check_unicode
 from swift.inference.server.limits import grammar_of
 from swift.inference.server.reasoning import OPEN, ReasoningSplitter
 from swift.inference.server.schemas import ChatRequest, Message, NamedTool, Tool
@@ -20,6 +19,9 @@ from swift.inference.server.tool_formats import ToolFormat, call_rules
 
 __all__ = ["ChatPlan", "encode_text", "messages_of", "plan_chat", "tools_of"]
 
+_ENDING_TOKENS = 32
+"""So many hold ``</think>`` and white space in any vocabulary."""
+
 
 @dataclass(frozen=True)
 class ChatPlan:
@@ -28,7 +30,7 @@ class ChatPlan:
     Attributes:
         prompt: token ids.
         tool_format: calls are looked for in the answer; None: they are not.
-        thinking: ``open`` (the prompt ends within it), ``possible`` or ``none``.
+        thinking: whether the answer begins with it: ``open`` (the prompt ends within it), ``possible`` or ``none``.
         shown_tokens: control tokens that belong to the format of calls.
     """
 
@@ -76,37 +78,34 @@ async def plan_chat(service: Service, model: ServedModel, body: ChatRequest) -> 
     variables = _variables(model, body)
     messages = messages_of(body.messages)
     size = sum(len(str(message.get("content"))) for message in messages)
-
-    def encode() -> list[int]:
-        try:
-            return model.template.encode_prompt(messages, wanted or None, variables)
-        except UnicodeEncodeError as error:
-            raise DataError("the text is not valid Unicode", why=str(error)) from error
-
-    prompt = await service.working(size, encode)
+    check_unicode(json.dumps([messages, wanted, variables], ensure_ascii=False))
+    prompt = await service.working(
+        size, lambda: model.template.encode_prompt(messages, wanted or None, variables)
+    )
     thinking = _thinking(service, model, body, prompt)
     form = form if wanted else None
     shown = _shown_tokens(service.tokenizer, form)
     grammar = grammar_of(body)
+    chat = model.template.chat
+    # A grammar leaves room for thinking where the template asks for it, not where it merely could write it.
+    room = thinking if thinking == "open" or (chat and "enable_thinking" in chat.names) else "none"
     if wanted and choice != "auto":
         if grammar is not None:
             raise ApiError(400, "a call is required, and another form of the answer, too", param="tool_choice")
         assert form is not None
-        grammar = _call_grammar(form, wanted, choice, body.parallel_tool_calls, shown, thinking)
-    elif grammar is not None and thinking != "none":
-        grammar = _behind_thinking(grammar, thinking)
+        grammar = _call_grammar(form, wanted, choice, body.parallel_tool_calls, shown, room)
+    elif grammar is not None and room != "none":
+        grammar = _behind_thinking(grammar, room)
     return ChatPlan(prompt, grammar, form, thinking, shown)
 
 
 async def encode_text(service: Service, model: ServedModel, text: str) -> list[int]:
     """Token ids of a plain text, with what the tokenizer puts in front (and without what it puts at the end)."""
     tokenizer = model.template.tokenizer
+    check_unicode(text)
 
     def encode() -> list[int]:
-        try:
-            ids: list[int] = tokenizer.encode(text)
-        except UnicodeEncodeError as error:
-            raise DataError("the text is not valid Unicode", why=str(error)) from error
+        ids: list[int] = tokenizer.encode(text)
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
             ids.pop()
         return ids
@@ -135,7 +134,7 @@ def _variables(model: ServedModel, body: ChatRequest) -> dict[str, Any]:
 def _thinking(service: Service, model: ServedModel, body: ChatRequest, prompt: Sequence[int]) -> str:
     if not service.thinks(model):
         return "none"
-    end = service.tokenizer.decode(list(prompt[-8:]), skip_special_tokens=False).rstrip()
+    end = service.tokenizer.decode(list(prompt[-_ENDING_TOKENS:]), skip_special_tokens=False).rstrip()
     if end.endswith(OPEN):
         return "open"
     return "none" if end.endswith("</think>") else "possible"
@@ -175,9 +174,11 @@ def _start(thinking: str, rule: str) -> str:
     """The first rule: thinking, where there is some, then ``rule``."""
     if thinking == "none":
         return f"start: {rule}\n"
-    if thinking == "open":
-        return f'start: thinking {rule}\nthinking[lazy]: /(.|\\n)*<\\/think>\\n*/\n'
-    return f'start: thinking? {rule}\nthinking[lazy]: /<think>(.|\\n)*<\\/think>\\n*/\n'
+    mark, again = ("", "") if thinking == "open" else ("<think>", "?")
+    return (
+        f"start: thinking{again} {rule}\nthinking: thought newlines?\n"
+        f"thought[lazy]: /{mark}(.|\\n)*<\\/think>/\nnewlines: /\\n+/\n"
+    )
 
 
 def _behind_thinking(grammar: Grammar, thinking: str) -> Grammar:

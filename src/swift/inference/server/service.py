@@ -128,7 +128,7 @@ class Service:
                 exchange.submit(Request(uuid.uuid4().hex, prompt, sampling, model.adapter))
         except EngineBusy as error:
             await exchange.close()
-            raise ApiError(429, f"too many requests wait already: {error}", retry_after_seconds=1) from error
+            raise _busy(error) from error
         except SwiftError as error:
             await exchange.close()
             raise from_swift_error(error) from error
@@ -156,7 +156,19 @@ class Exchange:
         self.service.metrics.prompt_tokens += len(request.prompt)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(number, delta) of all requests as they come, until each has ended or is closed."""
+        """(number, delta) of all requests as they come, until each has ended or is closed.
+
+        Raises ApiError for what the engine refuses only now (a grammar that it has looked at).
+        """
+        try:
+            async for number, delta in self._all():
+                yield number, delta
+        except EngineBusy as error:
+            raise _busy(error) from error
+        except SwiftError as error:
+            raise from_swift_error(error) from error
+
+    async def _all(self) -> AsyncIterator[tuple[int, Delta]]:
         if len(self._streams) == 1:
             async for delta in self._streams[0]:
                 self._observe(0, delta)
@@ -247,3 +259,7 @@ class Exchange:
         stats = self.service.engine.stats()
         queue = "" if self.num_tokens else f" ({stats.running} running, {stats.waiting} waiting)"
         return f"not done within {self.service.limits.request_seconds:g} s: {stage}{queue}"
+
+
+def _busy(error: EngineBusy) -> ApiError:
+    return ApiError(429, f"too many requests wait already: {error}", retry_after_seconds=1)

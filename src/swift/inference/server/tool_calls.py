@@ -137,7 +137,8 @@ class ToolCallParser:
         start = len(self._held) - len(self._held.lstrip(" \t\r\n["))
         scanner = JsonScanner()
         end = start + scanner.feed(self._held[start:])
-        if not scanner.is_done and not (is_last or scanner.is_wrong):
+        is_word = scanner.is_wrong and "word" in self.form.header.groupindex and "{" not in self._held
+        if not is_last and (is_word or not (scanner.is_done or scanner.is_wrong)):
             return False
         call = _as_call(self._held[start:end]) if scanner.is_done else None
         if call is None:
