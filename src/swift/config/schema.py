@@ -21,6 +21,7 @@ from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
+from swift.config.sections.serving import ServingSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
@@ -43,6 +44,7 @@ SECTIONS: dict[str, type[Section]] = {
     "report": ReportSection,
     "generation": GenerationSection,
     "engine": EngineSection,
+    "serving": ServingSection,
 }
 
 
@@ -65,6 +67,7 @@ class Config(Section):
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     engine: EngineSection = Field(default_factory=EngineSection)
+    serving: ServingSection = Field(default_factory=ServingSection)
 
 
 @dataclass(frozen=True)

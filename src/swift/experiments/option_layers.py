@@ -34,9 +34,11 @@ __all__ = [
     "snapshot",
 ]
 
-_PATHS = ("model", "output_dir", "resume_from_checkpoint", "result_path")
+_PATHS = (
+    "model", "output_dir", "resume_from_checkpoint", "result_path", "ready_file", "ssl_keyfile", "ssl_certfile",
+)  # fmt: skip
 _PATH_LISTS = ("adapters", "dataset", "val_dataset")
-_MADE_HERE = ("output_dir", "result_path")
+_MADE_HERE = ("output_dir", "result_path", "ready_file")
 """Paths of what a job writes: they need not exist."""
 
 
@@ -170,6 +172,9 @@ def make_absolute(resolved: Resolved, cwd: Path) -> None:
 
 def _absolute(text: str, cwd: Path, name: str) -> str:
     path = cwd / Path(text).expanduser()
+    if name == "adapters" and not path.exists() and "=" in text:  # NAME=FOLDER
+        label, _, folder = text.partition("=")
+        return f"{label}={_absolute(folder, cwd, name)}"
     if name in _MADE_HERE or path.exists():
         return str(path)
     rows = re.fullmatch(r"(.+)(#\d+)", text) if name in ("dataset", "val_dataset") else None

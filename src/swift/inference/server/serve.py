@@ -9,7 +9,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -195,13 +195,3 @@ async def _report(service: Service, seconds: float) -> None:
                 stats.cache_tokens,
             )
         before = now
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach a server there."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def split_keys(text: str | None) -> Sequence[str]:
-    """API keys, separated by commas."""
-    return [key.strip() for key in (text or "").split(",") if key.strip()]
