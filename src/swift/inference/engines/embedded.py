@@ -59,8 +59,10 @@ class EmbeddedEngine:
         options: EngineSection | None = None,
         *,
         task: str = "causal_lm",
+        answers: tuple[str, str] = ("yes", "no"),
     ) -> None:
-        self._load, self._options, self._task = load, options or EngineSection(), task
+        self._load, self._options = load, options or EngineSection()
+        self._task, self._answers = task, answers
         self._core: EmbeddedCore | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
