@@ -25,7 +25,15 @@ from swift.data.batching import random_generator
 from swift.data.formats import RowError, Sample, to_messages, to_sample
 from swift.data.rows import Row
 
-__all__ = ["Group", "SequenceTemplate", "TaskFormat", "encode_group", "read_group", "task_format", "write_pair"]
+__all__ = [
+    "Group",
+    "SequenceTemplate",
+    "TaskFormat",
+    "encode_group",
+    "read_group",
+    "task_format",
+    "write_pair",
+]
 
 Messages = list[dict[str, Any]]
 
@@ -189,7 +197,9 @@ def _ranking_group(sample: Sample, task: TaskFormat, number: int) -> Group:
             documents = [documents[place] for place in places]
         chosen.append(documents)
     conversations = [
-        write_pair(task.task_type, sample.messages, document) for documents in chosen for document in documents
+        write_pair(task.task_type, sample.messages, document)
+        for documents in chosen
+        for document in documents
     ]
     return Group(conversations, [float(len(chosen[0]))])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.config import combinations
+from swift.config.adapter_names import split_name
 from swift.config.aliases import alias_table
 from swift.config.commands import COMMANDS
 from swift.config.flags import read_flags
@@ -172,8 +173,8 @@ def make_absolute(resolved: Resolved, cwd: Path) -> None:
 
 def _absolute(text: str, cwd: Path, name: str) -> str:
     path = cwd / Path(text).expanduser()
-    if name == "adapters" and not path.exists() and "=" in text:  # NAME=FOLDER
-        label, _, folder = text.partition("=")
+    label, folder = split_name(text) if name == "adapters" and not path.exists() else (None, text)
+    if label is not None:
         return f"{label}={_absolute(folder, cwd, name)}"
     if name in _MADE_HERE or path.exists():
         return str(path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from swift.config.adapter_names import split_name
 from swift.config.bind import dump
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
@@ -30,6 +31,7 @@ from swift.plan.modules import (
 )
 from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
+from swift.plan.serving import base_of_adapter, serving_memory
 from swift.train.optimizers import is_target, state_bytes
 from swift.tuners.registry import METHODS
 
@@ -94,6 +96,8 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
         if facts is not None:
             setup = _setup(resolved, facts, folder, device, widest, warnings)
             memory = _memory(resolved, facts, setup, device, steps)
+    elif resolved.command == "deploy" and facts is not None:
+        memory = serving_memory(resolved, facts, device, _compute_dtype(resolved, device))
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
@@ -111,6 +115,8 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
 
 def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | None, Path | None]:
     name = resolved.config.model.model
+    if resolved.command == "deploy" and resolved.config.model.adapters and not name:
+        name = resolved.config.model.model = base_of_adapter(resolved.config.model.adapters[0])
     if not name:
         return None, None
     entry = None if Path(name).expanduser().exists() or own_folder(name) else find_entry(name)
@@ -168,7 +174,7 @@ def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
     """A warning for every adapter, callback file and (infer) row file that is not on this machine."""
     config = resolved.config
     for adapter in config.model.adapters:
-        if not Path(adapter).expanduser().is_dir():
+        if not Path(split_name(adapter)[1]).expanduser().is_dir():
             warnings.append(f"--adapters: no such folder {adapter!r}")
     for callback in config.report.callbacks:
         if not Path(callback.partition(":")[0]).is_file():
@@ -463,7 +469,15 @@ def _quantized(resolved: Resolved) -> str | None:
 def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
     """Whether it fits; adds the warnings that say why not."""
     verdict: bool | None = None
-    if plan.memory and device.memory_bytes is not None:
+    if plan.memory and device.memory_bytes is not None and "least" in plan.memory:
+        verdict = plan.memory["least"] <= TIGHT_SHARE * device.memory_bytes
+        if not verdict:
+            plan.warnings.append(
+                f"memory: about {format_bytes(plan.memory['least'])} to answer one request of full length, on a"
+                f" {device.kind} device of {format_bytes(device.memory_bytes)}; --max_model_len or --quant_method bnb"
+                " lowers it"
+            )
+    elif plan.memory and device.memory_bytes is not None:
         verdict = plan.memory["total"] <= TIGHT_SHARE * device.memory_bytes
         if not verdict:
             plan.warnings.append(
@@ -471,7 +485,7 @@ def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
                 f" {format_bytes(device.memory_bytes)}; a smaller --per_device_train_batch_size or --max_length,"
                 " --gradient_checkpointing true or --tuner_type lora lowers it"
             )
-    if plan.memory:
+    if "disk" in plan.memory:
         disk = plan.memory["disk"]
         if disk["total_bytes"] > disk["free_bytes"]:
             plan.warnings.append(

@@ -55,7 +55,9 @@ class ScriptedEngine:
         self.open.add(request.id)
         return _Answer(self, request)
 
-    async def pool(self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None) -> list[list[float]]:
+    async def pool(
+        self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None
+    ) -> list[list[float]]:
         return [[float(sum(prompt) % 7) - 3] for prompt in prompts]
 
     async def load_adapter(self, name: str, folder: Path) -> None:

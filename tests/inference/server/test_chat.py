@@ -203,9 +203,7 @@ def test_a_call_in_a_stream(client: openai.OpenAI, engine: ScriptedEngine) -> No
 
 def test_no_tools_with_tool_choice_none(client: openai.OpenAI, engine: ScriptedEngine) -> None:
     engine.script = lambda request: CALL
-    answer = client.chat.completions.create(
-        model="tiny", messages=HELLO, tools=[WEATHER], tool_choice="none"
-    )
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, tools=[WEATHER], tool_choice="none")
     assert answer.choices[0].message.content == CALL and answer.choices[0].finish_reason == "stop"
     assert engine.requests[0].sampling.grammar is None
 
@@ -224,7 +222,7 @@ def test_a_required_call_is_enforced_by_a_grammar(
     assert answer.choices[0].message.tool_calls
     grammar = engine.requests[0].sampling.grammar
     assert grammar is not None and grammar.kind == "lark"
-    assert ('call)*' in grammar.text, "other" in grammar.text) == (several, several)
+    assert ("call)*" in grammar.text, "other" in grammar.text) == (several, several)
 
 
 @pytest.fixture
@@ -258,9 +256,14 @@ def test_tools_that_the_template_does_not_know_are_refused(service: Service, tin
 
 # Thinking
 
-THINKING = """{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+THINKING = """
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{% endif %}
+{%- endif %}"""
 
 
 @pytest.fixture
@@ -296,7 +299,9 @@ def test_thinking_can_be_switched_off(thinking_url: str, engine: ScriptedEngine,
     for body in bodies:
         answer = httpx.post(f"{thinking_url}/v1/chat/completions", json={"messages": HELLO, **body})
         assert answer.json()["choices"][0]["message"] == {"role": "assistant", "content": "Yes."}
-    ends = [service.tokenizer.decode(list(request.prompt)).endswith("</think>\n\n") for request in engine.requests]
+    ends = [
+        service.tokenizer.decode(list(request.prompt)).endswith("</think>\n\n") for request in engine.requests
+    ]
     assert ends == [True, True, False]
 
 

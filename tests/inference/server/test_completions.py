@@ -76,9 +76,7 @@ def test_no_answer_at_all(client: openai.OpenAI, engine: ScriptedEngine) -> None
     assert engine.requests[0].sampling.max_tokens == 1
 
 
-def test_models_and_adapters(
-    client: openai.OpenAI, url: str, engine: ScriptedEngine, tmp_path: Path
-) -> None:
+def test_models_and_adapters(client: openai.OpenAI, url: str, engine: ScriptedEngine, tmp_path: Path) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "french", "ranker", "vectors"]
     assert client.models.retrieve("french").model_dump()["parent"] == "tiny"
     folder = {"lora_name": "new", "lora_path": str(tmp_path)}

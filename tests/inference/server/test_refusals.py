@@ -105,8 +105,9 @@ def test_keys(service: Service, caplog: pytest.LogCaptureFixture) -> None:
         assert httpx.get(url + "/metrics").status_code == 401
         with openai.OpenAI(base_url=f"{url}/v1", api_key="second") as client:
             assert client.models.list().data
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong") as client, pytest.raises(
-            openai.AuthenticationError
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong") as client,
+            pytest.raises(openai.AuthenticationError),
         ):
             client.models.list()
 
@@ -156,8 +157,9 @@ def test_a_deadline_names_its_stage(service: Service, engine: ScriptedEngine) ->
         with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}) as answer:
             lines = [line for line in answer.iter_lines() if line]
         assert "writing the answer" in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="-") as client, pytest.raises(
-            openai.APIError, match="writing the answer"
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="-") as client,
+            pytest.raises(openai.APIError, match="writing the answer"),
         ):
             list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
     assert len(engine.cancelled) == 3 and not engine.open

@@ -36,7 +36,9 @@ def test_every_answer_is_one_that_the_description_knows(service: Service, engine
     tried: dict[str, int] = {}
     for found in schema.get_all_operations():
         operation = found.ok()
-        modes = list(schemathesis.GenerationMode) if operation.body else [schemathesis.GenerationMode.POSITIVE]
+        modes = (
+            list(schemathesis.GenerationMode) if operation.body else [schemathesis.GenerationMode.POSITIVE]
+        )
         for mode in modes:
 
             @bounded

@@ -38,7 +38,12 @@ def parse(name: str, text: str, size: int) -> tuple[str, list[tuple[str, str]]]:
 
 ARGUMENTS = '{"city": "K\\u00f6ln }]</tool_call>", "days": [1, 2]}'
 CASES = [
-    ("hermes", f'<tool_call>\n{{"name": "w", "arguments": {ARGUMENTS}}}\n</tool_call>', "", [("w", ARGUMENTS)]),
+    (
+        "hermes",
+        f'<tool_call>\n{{"name": "w", "arguments": {ARGUMENTS}}}\n</tool_call>',
+        "",
+        [("w", ARGUMENTS)],
+    ),
     (
         "hermes",
         'Let me see.\n\n<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>\n'
@@ -154,8 +159,8 @@ def accepts(grammar: str, text: str) -> bool:
 def _byte_tokenizer() -> llguidance.LLTokenizer:
     class Bytes:
         eos_token_id, bos_token_id = 256, None
-        tokens = [bytes([byte]) for byte in range(256)] + [b"</s>"]
-        special_token_ids = [256]
+        tokens = (*(bytes([byte]) for byte in range(256)), b"</s>")
+        special_token_ids = (256,)
 
         def __call__(self, text: bytes | str) -> list[int]:
             return list(text if isinstance(text, bytes) else text.encode())

@@ -52,7 +52,9 @@ def admin_routes(service: Service) -> APIRouter:
     async def load_adapter(body: AdapterPlace) -> dict[str, str]:
         """Make an adapter available under a name of its own."""
         if service.read_adapter is None:
-            raise ApiError(403, "this server takes no adapters at run time (--runtime_adapters true allows it)")
+            raise ApiError(
+                403, "this server takes no adapters at run time (--runtime_adapters true allows it)"
+            )
         if body.lora_name in service.models:
             raise ApiError(400, f"{body.lora_name} is the name of a model here already", param="lora_name")
         try:

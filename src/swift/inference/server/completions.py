@@ -63,16 +63,13 @@ async def encode_inputs(
     service: Service, model: ServedModel, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 ) -> list[list[int]]:
     """Token ids of one or several prompts, each a text or token ids."""
-    if isinstance(given, str):
-        given = [given]
-    elif isinstance(given[0], int):
-        given = [given]  # type: ignore[list-item]
+    entries: Sequence[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     found: list[list[int]] = []
-    for one in given:
+    for one in entries:
         if isinstance(one, str):
             found.append(await encode_text(service, model, one))
         else:
-            found.append(check_tokens(service, one))  # type: ignore[arg-type]
+            found.append(check_tokens(service, one))
         if not found[-1]:
             raise ApiError(400, "a prompt has no tokens", param="prompt")
     return found
@@ -100,7 +97,9 @@ class _Logprobs:
         text = self.names(token)[0]
         self.tokens.append(text)
         self.token_logprobs.append(None if info is None else max(info.logprob, -9999.0))
-        top = None if info is None else {self.names(other)[0]: max(value, -9999.0) for other, value in info.top}
+        top = (
+            None if info is None else {self.names(other)[0]: max(value, -9999.0) for other, value in info.top}
+        )
         if info is not None and top is not None:
             top.setdefault(text, max(info.logprob, -9999.0))
         self.top_logprobs.append(top)

@@ -60,7 +60,10 @@ def deploy(resolved: Resolved, say: Callable[[str], None]) -> None:
             say(note)
     listener = bind(listening)
     try:
-        if resolved.config.training.num_threads is not None and resolved.config.engine.infer_backend != "vllm":
+        if (
+            resolved.config.training.num_threads is not None
+            and resolved.config.engine.infer_backend != "vllm"
+        ):
             import torch
 
             torch.set_num_threads(resolved.config.training.num_threads)
@@ -99,7 +102,9 @@ def make_service(served: Served, engine: InferenceEngine, resolved: Resolved) ->
     def read_adapter(name: str, folder: Path) -> ServedModel:
         context = context_of_adapter(resolved, str(folder))
         if context.model.resolve() != served.context.model.resolve():
-            raise ModelError("the adapter is of another base model", where=str(folder), why=str(context.model))
+            raise ModelError(
+                "the adapter is of another base model", where=str(folder), why=str(context.model)
+            )
         return replace(_model(name, context, tokenizer), adapter=name, parent=served.name)
 
     allowed = section.runtime_adapters

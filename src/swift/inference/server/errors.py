@@ -63,7 +63,9 @@ def error_body(
 
 def from_swift_error(error: SwiftError) -> ApiError:
     """What the engine, the template or an adapter refuses is the request's fault."""
-    message = error.message + (f" ({error.why})" if error.why else "") + (f"; {error.fix}" if error.fix else "")
+    message = (
+        error.message + (f" ({error.why})" if error.why else "") + (f"; {error.fix}" if error.fix else "")
+    )
     return ApiError(400, message, param=error.where)
 
 

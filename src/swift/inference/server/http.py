@@ -1,5 +1,5 @@
-"""HTTP around the routes, without a framework's cost for each token: who may come in, how large a body may be, streams of
-server-sent events, and what happens when a client goes away."""
+"""HTTP around the routes, without a framework's cost for each token: who may come in, how large a body may be,
+streams of server-sent events, and what happens when a client goes away."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def is_allowed(header: str, keys: Sequence[str]) -> bool:
 class Gate:
     """In front of all routes: readiness, key, number and size of requests; counts and logs what comes out."""
 
-    def __init__(self, app: ASGIApp, service: Service, keys: Sequence[str] = (), verbose: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, service: Service, keys: Sequence[str] = (), verbose: bool = False
+    ) -> None:
         self.app, self.service, self.keys, self.verbose = app, service, tuple(keys), verbose
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,9 +129,7 @@ class Gate:
             raise ApiError(408, f"the body did not arrive within {seconds:g} s") from None
         return b"".join(parts)
 
-    async def _refuse(
-        self, error: ApiError, status: int, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _refuse(self, error: ApiError, status: int, scope: Scope, receive: Receive, send: Send) -> None:
         if not status:  # nothing has been said yet
             await refusal(error)(scope, receive, send)
 

@@ -142,7 +142,9 @@ def _logprobs(body: Generation, limits: Limits) -> tuple[int | None, int | None]
         asked = body.logprobs
         for_prompt = asked if body.echo else None
     if asked is not None and asked > limits.logprobs:
-        raise ApiError(400, f"{asked} log-probabilities: this server tells {limits.logprobs}", param="logprobs")
+        raise ApiError(
+            400, f"{asked} log-probabilities: this server tells {limits.logprobs}", param="logprobs"
+        )
     return asked, for_prompt
 
 
@@ -179,7 +181,9 @@ def grammar_of(body: ChatRequest | CompletionRequest) -> Grammar | None:
     if not given:
         return None
     if len(given) > 1:
-        raise ApiError(400, "an answer can be bound to one form only: " + ", ".join(kind for kind, _ in given))
+        raise ApiError(
+            400, "an answer can be bound to one form only: " + ", ".join(kind for kind, _ in given)
+        )
     kind, value = given[0]
     check_unicode(*([value] if isinstance(value, str) else value if kind == "choice" else []))
     if kind == "json":

@@ -7,15 +7,15 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from swift.config.adapter_names import split_name
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
 from swift.inference.context import InferenceContext, find_context
 from swift.tuners.peft_format import read_adapter_config
 
-__all__ = ["Served", "context_of_adapter", "find_served", "split_name"]
+__all__ = ["Served", "context_of_adapter", "find_served"]
 
 _CHECKPOINT = re.compile(r"(checkpoint|step|epoch)-\d+")
-_NAMED = re.compile(r"([\w.:@-]+)=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,6 @@ class Served:
     def names(self) -> list[str]:
         """All of them, the base first."""
         return [self.name, *self.adapters]
-
-
-def split_name(text: str) -> tuple[str | None, str]:
-    """(name or None, folder) of an entry of ``--adapters``; a folder with = in its name is a folder."""
-    found = _NAMED.fullmatch(text)
-    if found is None or Path(text).expanduser().exists():
-        return None, text
-    return found[1], found[2]
 
 
 def find_served(resolved: Resolved) -> Served:

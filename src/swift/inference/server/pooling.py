@@ -35,9 +35,12 @@ def pooling_routes(service: Service) -> APIRouter:
             raise ApiError(400, f"{model.name} makes no embeddings (its task: {model.task})", param="model")
         prompts = _inputs(service, model, body)
         vectors = await unless_gone(request, service, _pool(service, model, prompts))
-        vectors = [_cut(vector, body.dimensions) for vector in vectors]
         data = [
-            {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _written(_cut(vector, body.dimensions), body.encoding_format),
+            }
             for index, vector in enumerate(vectors)
         ]
         return {"object": "list", "data": data, "model": model.name, "usage": _usage(prompts)}
@@ -181,8 +184,9 @@ def _cut(vector: Sequence[float], size: int | None) -> Sequence[float]:
     return [value / length for value in vector[:size]]
 
 
-def _written(vector: Sequence[float], form: str) -> list[float] | str:
-    if form == "float":
+def _written(vector: Sequence[float], body: EmbeddingRequest) -> list[float] | str:
+    vector = _cut(vector, body.dimensions)
+    if body.encoding_format == "float":
         return list(vector)
     return base64.b64encode(array("f", vector).tobytes()).decode()
 

@@ -91,7 +91,9 @@ async def plan_chat(service: Service, model: ServedModel, body: ChatRequest) -> 
     room = thinking if thinking == "open" or (chat and "enable_thinking" in chat.names) else "none"
     if wanted and choice != "auto":
         if grammar is not None:
-            raise ApiError(400, "a call is required, and another form of the answer, too", param="tool_choice")
+            raise ApiError(
+                400, "a call is required, and another form of the answer, too", param="tool_choice"
+            )
         assert form is not None
         grammar = _call_grammar(form, wanted, choice, body.parallel_tool_calls, shown, room)
     elif grammar is not None and room != "none":
@@ -125,9 +127,7 @@ def _variables(model: ServedModel, body: ChatRequest) -> dict[str, Any]:
         if name in ("messages", "tools", "add_generation_prompt") or (
             name not in known and name != "enable_thinking"  # which clients send to any model
         ):
-            raise ApiError(
-                400, f"the chat template does not read {name!r}", param="chat_template_kwargs"
-            )
+            raise ApiError(400, f"the chat template does not read {name!r}", param="chat_template_kwargs")
     return given
 
 

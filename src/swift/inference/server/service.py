@@ -116,7 +116,9 @@ class Service:
         except SwiftError as error:
             raise from_swift_error(error) from error
 
-    async def open(self, requests: Sequence[tuple[Sequence[int], SamplingOptions]], model: ServedModel) -> Exchange:
+    async def open(
+        self, requests: Sequence[tuple[Sequence[int], SamplingOptions]], model: ServedModel
+    ) -> Exchange:
         """Hand prompts to the engine, all or none. Raises ApiError: 429 busy, 400 what it cannot do."""
         if len(requests) > self.limits.choices:
             raise ApiError(
@@ -182,14 +184,14 @@ class Exchange:
         self._tasks = [asyncio.create_task(self._pump(number, queue)) for number in numbers]
         left = len(self._tasks)
         while left:
-            number, delta, error = await queue.get()
+            number, news, error = await queue.get()
             if error is not None:
                 raise error
-            if delta is None:
+            if news is None:
                 left -= 1
             elif number in self._open:
-                self._observe(number, delta)
-                yield number, delta
+                self._observe(number, news)
+                yield number, news
 
     async def _pump(self, number: int, queue: asyncio.Queue[Any]) -> None:
         try:

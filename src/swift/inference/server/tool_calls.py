@@ -11,7 +11,7 @@ from typing import Any
 from swift.inference.server.reasoning import possible_start
 from swift.inference.server.tool_formats import ToolFormat
 
-__all__ = ["CallStart", "CallArguments", "ToolCallParser"]
+__all__ = ["CallArguments", "CallStart", "ToolCallParser"]
 
 _JSON_MARKS = re.compile(r'["{}\[\]\\]')
 _SCALAR_END = re.compile(r"[\s,}\]]")
