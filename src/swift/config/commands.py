@@ -103,7 +103,7 @@ COMMANDS: dict[str, Command] = {
             "infer",
             "swift.cli.infer",
             "Chat with a model, or answer the rows of a file.",
-            sections=("model", "template", "quantization", "generation"),
+            sections=("model", "template", "quantization", "generation", "engine"),
             extra=(
                 "val_dataset",
                 "columns",
@@ -125,7 +125,6 @@ COMMANDS: dict[str, Command] = {
             without=(
                 "param_dtype",
                 "stream",
-                "max_batch_size",
                 "result_path",
                 "metric",
                 *_OF_FULL_TRAINING,

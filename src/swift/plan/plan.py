@@ -31,7 +31,7 @@ from swift.plan.modules import (
 )
 from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
-from swift.plan.serving import base_of_adapter, serving_memory
+from swift.plan.serving import base_of_adapter, serving_fits, serving_memory
 from swift.train.optimizers import is_target, state_bytes
 from swift.tuners.registry import METHODS
 
@@ -469,14 +469,8 @@ def _quantized(resolved: Resolved) -> str | None:
 def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
     """Whether it fits; adds the warnings that say why not."""
     verdict: bool | None = None
-    if plan.memory and device.memory_bytes is not None and "least" in plan.memory:
-        verdict = plan.memory["least"] <= TIGHT_SHARE * device.memory_bytes
-        if not verdict:
-            plan.warnings.append(
-                f"memory: about {format_bytes(plan.memory['least'])} to answer one request of full length, on a"
-                f" {device.kind} device of {format_bytes(device.memory_bytes)}; --max_model_len or --quant_method bnb"
-                " lowers it"
-            )
+    if "least" in plan.memory:
+        verdict = serving_fits(plan.memory, TIGHT_SHARE, plan.warnings)
     elif plan.memory and device.memory_bytes is not None:
         verdict = plan.memory["total"] <= TIGHT_SHARE * device.memory_bytes
         if not verdict:

@@ -8,6 +8,7 @@ from typing import Any
 
 from swift.config.adapter_names import split_name
 from swift.config.schema import Resolved
+from swift.core.format import format_bytes
 from swift.models.facts import ModelFacts
 from swift.plan.analytic import DTYPE_BYTES, FRAMEWORK_BYTES
 from swift.plan.device import DeviceFacts
@@ -15,7 +16,7 @@ from swift.plan.modules import linear_layers
 from swift.plan.quantised import frozen_bytes
 from swift.runs.folder import RunFolder
 
-__all__ = ["base_of_adapter", "cache_bytes_per_token", "serving_memory"]
+__all__ = ["base_of_adapter", "cache_bytes_per_token", "serving_fits", "serving_memory"]
 
 
 def cache_bytes_per_token(facts: ModelFacts, dtype_bytes: int) -> int:
@@ -55,6 +56,18 @@ def serving_memory(resolved: Resolved, facts: ModelFacts, device: DeviceFacts, d
         },
         "least": fixed + min(tokens, length) * per_token,
     }
+
+
+def serving_fits(memory: dict[str, Any], share: float, warnings: list[str]) -> bool | None:
+    """Whether one request of full length can be answered with ``share`` of the device; adds a warning if not."""
+    size = memory["device_bytes"]
+    if size is None or memory["least"] <= share * size:
+        return None if size is None else True
+    warnings.append(
+        f"memory: about {format_bytes(memory['least'])} to answer one request of full length, on a"
+        f" {memory['device']} device of {format_bytes(size)}; --max_model_len or --quant_method bnb lowers it"
+    )
+    return False
 
 
 def _adapter_bytes(entry: str) -> int:

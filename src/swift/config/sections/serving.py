@@ -16,7 +16,7 @@ class ServingSection(Section):
     port: int = option(8000, "Port to listen on; 0 takes a free one.", essential=True, ge=0, le=65535)
     api_key: str | None = option(
         None,
-        "Key that clients must present; several with commas. Never recorded. Default: SWIFT_API_KEY of the environment.",
+        "Key that clients must present; several with commas. Never recorded. Default: SWIFT_API_KEY.",
         essential=True,
     )
     served_model_name: str | None = option(
@@ -35,7 +35,7 @@ class ServingSection(Section):
     tool_parser: Literal["hermes", "llama3", "mistral", "react", "qwen"] | None = option(
         None, "How the model writes tool calls; default: as its chat template or agent_template says."
     )
-    reasoning_parser: Literal["think", "none"] | None = option(
+    reasoning_parser: Literal["think", "off"] | None = option(
         None, "Tell <think>...</think> apart as reasoning_content; default: when the chat template knows it."
     )
     runtime_adapters: bool | None = option(

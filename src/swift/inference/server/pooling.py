@@ -39,7 +39,7 @@ def pooling_routes(service: Service) -> APIRouter:
             {
                 "object": "embedding",
                 "index": index,
-                "embedding": _written(_cut(vector, body.dimensions), body.encoding_format),
+                "embedding": _written(vector, body),
             }
             for index, vector in enumerate(vectors)
         ]
@@ -141,7 +141,8 @@ async def _scores(
     service: Service, model: ServedModel, first: Sequence[str], second: Sequence[str]
 ) -> tuple[list[float], int]:
     """(scores between 0 and 1 of rankers, or cosines of embeddings; number of tokens)."""
-    from swift.data.groups import write_pair
+    from swift.data.formats import Sample
+    from swift.data.groups import read_texts
 
     def said(text: str) -> list[dict[str, Any]]:
         return [{"role": "user", "content": text}]
@@ -155,10 +156,9 @@ async def _scores(
         )
     if model.task not in ("reranker", "generative_reranker", "seq_cls"):
         raise ApiError(400, f"{model.name} gives no scores (its task: {model.task})", param="model")
-    prompts = [
-        _encode(model, write_pair(model.task, said(one), said(two)))
-        for one, two in zip(first, second, strict=True)
-    ]
+    pairs = [Sample(said(one), extra={"positive": [two]}) for one, two in zip(first, second, strict=True)]
+    task = "reranker" if model.task == "seq_cls" else model.task
+    prompts = [_encode(model, read_texts(pair, task)[0]) for pair in pairs]
     logits = await _pool(service, model, prompts)
     if any(len(row) != 1 for row in logits):
         raise ApiError(400, f"{model.name} gives {len(logits[0])} numbers for a pair, not one", param="model")
