@@ -131,9 +131,8 @@ def test_values(words: str, name: str, value: object) -> None:
             "kernels",
         ),
         (
-            "deploy --adapters name=folder --vllm_enforce_eager true --use_async_engine false",
-            "--vllm_enforce_eager, --use_async_engine: not in this version: other inference engines come with a "
-            "later version; a run refuses them",
+            "deploy --adapters name=folder --sglang_tp_size 2 --infer_backend sglang",
+            "--infer_backend: not in this version: sglang: this engine comes with a later version; a run refuses it",
         ),
         (
             f"rlhf {NEEDED} --rlhf_type grpo --gc_collect_after_offload true --multi_turn_func tip",

@@ -137,7 +137,7 @@ def test_an_experiment_changes_and_drops_stages(work: Path) -> None:
         ([["merge"]], "is not a stage", None),
         (["evalute"], "unknown stage 'evalute'", "did you mean evaluate?"),
         (["export"], "the stage export comes with a later version", "leave it out"),
-        (["deploy"], "the stage deploy comes with a later version", "leave it out"),
+        (["rollout"], "the stage rollout comes with a later version", "leave it out"),
         (["merge", "merge"], "two stages are called merge", "name"),
         ([{"evaluate": {"needs": "merg"}}, "merge"], "needs merg, which is no stage", "did you mean merge?"),
         (

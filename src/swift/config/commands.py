@@ -136,6 +136,21 @@ COMMANDS: dict[str, Command] = {
             required=(("model", "adapters"),),
         ),
         Command(
+            "deploy",
+            "swift.cli.deploy",
+            "Serve a model and adapters on it, as OpenAI's API does.",
+            sections=("model", "template", "quantization", "generation", "engine", "serving"),
+            extra=("num_threads",),
+            without=(
+                "param_dtype",
+                "stream",
+                "result_path",
+                "metric",
+                *_OF_FULL_TRAINING,
+            ),
+            required=(("model", "adapters"),),
+        ),
+        Command(
             "merge-lora",
             "swift.cli.merge_lora",
             "Merge an adapter into its model and check the result.",
@@ -329,8 +344,7 @@ LATER_COMMANDS: dict[str, Command] = {
                 instead=instead,
             )
             for name, text, instead in (
-                ("deploy", "Serve a model.", "use swift infer"),
-                ("app", "Serve a model with a web page.", "use swift infer"),
+                ("app", "Serve a model with a web page.", "use swift deploy"),
                 ("eval", "Evaluation suites.", "swift infer --val_dataset FILE computes metrics"),
                 ("rollout", "Serve samples for reinforcement learning.", "use swift infer"),
                 ("sample", "Rejection sampling.", "use swift infer"),

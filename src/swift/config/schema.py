@@ -23,6 +23,7 @@ from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
 from swift.config.sections.rlhf import RlhfSection
+from swift.config.sections.serving import ServingSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
@@ -47,6 +48,7 @@ SECTIONS: dict[str, type[Section]] = {
     "generation": GenerationSection,
     "engine": EngineSection,
     "export": ExportSection,
+    "serving": ServingSection,
 }
 
 
@@ -71,6 +73,7 @@ class Config(Section):
     generation: GenerationSection = Field(default_factory=GenerationSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     export: ExportSection = Field(default_factory=ExportSection)
+    serving: ServingSection = Field(default_factory=ServingSection)
 
 
 @dataclass(frozen=True)

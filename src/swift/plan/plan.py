@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from swift.config.adapter_names import split_name
 from swift.config.bind import dump
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
@@ -31,6 +32,7 @@ from swift.plan.modules import (
 )
 from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
+from swift.plan.serving import base_of_adapter, serving_memory
 from swift.plan.verdict import fits
 from swift.train.optimizers import is_target, state_bytes
 from swift.tuners.registry import METHODS
@@ -99,6 +101,8 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
     if resolved.command == "export":
         read = partial(_plan_rows, resolved, folder, warnings)
         export, memory = export_plan(resolved, facts, folder, device, warnings, read)
+    elif resolved.command == "deploy" and facts is not None:
+        memory = serving_memory(resolved, facts, device, _compute_dtype(resolved, device))
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
@@ -120,6 +124,8 @@ def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | N
     if resolved.command == "export" and (source := source_of(resolved)[0]) is not None:
         name = str(source)
         resolved.config.model.model = name
+    if resolved.command == "deploy" and resolved.config.model.adapters and not name:
+        name = resolved.config.model.model = base_of_adapter(resolved.config.model.adapters[0])
     if not name:
         return None, None
     entry = None if Path(name).expanduser().exists() or own_folder(name) else find_entry(name)
@@ -177,7 +183,7 @@ def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
     """A warning for every adapter, callback file and (infer) row file that is not on this machine."""
     config = resolved.config
     for adapter in config.model.adapters:
-        if not Path(adapter).expanduser().is_dir():
+        if not Path(split_name(adapter)[1]).expanduser().is_dir():
             warnings.append(f"--adapters: no such folder {adapter!r}")
     for callback in config.report.callbacks:
         if not Path(callback.partition(":")[0]).is_file():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from swift.core.format import format_bytes
 from swift.plan.device import DeviceFacts
+from swift.plan.serving import serving_fits
 
 if TYPE_CHECKING:
     from swift.plan.plan import Plan
@@ -20,7 +21,9 @@ TIGHT_SHARE = 0.95
 def fits(plan: Plan, device: DeviceFacts) -> bool | None:
     """Whether it fits; adds the warnings that say why not."""
     verdict: bool | None = None
-    if plan.memory and device.memory_bytes is not None:
+    if "least" in plan.memory:
+        verdict = serving_fits(plan.memory, TIGHT_SHARE, plan.warnings)
+    elif plan.memory and device.memory_bytes is not None:
         verdict = plan.memory["total"] <= TIGHT_SHARE * device.memory_bytes
         if not verdict:
             plan.warnings.append(
@@ -33,7 +36,7 @@ def fits(plan: Plan, device: DeviceFacts) -> bool | None:
                     " --gradient_checkpointing true or --tuner_type lora lowers it"
                 )
             )
-    if plan.memory:
+    if "disk" in plan.memory:
         disk = plan.memory["disk"]
         if disk["total_bytes"] > disk["free_bytes"]:
             what, fix = ("checkpoints need", "--save_total_limit 1 keeps fewer")

@@ -81,6 +81,15 @@ def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
         lines += _export_lines(plan["export"])
     if memory:
         lines.append(("memory", _memory_text(memory, plan["fits"])))
+        cache = memory.get("cache")
+        if cache:
+            lines.append(
+                (
+                    "cache",
+                    f"{format_count(cache['tokens'])} tokens of {format_bytes(cache['bytes_per_token'])}:"
+                    f" {cache['full_length_requests']:g} requests of {cache['max_model_len']} tokens at once",
+                )
+            )
         disk = memory.get("disk")
         if disk and "checkpoint_bytes" not in disk:
             free = format_bytes(disk["free_bytes"])
