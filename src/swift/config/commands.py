@@ -177,6 +177,13 @@ COMMANDS: dict[str, Command] = {
             own_arguments=True,
         ),
         Command(
+            "toolchain",
+            "swift.cli.toolchain",
+            "Install, list, test and delete environments of vLLM, GPTQModel, EvalScope...",
+            usage="{install,ls,doctor,rm} [...]",
+            own_arguments=True,
+        ),
+        Command(
             "demo",
             "swift.cli.demo",
             "Train a tiny model here and now, and watch it learn.",

@@ -24,6 +24,7 @@ from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
 from swift.config.sections.tuner import TunerSection
+from swift.config.sections.vllm import VllmSection
 
 __all__ = ["SECTIONS", "Config", "Option", "Resolved", "Source", "options"]
 
@@ -41,6 +42,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "report": ReportSection,
     "generation": GenerationSection,
+    "vllm": VllmSection,
 }
 
 
@@ -62,6 +64,7 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    vllm: VllmSection = Field(default_factory=VllmSection)
 
 
 @dataclass(frozen=True)
