@@ -13,6 +13,7 @@ from swift.config.kinds import Kind, kind_of
 from swift.config.option import Section
 from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
+from swift.config.sections.engine import EngineSection
 from swift.config.sections.evaluation import EvaluationSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
@@ -20,6 +21,7 @@ from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
+from swift.config.sections.rlhf import RlhfSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
@@ -32,6 +34,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "data": DataSection,
     "task": TaskSection,
+    "rlhf": RlhfSection,
     "template": TemplateSection,
     "tuner": TunerSection,
     "quantization": QuantizationSection,
@@ -42,6 +45,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "report": ReportSection,
     "generation": GenerationSection,
+    "engine": EngineSection,
     "vllm": VllmSection,
 }
 
@@ -54,6 +58,7 @@ class Config(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     task: TaskSection = Field(default_factory=TaskSection)
+    rlhf: RlhfSection = Field(default_factory=RlhfSection)
     template: TemplateSection = Field(default_factory=TemplateSection)
     tuner: TunerSection = Field(default_factory=TunerSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
@@ -64,6 +69,7 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
     vllm: VllmSection = Field(default_factory=VllmSection)
 
 

@@ -36,7 +36,7 @@ __all__ = ["Installation", "install", "installed_versions", "remove", "smoke_tes
 
 SMOKE_FOLDER = Path(__file__).with_name("smoke")
 STAGE_SECONDS = 3600.0
-SMOKE_SECONDS = 900.0
+SMOKE_SECONDS = 3600.0
 CHECK_SECONDS = 120.0
 LOG = "install.log"
 INDEX_SETTINGS = (

@@ -8,19 +8,12 @@ from swift.config.option import Section, option
 
 
 class VllmSection(Section):
-    """vLLM, in its toolchain (``swift toolchain install vllm``)."""
+    """vLLM, in its toolchain. Also for it: max_num_seqs, max_model_len, memory_utilization, max_waiting."""
 
-    vllm_gpu_memory_utilization: float = option(
-        0.9, "Share of a device's memory that vLLM takes, for weights and cache.", gt=0, le=1
-    )
     vllm_tensor_parallel_size: int = option(1, "Devices that split each layer.", ge=1)
     vllm_pipeline_parallel_size: int = option(1, "Groups of devices that take the layers in turn.", ge=1)
     vllm_data_parallel_size: int = option(1, "Copies of the model that share the requests.", ge=1)
     vllm_enable_expert_parallel: bool = option(False, "Give each device whole experts, not parts of all.")
-    vllm_max_num_seqs: int = option(256, "Requests computed at once.", ge=1)
-    vllm_max_model_len: int | None = option(
-        None, "Longest prompt and answer together; default: the model's.", unit="tokens", ge=1
-    )
     vllm_disable_custom_all_reduce: bool = option(False, "Leave reductions between devices to NCCL.")
     vllm_disable_cascade_attn: bool = option(False, "Do not compute a prefix common to a batch once for all.")
     vllm_enforce_eager: bool = option(
@@ -28,6 +21,9 @@ class VllmSection(Section):
     )
     vllm_enable_prefix_caching: bool | None = option(
         None, "Keep the cache of prompts' beginnings for later requests; default: vLLM decides."
+    )
+    vllm_enable_lora: bool | None = option(
+        None, "Be ready for adapters, also later ones; default: when adapters are given."
     )
     vllm_max_lora_rank: int | None = option(
         None, "Highest rank of an adapter; default: that of the adapters given, at least 16.", ge=1

@@ -10,31 +10,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift.config.sections.vllm import VllmSection
+from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.inference.engines.base import Delta, EngineBusy, EngineStats, Request
 from swift.inference.engines.vllm_server import (
     BASE,
-    adapter_rank,
-    lora_rank,
+    Launch,
+    check_adapter,
     server_arguments,
     server_variables,
 )
 from swift.inference.engines.vllm_wire import error_text, parse_metrics, read_choice, read_line, request_body
 from swift.toolchains.child import Child
-from swift.toolchains.toolchain import Toolchain, find_toolchain
+from swift.toolchains.toolchain import Toolchain, find_toolchain, toolchain_folder
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["VllmEngine"]
+    from swift.inference.context import InferenceContext
+
+__all__ = ["VllmEngine", "make"]
+
+DEFAULT_ADAPTER = "model-adapter"
+"""What the adapter that belongs to the model is called inside the server."""
 
 DRAIN_SECONDS = 20.0
 """Between SIGTERM and SIGKILL when the server ends: it may have several processes to stop."""
@@ -50,35 +57,28 @@ class VllmEngine:
     """An ``InferenceEngine`` (see ``base.py``).
 
     Args:
-        model: folder of the model.
-        section: the options ``vllm_*``.
-        adapters: name -> folder, loaded at the start.
+        launch: the model, and how the server is started.
         log: file for the server's output.
-        dtype: precision of the computation, as vLLM names it.
-        max_logprobs: most alternatives a request may ask for.
-        max_waiting: requests that may wait beyond those computed at once; more are refused with EngineBusy.
-        variables: environment variables of the server, over ours.
+        default_adapter: folder of an adapter that belongs to the model: requests that name none get it.
         toolchain: where vLLM is; default: the installed one.
     """
 
     def __init__(
         self,
-        model: Path,
-        section: VllmSection,
+        launch: Launch,
         *,
-        adapters: Mapping[str, Path] | None = None,
         log: Path,
-        dtype: str = "auto",
-        max_logprobs: int = 20,
-        max_waiting: int = 1024,
-        variables: Mapping[str, str] | None = None,
+        default_adapter: Path | None = None,
         toolchain: Toolchain | None = None,
     ) -> None:
-        self.model, self.section, self.log, self.dtype = model, section, log, dtype
-        self.max_logprobs, self.max_waiting = max_logprobs, max_waiting
-        self.variables = dict(variables or {})
+        self._adapters = {name: Path(folder) for name, folder in launch.adapters.items()}
+        self._default = BASE
+        if default_adapter is not None:
+            self._default = DEFAULT_ADAPTER
+            launch = replace(launch, adapters={**launch.adapters, DEFAULT_ADAPTER: default_adapter})
+        launch.check()
+        self.launch, self.log = launch, log
         self.toolchain = toolchain or find_toolchain("vllm")
-        self._adapters = {name: Path(folder) for name, folder in (adapters or {}).items()}
         self._child: Child | None = None
         self._client: httpx.AsyncClient | None = None
         self._folder: Path | None = None
@@ -103,10 +103,8 @@ class VllmEngine:
 
         self._folder = Path(tempfile.mkdtemp(prefix="swift-vllm-"))  # readable by this user alone
         socket = self._folder / "socket"
-        arguments = server_arguments(
-            self.section, self.model, socket, self._adapters, self.max_logprobs, self.dtype
-        )
-        variables = server_variables(self.section, self.toolchain) | self.variables
+        arguments = server_arguments(self.launch, socket)
+        variables = server_variables(self.launch, self.toolchain.variant)
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None)),
             base_url="http://vllm",
@@ -128,7 +126,7 @@ class VllmEngine:
         import httpx
 
         assert self._child is not None and self._client is not None
-        deadline = time.monotonic() + self.section.vllm_start_seconds
+        deadline = time.monotonic() + self.launch.section.vllm_start_seconds
         while time.monotonic() < deadline:
             self._check_alive("did not start")
             with contextlib.suppress(httpx.TransportError):
@@ -136,7 +134,7 @@ class VllmEngine:
                     return
             await asyncio.sleep(POLL_SECONDS)
         raise SwiftError(
-            f"vLLM was not ready after {self.section.vllm_start_seconds:g} s",
+            f"vLLM was not ready after {self.launch.section.vllm_start_seconds:g} s",
             where=str(self.log),
             why=self._child.log_tail(),
             fix="--vllm_start_seconds allows more; --vllm_enforce_eager true starts sooner",
@@ -160,7 +158,10 @@ class VllmEngine:
 
     def submit(self, request: Request) -> AsyncIterator[Delta]:
         """See the protocol. A grammar that vLLM refuses raises ConfigError from the iterator."""
-        if self._closing or len(self._answers) >= self.section.vllm_max_num_seqs + self.max_waiting:
+        if (
+            self._closing
+            or len(self._answers) >= self.launch.options.max_num_seqs + self.launch.options.max_waiting
+        ):
             raise EngineBusy("draining" if self._closing else "the queue is full")
         self._check_alive("has ended")
         if len(request.prompt) + 1 > self.max_model_len:
@@ -170,8 +171,8 @@ class VllmEngine:
         if request.adapter is not None and request.adapter not in self._adapters:
             raise ConfigError(f"there is no adapter {request.adapter!r}")
         for asked in (request.sampling.logprobs, request.sampling.prompt_logprobs):
-            if asked is not None and asked > self.max_logprobs:
-                raise ConfigError(f"at most {self.max_logprobs} alternatives are told, not {asked}")
+            if asked is not None and asked > self.launch.max_logprobs:
+                raise ConfigError(f"at most {self.launch.max_logprobs} alternatives are told, not {asked}")
         self._counts["requests"] += 1
         self._counts["prompt"] += len(request.prompt)
         answer = _Answer(self._deltas(request), request.adapter)
@@ -189,7 +190,7 @@ class VllmEngine:
         import httpx
 
         assert self._client is not None
-        body = request_body(request, self.max_model_len)
+        body = request_body(request, request.adapter or self._default, self.max_model_len)
         try:
             async with self._client.stream(
                 "POST", "/v1/completions", json=body, timeout=ANSWER_SECONDS
@@ -223,17 +224,13 @@ class VllmEngine:
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """See the protocol. The rank must not be above the one the server was started with."""
-        if name in self._adapters or name == BASE:
+        if name in self._adapters or name in (BASE, DEFAULT_ADAPTER):
             raise ConfigError(
                 f"there is an adapter {name!r} already", fix="unload it, or choose another name"
             )
-        rank, limit = adapter_rank(folder), lora_rank(self.section, self._adapters)
-        if rank > limit:
-            raise ConfigError(
-                f"the adapter has rank {rank}, vLLM was started for at most {limit}",
-                where=str(folder),
-                fix=f"start with --vllm_max_lora_rank {rank}",
-            )
+        if not self.launch.takes_adapters:
+            raise ConfigError("vLLM was started without adapters", fix="--vllm_enable_lora true")
+        check_adapter(folder, self.launch.max_lora_rank)
         await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         self._adapters[name] = folder
 
@@ -257,7 +254,7 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """Requests as of now; the cache as of vLLM's last metrics."""
-        at_once = self.section.vllm_max_num_seqs
+        at_once = self.launch.options.max_num_seqs
         capacity = int(self._metrics.get("cache_tokens", 0))
         return EngineStats(
             running=min(len(self._answers), at_once),
@@ -342,3 +339,40 @@ class _Answer:
         """Cancel the request, if it still runs."""
         self.task.cancel()
         await asyncio.wait([self.task])
+
+
+def make(context: InferenceContext, resolved: Resolved) -> VllmEngine:
+    """For the table of engines: the model of a context.
+
+    Raises ConfigError for what vLLM cannot do with it.
+    """
+    if context.quantization.is_active or context.unpack:
+        raise ConfigError(
+            "vLLM does not quantise while it loads as transformers does",
+            where="--quant_method" if context.quantization.is_active else str(context.adapter),
+            fix="swift export writes a quantised folder that vLLM loads; or --infer_backend transformers",
+        )
+    toolchain = find_toolchain("vllm")
+    config = resolved.config
+    kind, _, index = config.model.device.partition(":")
+    if kind not in ("auto", toolchain.variant):
+        raise ConfigError(
+            f"the toolchain is built for {toolchain.variant}",
+            where=f"--device {config.model.device}",
+            fix=f"swift toolchain rm vllm && swift toolchain install vllm --variant {kind}",
+        )
+    variables = {"CUDA_VISIBLE_DEVICES": index} if index else {}
+    if config.training.num_threads is not None:
+        variables["OMP_NUM_THREADS"] = str(config.training.num_threads)
+    dtype = config.model.torch_dtype
+    launch = Launch(
+        context.model,
+        config.engine,
+        config.vllm,
+        # Here as everywhere in swift: float32 on a CPU unless something else is asked for.
+        dtype="float32" if dtype == "auto" and toolchain.variant == "cpu" else dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        variables=variables,
+    )
+    log = toolchain_folder("vllm") / "logs" / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    return VllmEngine(launch, log=log, default_adapter=context.adapter, toolchain=toolchain)

@@ -8,18 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from swift.inference.engines.base import Delta, Request, SamplingOptions, TokenInfo
-from swift.inference.engines.vllm_server import BASE
 
 __all__ = ["error_text", "parse_metrics", "read_choice", "read_line", "request_body"]
 
 
-def request_body(request: Request, max_model_len: int) -> dict[str, Any]:
+def request_body(request: Request, model: str, max_model_len: int) -> dict[str, Any]:
     """A request in the words of vLLM's ``/v1/completions``."""
     sampling = request.sampling
     body: dict[str, Any] = {
-        "model": request.adapter or BASE,
+        "model": model,
         "prompt": list(request.prompt),
-        "request_id": request.id,
         "max_tokens": min(sampling.max_tokens, max_model_len - len(request.prompt)),
         "min_tokens": sampling.min_tokens,
         "temperature": sampling.temperature,
