@@ -122,7 +122,7 @@ COMMANDS: dict[str, Command] = {
             "infer",
             "swift.cli.infer",
             "Chat with a model, or answer the rows of a file.",
-            sections=("model", "template", "quantization", "generation", "engine"),
+            sections=("model", "template", "quantization", "generation", "engine", "vllm"),
             extra=(
                 "val_dataset",
                 "columns",
@@ -224,6 +224,13 @@ COMMANDS: dict[str, Command] = {
             "swift.cli.doctor",
             "Report devices, versions and what is missing for what.",
             usage="[--json]",
+            own_arguments=True,
+        ),
+        Command(
+            "toolchain",
+            "swift.cli.toolchain",
+            "Install, list, test and delete environments of vLLM, GPTQModel, EvalScope...",
+            usage="{install,ls,doctor,rm} [...]",
             own_arguments=True,
         ),
         Command(

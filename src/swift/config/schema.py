@@ -28,6 +28,7 @@ from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
 from swift.config.sections.tuner import TunerSection
+from swift.config.sections.vllm import VllmSection
 
 __all__ = ["SECTIONS", "Config", "Option", "Resolved", "Source", "options"]
 
@@ -49,6 +50,7 @@ SECTIONS: dict[str, type[Section]] = {
     "engine": EngineSection,
     "export": ExportSection,
     "serving": ServingSection,
+    "vllm": VllmSection,
 }
 
 
@@ -74,6 +76,7 @@ class Config(Section):
     engine: EngineSection = Field(default_factory=EngineSection)
     export: ExportSection = Field(default_factory=ExportSection)
     serving: ServingSection = Field(default_factory=ServingSection)
+    vllm: VllmSection = Field(default_factory=VllmSection)
 
 
 @dataclass(frozen=True)
