@@ -71,6 +71,16 @@ _DRY_RUN = {
     "json": "With dry_run: print the plan as one JSON object.",
 }
 
+_READING = (
+    "columns",
+    "on_bad_rows",
+    "model_name",
+    "model_author",
+    "dataset_num_proc",
+    "load_from_cache_file",
+)
+"""How the rows of data files are read."""
+
 _OF_FULL_TRAINING = ("qat_bits", "qat_activation_bits", "qat_group_size", "fp8")
 
 COMMANDS: dict[str, Command] = {
@@ -89,6 +99,15 @@ COMMANDS: dict[str, Command] = {
             "swift.cli.sft",
             "Fine-tune: answer, classify, rank, embed.",
             sections=(*_TRAINING, "task"),
+            required=_TRAINING_NEEDS,
+            switches=_DRY_RUN,
+        ),
+        Command(
+            "rlhf",
+            "swift.cli.rlhf",
+            "Learn from preferences (dpo, kto, orpo, simpo, cpo), or train a reward model (rm).",
+            sections=(*_TRAINING, "rlhf", "generation"),
+            extra=("task_type", "num_labels"),
             required=_TRAINING_NEEDS,
             switches=_DRY_RUN,
         ),
@@ -146,8 +165,24 @@ COMMANDS: dict[str, Command] = {
                 "trust_remote_code",
                 "output_dir",
                 "num_threads",
+                "parity_dataset",
+                "parity_tokens",
+                "max_perplexity_increase",
+                "max_kl",
+                "min_agreement",
+                *_READING,
             ),
             required=(("adapters",),),
+        ),
+        Command(
+            "export",
+            "swift.cli.export",
+            "Quantise a model (an adapter is merged first), and report what that costs.",
+            sections=("model", "quantization", "template", "export"),
+            extra=("dataset", "max_length", "output_dir", "seed", "num_threads", *_READING),
+            without=("param_dtype", "attn_impl", *_OF_FULL_TRAINING),
+            required=(("model", "adapters"),),
+            switches=_DRY_RUN,
         ),
         Command(
             "plan",
@@ -209,7 +244,7 @@ COMMANDS: dict[str, Command] = {
             "run",
             "swift.cli.run",
             "Run a file of experiments and follow it.",
-            usage="FILE.yaml [--inline] [--wait] [--cold]",
+            usage="FILE.yaml [--inline] [--wait] [--cold] [--new]",
             own_arguments=True,
         ),
         Command(
@@ -298,14 +333,6 @@ _MODEL_NEEDS = (("model", "adapters"),)
 LATER_COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
-        Command(
-            "rlhf",
-            "swift.cli.plan",
-            "Preference learning and reinforcement learning.",
-            sections=(*_TRAINING, "generation"),
-            required=_TRAINING_NEEDS,
-            instead="use swift sft",
-        ),
         *(
             Command(
                 name,
@@ -317,11 +344,6 @@ LATER_COMMANDS: dict[str, Command] = {
                 instead=instead,
             )
             for name, text, instead in (
-                (
-                    "export",
-                    "Quantise, merge or convert a model.",
-                    "swift merge-lora writes a merged model folder",
-                ),
                 ("app", "Serve a model with a web page.", "use swift deploy"),
                 ("eval", "Evaluation suites.", "swift infer --val_dataset FILE computes metrics"),
                 ("rollout", "Serve samples for reinforcement learning.", "use swift infer"),
@@ -339,7 +361,8 @@ TRAIN_TYPES: dict[str, str] = {
     "pt": "pt",
     "pretrain": "pt",
     **dict.fromkeys(
-        ("rlhf", "dpo", "orpo", "simpo", "kto", "cpo", "rm", "ppo", "grpo", "gkd", "dapo", "gspo"), "rlhf"
+        ("rlhf", "dpo", "ipo", "orpo", "simpo", "kto", "cpo", "rm", "ppo", "grpo", "gkd", "dapo", "gspo"),
+        "rlhf",
     ),
 }
 """Words of ``train_type`` that say what is trained for, and so which command is meant; the others name a tuner."""

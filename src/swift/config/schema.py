@@ -15,12 +15,14 @@ from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
 from swift.config.sections.engine import EngineSection
 from swift.config.sections.evaluation import EvaluationSection
+from swift.config.sections.export import ExportSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
 from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
+from swift.config.sections.rlhf import RlhfSection
 from swift.config.sections.serving import ServingSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
@@ -33,6 +35,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "data": DataSection,
     "task": TaskSection,
+    "rlhf": RlhfSection,
     "template": TemplateSection,
     "tuner": TunerSection,
     "quantization": QuantizationSection,
@@ -44,6 +47,7 @@ SECTIONS: dict[str, type[Section]] = {
     "report": ReportSection,
     "generation": GenerationSection,
     "engine": EngineSection,
+    "export": ExportSection,
     "serving": ServingSection,
 }
 
@@ -56,6 +60,7 @@ class Config(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     task: TaskSection = Field(default_factory=TaskSection)
+    rlhf: RlhfSection = Field(default_factory=RlhfSection)
     template: TemplateSection = Field(default_factory=TemplateSection)
     tuner: TunerSection = Field(default_factory=TunerSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
@@ -67,6 +72,7 @@ class Config(Section):
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     engine: EngineSection = Field(default_factory=EngineSection)
+    export: ExportSection = Field(default_factory=ExportSection)
     serving: ServingSection = Field(default_factory=ServingSection)
 
 

@@ -108,7 +108,8 @@ def _bind_stage(bound: BoundJob, stage: Stage, cwd: Path, planning: bool) -> Bou
     needs = [f"{bound.name}/{need}" for need in stage.needs] or [bound.name]
     words = {"{name}": bound.name, "{stage}": stage.name}
     if bound.run_dir is not None:
-        words |= {"{run}": str(bound.run_dir), "{merged}": str(bound.run_dir / "merged")}
+        words |= {f"{{{name}}}": str(bound.run_dir / name) for name in ("merged", "exported")}
+        words["{run}"] = str(bound.run_dir)
     made = BoundJob(
         experiment=bound.experiment,
         name=f"{bound.name}/{stage.name}",
@@ -153,6 +154,8 @@ def _stage_defaults(bound: BoundJob, stage: Stage, options: Written) -> dict[str
         values |= {"model": str(run)} if whole else {"adapters": [str(run)]}
     if stage.command == "merge-lora":
         values["output_dir"] = str(run / "merged")
+    elif stage.command == "export":
+        values["output_dir"] = str(run / ("exported" if stage.kind == "export" else stage.name))
     elif "result_path" in taken:
         values["result_path"] = str(run / f"{'evaluation' if stage.name == 'evaluate' else stage.name}.jsonl")
     if stage.kind == "evaluate":
@@ -174,7 +177,7 @@ def _filled(text: str, words: Mapping[str, str]) -> str:
 
 
 def _filled_mapping(written: Written, words: Mapping[str, str]) -> Written:
-    """``{run}``, ``{merged}``, ``{name}`` and ``{stage}`` in every text of a mapping."""
+    """``{run}``, ``{merged}``, ``{exported}``, ``{name}`` and ``{stage}`` in every text of a mapping."""
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):

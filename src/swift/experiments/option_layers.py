@@ -38,7 +38,7 @@ __all__ = [
 _PATHS = (
     "model", "output_dir", "resume_from_checkpoint", "result_path", "ready_file", "ssl_keyfile", "ssl_certfile",
 )  # fmt: skip
-_PATH_LISTS = ("adapters", "dataset", "val_dataset")
+_PATH_LISTS = ("adapters", "dataset", "val_dataset", "parity_dataset")
 _MADE_HERE = ("output_dir", "result_path", "ready_file")
 """Paths of what a job writes: they need not exist."""
 
