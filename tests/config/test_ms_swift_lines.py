@@ -131,8 +131,8 @@ def test_values(words: str, name: str, value: object) -> None:
             "kernels",
         ),
         (
-            "deploy --adapters name=folder --gpu_memory_utilization 0.9 --infer_backend vllm",
-            "--gpu_memory_utilization, --infer_backend: not in this version: other inference engines come with a "
+            "deploy --adapters name=folder --vllm_enforce_eager true --use_async_engine false",
+            "--vllm_enforce_eager, --use_async_engine: not in this version: other inference engines come with a "
             "later version; a run refuses them",
         ),
         (
@@ -163,8 +163,7 @@ def test_a_plan_names_what_is_missing(line: str, warning: str) -> None:
         ),
         (
             f"sft {NEEDED} --experts_impl eager --loss_type sigmoid",
-            "--loss_type: not in this version: sigmoid: preference and reinforcement learning"
-            " come with a later version",
+            "--loss_type: not in this version: sigmoid: that is a loss of swift rlhf",
         ),
         ("infer --model m --max_length 512", "--max_length: not used by swift infer"),
         (f"sft {NEEDED} --train_type full --lora_rank 8", "--lora_rank: has no effect with tuner_type full"),

@@ -18,6 +18,7 @@ from swift.config.sections.template import TemplateSection
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, DataError, SwiftError
 from swift.data.sources import parse_dataset_spec
+from swift.evaluate import answers as answers_module
 from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
 from swift.evaluate.results import ResultFile
 from swift.inference.generate import Generator
@@ -25,7 +26,7 @@ from swift.models.load import load_bundle, load_model
 from swift.tuners.apply import apply_tuner
 from swift.tuners.peft_format import save_adapter
 
-OPTIONS = GenerationSection(max_new_tokens=6, max_batch_size=2, metric=["exact_match", "rouge", "loss"])
+OPTIONS = GenerationSection(max_new_tokens=6, metric=["exact_match", "rouge", "loss"])
 
 
 def specs(names):
@@ -73,12 +74,20 @@ def test_answers_may_be_twice_as_long_as_the_longest_reference(generator: Genera
     assert answer_limit(read_questions(specs([str(data)]), {}).good, generator.tokenizer, 512) == 512
 
 
-def test_results_hold_answers_and_metrics(generator: Generator, data: Path, tmp_path: Path) -> None:
+def lines_in_order(path: Path) -> list[dict[str, object]]:
+    """Answers are written as they end."""
+    return sorted(map(json.loads, path.read_text().splitlines()), key=lambda result: result["index"])
+
+
+def test_results_hold_answers_and_metrics(
+    generator: Generator, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers_module, "_WRITTEN_TOGETHER", 4)
     questions = read_questions(specs([str(data)]), {}).good
     done: list[int] = []
     results = answer_questions(generator, questions, OPTIONS, tmp_path / "out.jsonl", on_progress=done.append)
-    assert done == [0, 2, 4, 6]
-    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == results
+    assert done == [0, 4, 6]
+    assert lines_in_order(tmp_path / "out.jsonl") == results
     assert [r["response"] for r in results] == generator.batch([q.messages for q in questions], OPTIONS)
     assert results[1]["extra"] == {"level": 1} and results[1]["reference"] == "2"
     assert "exact_match" not in results[5] and "loss" not in results[5]
@@ -247,7 +256,7 @@ def test_merge_lora(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for number, use in enumerate((["--adapters", str(adapter)], ["--model", str(merged)])):
         path = tmp_path / f"{number}.jsonl"
         infer_command.run([*use, *rows, "--result_path", str(path)])
-        outputs.append([json.loads(line)["response"] for line in path.read_text().splitlines()])
+        outputs.append([result["response"] for result in lines_in_order(path)])
     assert outputs[0] == outputs[1]
     with pytest.raises(ConfigError, match="exists already") as caught:
         merge_command.run(argv)

@@ -251,12 +251,18 @@ class Binder:
     def _assign(
         self, layer: Layer, name: str, value: Any, text: Any, key: str, where: str, source: Source
     ) -> None:
+        if name == "tuner_type" and self.command.name == "rlhf" and _names_method(value):
+            name = "rlhf_type"  # train_type: dpo
         entry = self._parse(name, value, text, key, where, source)
         if entry is None:
             return
         before = layer.entries.get(name)
         # A flag may be repeated (scripts append "$@"); in a file a second mention is a mistake.
-        repeated = layer.kind == "flag" and before is not None and _same_key(before.key, key)
+        repeated = (
+            layer.kind == "flag"
+            and before is not None
+            and before.key.replace("-", "_") == key.replace("-", "_")
+        )
         repeated = repeated or (before is not None and _is_cached(before.key) != _is_cached(key))
         if before is not None and not repeated:
             if before.value != entry.value:
@@ -359,8 +365,9 @@ _REFUSED: Any = object()
 """Stands for a value that is not taken."""
 
 
-def _same_key(first: str, second: str) -> bool:
-    return first.replace("-", "_") == second.replace("-", "_")
+def _names_method(value: Any) -> bool:
+    word = value.lower() if isinstance(value, str) else ""
+    return word != "rlhf" and TRAIN_TYPES.get(word) == "rlhf"
 
 
 def _is_cached(key: str) -> bool:

@@ -16,6 +16,7 @@ from swift.config.combinations import check_combinations
 from swift.config.commands import Command
 from swift.config.export_rules import check_export
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
+from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
 from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
 from swift.config.tuner_rules import check_tuner, derived_dropout
@@ -45,10 +46,6 @@ class Derivation:
             name for name in self.inputs if name in known and resolved.value(name) != known[name].default
         ]
         return Source("derived", f"derived from {', '.join(changed or self.inputs[:1])}")
-
-
-def _learning_rate(resolved: Resolved) -> float:
-    return 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4
 
 
 def _accumulation(resolved: Resolved) -> int:
@@ -88,18 +85,23 @@ def _eval_strategy(resolved: Resolved) -> str:
 
 def _greater_is_better(resolved: Resolved) -> bool:
     return not re.search(
-        r"loss|perplexity|ppl|mae|negative", resolved.config.evaluation.metric_for_best_model
+        r"loss|perplexity|ppl|mae|negative|rejected", resolved.config.evaluation.metric_for_best_model
     )
 
 
-def _scheduler(resolved: Resolved) -> str | None:
-    return "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None
+def _loss_scale(resolved: Resolved) -> str | None:
+    """What a preference is about is the last answer; those before it are the same in both."""
+    return {"pt": "all", "rlhf": "last_round"}.get(resolved.command)
 
 
 _VALIDATION = ("val_dataset", "split_dataset_ratio")
 
 DERIVATIONS: tuple[Derivation, ...] = (
-    Derivation("learning_rate", ("tuner_type",), _learning_rate),
+    Derivation(
+        "learning_rate",
+        ("tuner_type",),
+        lambda resolved: 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4,
+    ),
     Derivation(
         "gradient_accumulation_steps",
         ("global_batch_size", "per_device_train_batch_size", "packing", "data_parallel_size"),
@@ -118,9 +120,13 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("greater_is_better", ("metric_for_best_model",), _greater_is_better),
     Derivation("quant_method", ("quant_bits",), quant_method),
     Derivation("quant_bits", ("quant_method",), quant_bits),
-    Derivation("lr_scheduler_type", ("optim",), _scheduler),
-    *(Derivation(*row) for row in TASK_DERIVATIONS),
-    Derivation("loss_scale", ("command",), lambda resolved: "all" if resolved.command == "pt" else None),
+    Derivation(
+        "lr_scheduler_type",
+        ("optim",),
+        lambda resolved: "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None,
+    ),
+    *(Derivation(*row) for row in (*RLHF_DERIVATIONS, *TASK_DERIVATIONS)),
+    Derivation("loss_scale", ("command",), _loss_scale),
 )
 
 
@@ -142,6 +148,7 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
     check_combinations(resolved, _where, planning)
     check_tuner(resolved, _where)
     check_task(resolved, _where)
+    check_rlhf(resolved, _where, planning)
     if not partial:
         check_memory(resolved, _where)
         check_export(resolved, _where, planning)
@@ -187,9 +194,13 @@ def _check_required(resolved: Resolved, command: Command, planning: bool) -> Non
 
 def _check_evaluation(resolved: Resolved) -> None:
     evaluation = resolved.config.evaluation
-    if resolved.command not in ("pt", "sft"):
+    if resolved.command not in ("pt", "sft", "rlhf"):
         return
-    metric, known = evaluation.metric_for_best_model, eval_metrics(resolved)
+    is_rlhf = resolved.config.rlhf.rlhf_type is not None
+    metric, known = (
+        evaluation.metric_for_best_model,
+        rlhf_metrics(resolved) if is_rlhf else eval_metrics(resolved),
+    )
     if not metric.startswith("eval_"):
         near = closest(metric, known)
         raise ConfigError(
@@ -244,7 +255,7 @@ def _check_data(resolved: Resolved) -> None:
             raise ConfigError(
                 "weights must not be negative, and not all zero", where=_where(resolved, "dataset_weights")
             )
-    if data.truncation_strategy == "split" and resolved.command == "sft":
+    if data.truncation_strategy == "split" and resolved.command in ("sft", "rlhf"):
         raise ConfigError(
             "split is for swift pt: a conversation cut in pieces loses its question",
             where=_where(resolved, "truncation_strategy"),

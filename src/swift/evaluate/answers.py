@@ -149,6 +149,8 @@ def answer_questions(
     file.check(keys)
     on_progress(len(file.results))
     waiting = [question for question in questions if question.index not in file.results]
+    if not waiting:
+        return [file.results[question.index] for question in questions]
     prompts = [generator.template.encode_prompt(question.messages, question.tools) for question in waiting]
     done: list[tuple[Question, Answer]] = []
 

@@ -244,7 +244,12 @@ class Template:
         else:
             text, turns = self._turns(conversation, tools)
             last = conversation.messages[-1]["role"] == "assistant"
-            open_end = last and bool(turns) and turns[-1].end == len(text) and not text.endswith(self._ends)
+            open_end = (
+                last
+                and bool(turns)
+                and turns[-1].end == len(text)
+                and not text.endswith(tuple(self._end_tokens))
+            )
         spans: list[Span] = [Span(0, _INFINITE, 1.0)] if strategy == "all" else []
         for turn in turns:
             weight = conversation.weights[turn.index]
@@ -336,10 +341,6 @@ class Template:
     def _begins_with_bos(self, text: str) -> bool:
         bos = self.tokenizer.bos_token
         return bool(bos) and text.startswith(bos)
-
-    @property
-    def _ends(self) -> tuple[str, ...]:
-        return tuple(self._end_tokens)
 
     def _find_end_tokens(self) -> list[str]:
         tokenizer, ends = self.tokenizer, []
