@@ -100,6 +100,10 @@ def bind_stages(bound: BoundJob, cwd: Path, planning: bool) -> list[BoundJob]:
         try:
             made.append(_bind_stage(bound, stage, cwd, planning))
         except SwiftError as error:
+            if (
+                error.where == f"swift {stage.command}"
+            ):  # what the whole command lacks stands nowhere in the file
+                error.where = f"{stage.written.place}: {stage.name}"
             raise about(error, f"{bound.name}, stage {stage.name}") from None
     return made
 
