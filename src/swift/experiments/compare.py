@@ -19,7 +19,8 @@ from swift.core.errors import UsageError
 from swift.core.registry import closest
 from swift.experiments.home import Home
 from swift.experiments.outcome import ANSWER_METRICS, Outcome, checkpoint_of, read_outcome
-from swift.experiments.statistics import Importance, Interval, paired_bootstrap, parameter_importance
+from swift.evaluate.statistics import Interval, paired_bootstrap
+from swift.experiments.importance import Importance, parameter_importance
 from swift.experiments.types import Job
 
 __all__ = ["TRAINING_METRICS", "Comparison", "Winner", "collect", "smaller_is_better"]
