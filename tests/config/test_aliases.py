@@ -31,6 +31,7 @@ BESIDE = {
     "eval_steps": ["--val_dataset", "v"],
     "eval_strategy": ["--val_dataset", "v"],
     "metric_for_best_model": ["--val_dataset", "v"],
+    "eval_suite": ["--val_dataset", "v"],
 }
 
 
@@ -45,6 +46,8 @@ def sample(kind: Kind, option: Option) -> tuple[str, Any]:
         return "true", True
     if kind.base == "choice":
         return kind.choices[-1], kind.choices[-1]
+    if option.name == "metric":
+        return "numeric", "numeric"
     if option.name == "init_weights":  # texts, because pissa_niter_N has no end
         return "pissa_niter_16", "pissa_niter_16"
     if kind.base == "str":
@@ -129,9 +132,9 @@ def test_every_unneeded_option_is_accepted_with_a_word(known: Unsupported) -> No
 def test_every_unsupported_value(option: str, word: str) -> None:
     why = TABLE.unsupported_values[option, word]
     with pytest.raises(ConfigError) as caught:
-        resolve("sft", [f"--{option}", word], partial=True)
+        resolve(taking(option), [f"--{option}", word], partial=True)
     assert caught.value.render() == f"--{option}: not in this version: {word}: {why.say}\n  fix: {why.fix}"
-    planned = resolve("sft", [f"--{option}", word], partial=True, planning=True)
+    planned = resolve(taking(option), [f"--{option}", word], partial=True, planning=True)
     assert planned.value(option) == options()[option].default
 
 

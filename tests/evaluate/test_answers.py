@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +20,11 @@ from swift.config.sections.template import TemplateSection
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, DataError, SwiftError
 from swift.data.sources import parse_dataset_spec
-from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
+from swift.evaluate.answers import Task, answer_limit, answer_tasks, summarize
+from swift.evaluate.evaluators import find_evaluators
+from swift.evaluate.questions import Question, Questions, read_questions
 from swift.evaluate.results import ResultFile
+from swift.evaluate.subjects import LocalModel
 from swift.inference.generate import Generator
 from swift.models.load import load_bundle, load_model
 from swift.tuners.apply import apply_tuner
@@ -30,6 +35,20 @@ OPTIONS = GenerationSection(max_new_tokens=6, max_batch_size=2, metric=["exact_m
 
 def specs(names):
     return [parse_dataset_spec(name) for name in names]
+
+
+def answer_questions(
+    generator: Generator,
+    questions: list[Question],
+    options: GenerationSection,
+    path: Path,
+    identity: tuple[str, ...] = (),
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
+    task = Task("", Questions(questions), find_evaluators(options.metric, {}), options, answers=True)
+    return answer_tasks(
+        LocalModel(generator, identity, options.max_batch_size), [task], path, on_progress=on_progress
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
+from swift.config.sections.suite import SuiteSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
@@ -41,6 +42,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "report": ReportSection,
     "generation": GenerationSection,
+    "suite": SuiteSection,
 }
 
 
@@ -62,6 +64,7 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    suite: SuiteSection = Field(default_factory=SuiteSection)
 
 
 @dataclass(frozen=True)

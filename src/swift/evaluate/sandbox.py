@@ -126,10 +126,10 @@ class Sandbox:
             with os.fdopen(reader, "rb") as report:
                 said = report.read()
             walls = tuple(json.loads(said)) if said else ()
-            texts = [_part(stdout, from_end=False), _part(stderr, from_end=True)]
+            out, err = _part(stdout, from_end=False), _part(stderr, from_end=True)
         if timed_out:
-            return ProgramResult(False, f"timeout after {self.timeout_seconds:g} s", *texts, walls)
-        return ProgramResult(process.returncode == 0, _reason(process.returncode, texts[1]), *texts, walls)
+            return ProgramResult(False, f"timeout after {self.timeout_seconds:g} s", out, err, walls)
+        return ProgramResult(process.returncode == 0, _reason(process.returncode, err), out, err, walls)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -1,7 +1,7 @@
 """Runs one program with as few rights as the machine lets us take away. A script of its own: no swift is imported.
 
 ``python -I sandbox_child.py SETTINGS`` with SETTINGS a JSON object (see `swift.evaluate.sandbox`). One line of JSON on
-the first descriptor it is given says which walls stand; then the program runs, and the exit code is its own.
+the descriptor it is given says which walls stand; then the program runs, and the exit code is its own.
 """
 
 import contextlib
@@ -11,6 +11,8 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 _NEW_MOUNT, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
@@ -25,12 +27,12 @@ class MountAttributes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "user_namespace")]
 
 
-def check(result):
+def check(result: int) -> None:
     if result != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def try_to(walls, name, action):
+def try_to(walls: list[str], name: str, action: Callable[[], None]) -> bool:
     """Do it and note it; what this machine does not allow is not noted."""
     try:
         action()
@@ -40,19 +42,23 @@ def try_to(walls, name, action):
     return True
 
 
-def enter_namespaces():
+def enter_namespaces() -> None:
     """Own processes, own network without any device, own mounts; root needs no user namespace for it."""
     spaces = _NEW_MOUNT | _NEW_PID | _NEW_NET | _NEW_IPC
     if libc.unshare(spaces) == 0:
         return
     user, group = os.getuid(), os.getgid()
     check(libc.unshare(spaces | _NEW_USER))
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{user} {user} 1"),
+        ("gid_map", f"{group} {group} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
 
-def protect_files(folder, megabytes):
+def protect_files(folder: str, megabytes: int) -> None:
     """Everything read-only but ``folder``, which becomes a memory disk of its own and goes with the namespace."""
     check(libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None))
     if os.getuid() == 0:
@@ -67,7 +73,7 @@ def protect_files(folder, megabytes):
         check(libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path, flags, ctypes.byref(attributes), size))
 
 
-def show_library(folder):
+def show_library(folder: str) -> None:
     """Python's own files under a path that nobody can walk: an interpreter below /root is closed to other users."""
     places = {}
     for number, path in enumerate(filter(os.path.isdir, sys.path)):
@@ -75,13 +81,15 @@ def show_library(folder):
         os.mkdir(places[path])
         check(libc.mount(path.encode(), places[path].encode(), None, _MS_BIND, None))
     sys.path[:] = places.values()
-    for module in list(sys.modules.values()):  # packages loaded already look for their parts where they come from
+    for module in list(
+        sys.modules.values()
+    ):  # packages loaded already look for their parts where they come from
         if getattr(module, "__path__", None):
             base, name = os.path.split(module.__path__[0])
             module.__path__ = [os.path.join(places.get(base, base), name)]
 
 
-def limit(settings):
+def limit(settings: dict[str, Any]) -> None:
     seconds, size = int(settings["cpu_seconds"]), int(settings["memory_mb"]) << 20
     limits = {
         "RLIMIT_CPU": seconds,
@@ -98,7 +106,7 @@ def limit(settings):
         resource.setrlimit(number, (value, value))
 
 
-def drop_root():
+def drop_root() -> None:
     """Limits on processes do not hold for root."""
     if os.getuid() == 0:
         os.setgroups([])
@@ -106,22 +114,23 @@ def drop_root():
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
-def follow(child):
+def follow(child: int) -> None:
     """In the parent: wait for the child and end as it did. Returns in the child."""
     if child == 0:
         return
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     number = -code if code < 0 else code - 128
     if number > 0 and os.getpid() != 1:  # the first process of a namespace cannot kill itself
-        signal.signal(number, signal.SIG_DFL) if number not in (signal.SIGKILL, signal.SIGSTOP) else None
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     os._exit(128 + number if code < 0 else code)
 
 
-def main():
+def main() -> None:
     settings = json.loads(sys.argv[1])
     report = settings["report_fd"]
-    walls = []
+    walls: list[str] = []
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if settings["namespaces"] and try_to(walls, "network, processes", enter_namespaces):

@@ -17,10 +17,10 @@ from typing import Any
 
 from swift.core.errors import UsageError
 from swift.core.registry import closest
-from swift.experiments.home import Home
-from swift.experiments.outcome import ANSWER_METRICS, Outcome, checkpoint_of, read_outcome
 from swift.evaluate.statistics import Interval, paired_bootstrap
+from swift.experiments.home import Home
 from swift.experiments.importance import Importance, parameter_importance
+from swift.experiments.outcome import ANSWER_METRICS, Outcome, checkpoint_of, read_outcome
 from swift.experiments.types import Job
 
 __all__ = ["TRAINING_METRICS", "Comparison", "Winner", "collect", "smaller_is_better"]

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from swift.core.errors import DataError
+from swift.evaluate.statistics import Interval, bootstrap, is_number
 from swift.experiments.home import Home
 from swift.experiments.progress import read_json
-from swift.evaluate.statistics import Interval, bootstrap, is_number
 from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.metrics import read_metrics

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
+from swift.evaluate.statistics import Interval, is_number
 from swift.experiments.charts import PALETTE, Series, line_chart, point_chart
 from swift.experiments.compare import TRAINING_METRICS, Comparison
 from swift.experiments.outcome import ANSWER_METRICS, Outcome, Point
-from swift.evaluate.statistics import Interval, is_number
 from swift.runs.curves import smooth
 
 __all__ = ["Column", "format_value", "render_html", "split_common", "table_of"]

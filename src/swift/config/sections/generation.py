@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from swift.config.option import Section, option
+
+METRICS = (
+    "exact_match", "rouge", "loss", "choice", "numeric", "math", "bleu", "chrf", "json", "regex", "pass_at_k", "judge",
+)  # fmt: skip
+"""Names of the built-in evaluators (the table is in `swift.evaluate.evaluators`)."""
 
 
 class GenerationSection(Section):
@@ -31,6 +36,12 @@ class GenerationSection(Section):
         None,
         "Batch inference: JSONL file for the answers; default: infer-TIME.jsonl beside the model or run.",
     )
-    metric: list[Literal["exact_match", "rouge", "loss"]] = option(
-        ["exact_match", "rouge"], "Batch inference: metrics computed against the data's own answers."
+    metric: list[str] = option(
+        ["exact_match", "rouge"],
+        f"What is measured against the data's own answers: {', '.join(METRICS)}; your own: FILE.py:function.",
+        essential=True,
+    )
+    metric_args: dict[str, Any] = option({}, 'Options of metrics: JSON object {"NAME": {"option": value}}.')
+    num_samples: int = option(
+        1, "Batch inference: answers for each row (pass_at_k, means over samples).", ge=1
     )
