@@ -61,7 +61,12 @@ class SwiftTrainer:
         """Run to the end; returns the run folder and the summary."""
         from swift.train.run import train as run_training
 
-        return run_training(self.resolved, callbacks=self.callbacks)
+        evaluators = None
+        if self.resolved.config.evaluation.eval_tasks is not None:
+            from swift.evaluate.training import suite_evaluators
+
+            evaluators = suite_evaluators(self.resolved)
+        return run_training(self.resolved, callbacks=self.callbacks, evaluators=evaluators)
 
 
 def train(

@@ -49,7 +49,7 @@ def infer(resolved: Resolved) -> dict[str, Any]:
     (task,) = read_tasks(resolved, task_specs(resolved), answers=True)
     path = _result_path(resolved, context)
     generator = load_generator(resolved, context)
-    if context.run is not None and not resolved.is_explicit("max_new_tokens"):
+    if context.run is not None and not task.fixed_length:
         limited(task, generator.tokenizer)
     seed = resolved.config.training.seed if options.temperature > 0 else None
     subject = LocalModel(generator, identity_of(context), options.max_batch_size)

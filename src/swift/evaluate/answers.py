@@ -29,6 +29,7 @@ class Task:
         evaluators: what is measured.
         options: sampling; ``num_samples`` answers for each question.
         answers: generate answers also when no evaluator asks for them.
+        fixed_length: somebody set ``max_new_tokens``.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Task:
     evaluators: Sequence[ChosenEvaluator]
     options: GenerationSection
     answers: bool = False
+    fixed_length: bool = False
 
     def needs(self, what: str) -> bool:
         """Whether an evaluator needs an ``answer``, a ``loss`` or a ``choice``."""
@@ -247,15 +249,18 @@ def summarize(
 ) -> dict[str, float]:
     """Means over the rows that have a metric; ``loss`` is the mean over all their tokens.
 
-    ``num_rows``, ``num_references`` and the share of answers cut off by ``max_new_tokens`` are always there; rows in
+    ``num_rows`` and ``num_references`` are always there, and ``cut_off``, the share of answers that ``max_new_tokens``
+    ended, where some were generated; rows in
     which something failed are counted under ``judge_failures``.
     """
     generated = [result for result in results if "finish_reason" in result]
     summary: dict[str, float] = {
         "num_rows": len(results),
         "num_references": sum("reference" in result for result in results),
-        "cut_off": sum(result["finish_reason"] == "length" for result in generated) / max(len(generated), 1),
     }
+    if generated:
+        cut = sum(result["finish_reason"] == "length" for result in generated)
+        summary["cut_off"] = cut / len(generated)
     failures = sum(int(result.get("judge_failures") or 0) for result in results)
     if failures:
         summary["judge_failures"] = failures

@@ -135,7 +135,7 @@ def _subject(resolved: Resolved, context: InferenceContext | None, tasks: Sequen
     assert context is not None
     generator = load_generator(resolved, context)
     for task in tasks:
-        if context.run is not None and not resolved.is_explicit("max_new_tokens"):
+        if context.run is not None and not task.fixed_length:
             limited(task, generator.tokenizer)
     return LocalModel(generator, identity_of(context), resolved.config.generation.max_batch_size)
 

@@ -58,34 +58,37 @@ def tables(results: Mapping[str, Any]) -> list[str]:
 def show(
     rows: Sequence[Mapping[str, Any]], *, metric: str | None, worst: int | None, wrong: bool
 ) -> list[str]:
-    """Answers one by one. ``wrong``: those below the best score (above 0 for losses); ``worst``: the N worst.
+    """Answers one by one. ``wrong``: those without the full score; ``worst``: the N worst.
 
-    Raises UsageError for a metric that no row has.
+    Without ``metric``, each row counts by its first one. Rows whose scoring failed are always shown. Raises UsageError
+    for a metric that no row has.
     """
-    chosen = _main_metric(rows, metric)
-    sign = -1.0 if lower_is_better(chosen or "") else 1.0
-    known = [row for row in rows if chosen is None or chosen in row_metrics(row)]
-    failed = [row for row in rows if row not in known and "judge_error" in row]
-    if wrong and chosen is not None:
-        best = max((sign * row_metrics(row)[chosen] for row in known), default=0.0)
-        best = max(best, 1.0) if sign > 0 and best <= 1.0 else best
-        known = [row for row in known if sign * row_metrics(row)[chosen] < best]
-    if worst is not None and chosen is not None:
-        known = sorted(known, key=lambda row: sign * row_metrics(row)[chosen])[:worst]
-    lines: list[str] = []
-    for row in [*known, *failed]:
-        lines += [*_block(row), ""]
-    lines.append(f"{len(known)} of {len(rows)} rows" + (f", by {chosen}" if chosen else ""))
-    return lines
-
-
-def _main_metric(rows: Sequence[Mapping[str, Any]], asked: str | None) -> str | None:
     names = list(dict.fromkeys(name for row in rows for name in row_metrics(row)))
-    if asked is not None and asked not in names:
-        raise UsageError(
-            f"no row has a metric {asked!r}", where="--metric", why=f"there are: {', '.join(names)}"
-        )
-    return asked or next(iter(names), None)
+    if metric is not None and metric not in names:
+        why = f"there are: {', '.join(names)}"
+        raise UsageError(f"no row has a metric {metric!r}", where="--metric", why=why)
+    chosen = list(rows) if metric is None else [row for row in rows if metric in row_metrics(row)]
+    if wrong or worst is not None:
+        scored = [(_score(row, metric), row) for row in chosen if metric or row_metrics(row)]
+        best = max((score for score, _ in scored), default=0.0)
+        full = 1.0 if 0 <= best <= 1 else best
+        if wrong:
+            scored = [(score, row) for score, row in scored if score < full]
+        if worst is not None:
+            scored = sorted(scored, key=lambda entry: entry[0])[:worst]
+        chosen = [row for _, row in scored]
+    failed = [row for row in rows if "judge_error" in row and not any(row is other for other in chosen)]
+    lines: list[str] = []
+    for row in [*chosen, *failed]:
+        lines += [*_block(row), ""]
+    return [*lines, f"{len(chosen) + len(failed)} of {len(rows)} rows"]
+
+
+def _score(row: Mapping[str, Any], metric: str | None) -> float:
+    """Higher is better."""
+    metrics = row_metrics(row)
+    name = metric or next(iter(metrics))
+    return -metrics[name] if lower_is_better(name) else metrics[name]
 
 
 def _block(row: Mapping[str, Any]) -> list[str]:
@@ -133,7 +136,7 @@ class Difference:
 
 def compare(first: Path, second: Path) -> list[Difference]:
     """Every metric that both files have, on the rows both answered. Raises UsageError when there are none."""
-    sides = [{_identity(row): row for row in _numbered(read_results(path))} for path in (first, second)]
+    sides = [_by_data(read_results(path)) for path in (first, second)]
     shared = [key for key in sides[0] if key in sides[1]]
     if not shared:
         raise UsageError(
@@ -169,19 +172,16 @@ def _difference(task: str, metric: str, pairs: Sequence[tuple[Any, Any]]) -> Dif
     )
 
 
-def _numbered(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Equal questions are told apart by their place among each other."""
-    seen: dict[Any, int] = {}
+def _by_data(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Rows by task and question, whatever model answered; equal ones by their place among each other."""
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    seen: dict[tuple[str, str], int] = {}
     for row in rows:
-        key = _identity(row)
+        text = repr((row["messages"], row.get("reference"), row.get("choices")))
+        key = str(row.get("task") or ""), text
         seen[key] = seen.get(key, 0) + 1
-        yield {**row, "_number": seen[key]}
-
-
-def _identity(row: Mapping[str, Any]) -> tuple[str, str, int]:
-    """The row of data, whatever model answered it."""
-    text = repr((row["messages"], row.get("reference"), row.get("choices")))
-    return str(row.get("task") or ""), text, int(row.get("_number") or 0)
+        found[(*key, seen[key])] = row
+    return found
 
 
 def comparison_lines(found: Sequence[Difference]) -> list[str]:

@@ -113,7 +113,9 @@ def _read_task(resolved: Resolved, spec: TaskSpec, answers: bool) -> Task:
         questions = Questions([_with_turns(question, turns) for question in questions.good], questions.bad)
     generation = resolved.config.generation
     sampling = generation.model_copy(update=spec.sampling)
-    task = Task(spec.name, questions, find_evaluators(spec.metrics, spec.metric_args), sampling, answers)
+    fixed = "max_new_tokens" in spec.sampling or resolved.is_explicit("max_new_tokens")
+    evaluators = find_evaluators(spec.metrics, spec.metric_args)
+    task = Task(spec.name, questions, evaluators, sampling, answers, fixed)
     task.check()
     return task
 

@@ -1,0 +1,111 @@
+"""Tasks of a suite as an evaluation of the model in training: no second copy of it, no trace left in the training."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from swift.config.schema import Resolved
+from swift.core.errors import ConfigError
+from swift.core.registry import closest
+from swift.evaluate.answers import Task, score_rows, summarize
+from swift.evaluate.evaluation import limited
+from swift.evaluate.subjects import LocalModel
+from swift.evaluate.suite import metric_names, read_tasks, task_specs
+from swift.models.facts import ModelFacts
+from swift.models.load import ModelBundle
+
+if TYPE_CHECKING:
+    from swift.train.evaluation import Evaluator
+    from swift.train.prepare import Prepared
+
+__all__ = ["SuiteEvaluator", "suite_evaluators"]
+
+_COUNTS = ("num_rows", "num_references")
+
+
+def suite_evaluators(resolved: Resolved) -> list[Callable[[Prepared], Evaluator]]:
+    """What ``eval_tasks`` asks for; nothing without. Suite, data and metrics are read here, before the model is.
+
+    Raises SwiftError for a suite that cannot be used, ConfigError when ``metric_for_best_model`` is none of its metrics.
+    """
+    if resolved.config.evaluation.eval_tasks is None:
+        return []
+    specs = task_specs(resolved)
+    tasks = read_tasks(resolved, specs)
+    metric, known = resolved.config.evaluation.metric_for_best_model, metric_names(specs)
+    is_own = metric.startswith(tuple(f"eval_{spec.name}_" for spec in specs))
+    if is_own and metric not in known and all(".py" not in name for spec in specs for name in spec.metrics):
+        near = closest(metric, known)
+        raise ConfigError(
+            f"the tasks have no metric {metric!r}",
+            where="--metric_for_best_model",
+            why=f"they have {', '.join(known)}",
+            fix=f"did you mean {near}?" if near else None,
+        )
+    return [lambda prepared: SuiteEvaluator(tasks, prepared)]
+
+
+class SuiteEvaluator:
+    """Answers the tasks with the model in training.
+
+    Args:
+        tasks: what is measured.
+        prepared: template and options of the run.
+    """
+
+    num_batches = 0
+
+    def __init__(self, tasks: Sequence[Task], prepared: Prepared) -> None:
+        self.tasks, self.prepared = tasks, prepared
+        config = prepared.resolved.config
+        self._seed = config.training.seed
+        self._at_once = config.generation.max_batch_size
+        for task in tasks:
+            if not task.fixed_length:
+                limited(task, prepared.template.tokenizer)
+
+    def run(self, engine: Any, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Keys: eval_TASK_METRIC and eval_seconds. ``given_up`` is asked before each batch of rows."""
+        from swift.inference.generate import Generator
+
+        started = time.perf_counter()
+        metrics: dict[str, float] = {}
+        with _randomness_kept(), engine.evaluating() as model:
+            subject = LocalModel(Generator(self._bundle(model)), [], self._at_once)
+            for task in self.tasks:
+                rows: list[dict[str, Any]] = []
+                questions = task.questions.good
+                for start in range(0, len(questions), self._at_once):
+                    if given_up():
+                        return None
+                    batch = questions[start : start + self._at_once]
+                    rows += score_rows(
+                        subject, task, batch, self._seed if task.options.temperature > 0 else None
+                    )
+                summary = summarize(rows, task.evaluators)
+                metrics |= {f"eval_{task.name}_{k}": v for k, v in summary.items() if k not in _COUNTS}
+        return {**metrics, "eval_seconds": time.perf_counter() - started}
+
+    def _bundle(self, model: Any) -> ModelBundle:
+        folder, template = self.prepared.model_path, self.prepared.template
+        attention = model.config._attn_implementation
+        return ModelBundle(model, template.tokenizer, template, ModelFacts.read(folder), folder, attention)
+
+
+@contextlib.contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """Whatever draws random numbers inside, the generators go on afterwards as if nothing had happened."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
