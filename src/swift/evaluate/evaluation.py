@@ -6,6 +6,7 @@ The folder holds ``samples.jsonl`` (one line a row, see `swift.evaluate.answers`
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,17 +17,15 @@ from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
 from swift.evaluate.answers import Task, answer_limit, answer_tasks, intervals, summarize
 from swift.evaluate.endpoint import Endpoint
+from swift.evaluate.results import RESULTS, SAMPLES
 from swift.evaluate.subjects import LocalModel, ServedModel, Subject
 from swift.evaluate.suite import read_tasks, task_specs
-from swift.runs.metrics import finite
 
 if TYPE_CHECKING:
     from swift.inference.context import InferenceContext
     from swift.inference.generate import Generator
 
-__all__ = ["RESULTS", "SAMPLES", "evaluate", "limited", "load_generator", "result_folder"]
-
-SAMPLES, RESULTS = "samples.jsonl", "results.json"
+__all__ = ["evaluate", "limited", "load_generator", "result_folder"]
 
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)"""
@@ -72,10 +71,17 @@ def evaluate(
         "folder": str(folder),
     }
     try:
-        atomic_write_json(folder / RESULTS, finite(results))
+        atomic_write_json(folder / RESULTS, _finite(results))
     except OSError as error:
         raise SwiftError("the results cannot be written", where=str(folder), why=error.strerror) from error
     return results
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def figures(tasks: Sequence[Task], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -95,6 +101,8 @@ def figures(tasks: Sequence[Task], rows: Sequence[dict[str, Any]]) -> dict[str, 
             "evaluators": {entry.name: dict(entry.options) for entry in task.evaluators},
             "max_new_tokens": task.options.max_new_tokens,
         }
+        if not task.name:
+            summary["max_new_tokens"] = task.options.max_new_tokens
         flat |= {f"{task.name}.{name}" if task.name else name: value for name, value in summary.items()}
     return {"tasks": told, "metrics": flat}
 

@@ -1,7 +1,7 @@
 """The table of evaluators: what turns answers, losses and log-probabilities into numbers.
 
-To add one: a function here or in a file of its own that takes the options of its own as keywords and returns a scorer,
-a row in `EVALUATORS`, and its name in ``METRICS`` of ``config/sections/generation.py``. A user's own is
+To add one: a function here, or ``make`` in a file of its own, that takes its options as keywords and returns a scorer,
+a row in `EVALUATORS`, and its metrics in ``METRICS`` of ``config/sections/generation.py``. A user's own is
 ``FILE.py:function``: called with the answer and the question, it returns a number or a dict of numbers.
 """
 
@@ -52,7 +52,6 @@ class Evaluator:
     Attributes:
         make: options as keywords -> scorer; or the module whose ``make`` that is.
         needs: an ``answer``, the ``loss`` of the reference, or the log-probabilities of each ``choice``.
-        metrics: what it measures, the most important first; ``{k}`` stands for a number.
         reference: it compares with the row's own answer; rows without one have no such metric.
         package: module of the extra ``eval`` that it imports.
         corpus: (responses, references, options) -> metrics of all rows together, where that is no mean of rows.
@@ -60,7 +59,6 @@ class Evaluator:
 
     make: Callable[..., Scorer] | str
     needs: Literal["answer", "loss", "choice"] = "answer"
-    metrics: tuple[str, ...] = ()
     reference: bool = True
     package: str | None = None
     corpus: Callable[..., dict[str, float]] | None = None
@@ -248,18 +246,18 @@ def _corpus_chrf(answers: Sequence[str], references: Sequence[str], word_order: 
 
 
 EVALUATORS: dict[str, Evaluator] = {
-    "exact_match": Evaluator(_exact_match, metrics=("exact_match",)),
-    "rouge": Evaluator(_rouge, metrics=("rougeL", "rouge1", "rouge2")),
-    "loss": Evaluator(_loss, needs="loss", metrics=("loss", "perplexity")),
-    "choice": Evaluator(_choice, needs="choice", metrics=("choice", "choice_norm")),
-    "numeric": Evaluator(_numeric, metrics=("numeric",)),
-    "math": Evaluator(_math, metrics=("math",), package="math_verify"),
-    "bleu": Evaluator(_bleu, metrics=("corpus_bleu", "bleu"), package="sacrebleu", corpus=_corpus_bleu),
-    "chrf": Evaluator(_chrf, metrics=("corpus_chrf", "chrf"), package="sacrebleu", corpus=_corpus_chrf),
-    "json": Evaluator(_json, metrics=("json_valid", "json_match"), reference=False),
-    "regex": Evaluator(_regex, metrics=("regex",), reference=False),
-    "pass_at_k": Evaluator("swift.evaluate.programs", metrics=("pass_at_{k}",), reference=False),
-    "judge": Evaluator("swift.evaluate.judge", metrics=("judge",), reference=False),
+    "exact_match": Evaluator(_exact_match),
+    "rouge": Evaluator(_rouge),
+    "loss": Evaluator(_loss, needs="loss"),
+    "choice": Evaluator(_choice, needs="choice"),
+    "numeric": Evaluator(_numeric),
+    "math": Evaluator(_math, package="math_verify"),
+    "bleu": Evaluator(_bleu, package="sacrebleu", corpus=_corpus_bleu),
+    "chrf": Evaluator(_chrf, package="sacrebleu", corpus=_corpus_chrf),
+    "json": Evaluator(_json, reference=False),
+    "regex": Evaluator(_regex, reference=False),
+    "pass_at_k": Evaluator("swift.evaluate.programs", reference=False),
+    "judge": Evaluator("swift.evaluate.judge", reference=False),
 }
 
 
@@ -340,4 +338,4 @@ def _users_own(name: str) -> Evaluator:
         values = value if isinstance(value, Mapping) else {wanted: value}
         return {key: float(entry) for key, entry in values.items()}
 
-    return Evaluator(lambda: each(score), metrics=(wanted,), reference=False)
+    return Evaluator(lambda: each(score), reference=False)

@@ -15,7 +15,19 @@ from swift.core.files import atomic_write_json
 from swift.evaluate.statistics import is_number
 from swift.runs.metrics import finite, read_metrics
 
-__all__ = ["ROW_KEYS", "ResultFile", "read_results", "row_key", "row_metrics", "write_metrics"]
+__all__ = [
+    "RESULTS",
+    "ROW_KEYS",
+    "SAMPLES",
+    "ResultFile",
+    "read_results",
+    "row_key",
+    "row_metrics",
+    "write_metrics",
+]
+
+SAMPLES, RESULTS = "samples.jsonl", "results.json"
+"""What a folder of results holds."""
 
 ROW_KEYS = frozenset(
     ("index", "key", "task", "location", "messages", "response", "responses", "finish_reason", "num_tokens", "extra",

@@ -10,12 +10,10 @@ from typing import Any
 
 from swift.core.errors import UsageError
 from swift.evaluate.answers import intervals
-from swift.evaluate.results import read_results, row_metrics
+from swift.evaluate.results import SAMPLES, read_results, row_metrics
 from swift.evaluate.statistics import Interval, paired_bootstrap, sign_flip_p
 
 __all__ = ["Difference", "compare", "comparison_lines", "find_samples", "lower_is_better", "show", "tables"]
-
-_SAMPLES = "samples.jsonl"
 
 
 def find_samples(place: str) -> Path:
@@ -23,9 +21,9 @@ def find_samples(place: str) -> Path:
     path = Path(place).expanduser()
     if path.is_file():
         return path
-    if (path / _SAMPLES).is_file():
-        return path / _SAMPLES
-    found = [*path.glob(f"eval/*/{_SAMPLES}"), *path.glob("evaluation.jsonl"), *path.glob("infer-*.jsonl")]
+    if (path / SAMPLES).is_file():
+        return path / SAMPLES
+    found = [*path.glob(f"eval/*/{SAMPLES}"), *path.glob("infer-*.jsonl")]
     if not found:
         raise UsageError("there are no results", where=place, fix="swift eval --model RUN --val_dataset FILE")
     return max(found, key=lambda file: file.stat().st_mtime)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from swift.config.bind import resolve
 from swift.config.read import Written, read_file
 from swift.config.schema import Resolved
-from swift.config.sections.generation import GenerationSection
+from swift.config.sections.generation import METRICS, GenerationSection
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.registry import closest
 from swift.data.hub import pin_datasets
@@ -134,7 +134,8 @@ def metric_names(specs: Sequence[TaskSpec]) -> list[str]:
         for evaluator in find_evaluators(spec.metrics, spec.metric_args):
             k = evaluator.options.get("k", 1)
             ks = [k] if isinstance(k, int) else k
-            for metric in evaluator.row.metrics:
+            own = METRICS.get(evaluator.name) or (evaluator.name.rpartition(":")[2],)
+            for metric in own:
                 names += [metric.format(k=value) for value in ks] if "{k}" in metric else [metric]
         names = [name if name.startswith("eval_") else f"eval_{spec.name}_{name}" for name in names]
     return names

@@ -33,7 +33,7 @@ _COUNTS = ("num_rows", "num_references")
 def suite_evaluators(resolved: Resolved) -> list[Callable[[Prepared], Evaluator]]:
     """What ``eval_tasks`` asks for; nothing without. Suite, data and metrics are read here, before the model is.
 
-    Raises SwiftError for a suite that cannot be used, ConfigError when ``metric_for_best_model`` is none of its metrics.
+    Raises SwiftError for a suite that cannot be used, ConfigError when it has no ``metric_for_best_model``.
     """
     if resolved.config.evaluation.eval_tasks is None:
         return []

@@ -34,9 +34,9 @@ __all__ = [
     "snapshot",
 ]
 
-_PATHS = ("model", "output_dir", "resume_from_checkpoint", "result_path")
+_PATHS = ("model", "output_dir", "resume_from_checkpoint", "result_path", "eval_tasks", "eval_output_dir")
 _PATH_LISTS = ("adapters", "dataset", "val_dataset")
-_MADE_HERE = ("output_dir", "result_path")
+_MADE_HERE = ("output_dir", "result_path", "eval_output_dir")
 """Paths of what a job writes: they need not exist."""
 
 

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
+from swift.evaluate.results import RESULTS
 from swift.experiments.expand import trial_specs
 from swift.experiments.file import ExperimentFile, parse_experiments
+from swift.experiments.outcome import RESULT_FOLDER
 from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.types import JobSpec
 from swift.runs.metrics import MetricsLog, read_metrics
@@ -220,7 +222,7 @@ class SweepController:
 
 
 def metric_of(run_dir: str | Path, metric: str) -> float | None:
-    """The value that judges a trial: the last in the run's metrics, or that of its ``evaluation.json``.
+    """The value that judges a trial: the last in the run's metrics, or that of its evaluation.
 
     None when it is not there (yet), or not finite.
     """
@@ -234,10 +236,10 @@ def metric_of(run_dir: str | Path, metric: str) -> float | None:
         value = values[-1] if values else None
     else:
         try:
-            summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            results = json.loads((folder / RESULT_FOLDER / RESULTS).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        value = summary.get(metric)
+        value = results["metrics"].get(metric.removeprefix("evaluation."))
     return float(value) if value is not None and math.isfinite(value) else None
 
 

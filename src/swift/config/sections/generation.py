@@ -6,10 +6,21 @@ from typing import Any
 
 from swift.config.option import Section, option
 
-METRICS = (
-    "exact_match", "rouge", "loss", "choice", "numeric", "math", "bleu", "chrf", "json", "regex", "pass_at_k", "judge",
-)  # fmt: skip
-"""Names of the built-in evaluators (the table is in `swift.evaluate.evaluators`)."""
+METRICS: dict[str, tuple[str, ...]] = {
+    "exact_match": ("exact_match",),
+    "rouge": ("rougeL", "rouge1", "rouge2"),
+    "loss": ("loss", "perplexity"),
+    "choice": ("choice", "choice_norm"),
+    "numeric": ("numeric",),
+    "math": ("math",),
+    "bleu": ("corpus_bleu", "bleu"),
+    "chrf": ("corpus_chrf", "chrf"),
+    "json": ("json_valid", "json_match"),
+    "regex": ("regex",),
+    "pass_at_k": ("pass_at_{k}",),
+    "judge": ("judge",),
+}
+"""Built-in evaluators and what each measures (what they do is in `swift.evaluate.evaluators`)."""
 
 
 class GenerationSection(Section):
