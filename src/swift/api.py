@@ -28,7 +28,7 @@ class SwiftTrainer:
         config: options, flat (``{"lora_rank": 8}``) or nested by section, in any spelling the command line takes;
             ``command`` (or ``train_type``) may name another training command (``pt``). Or a configuration file, as on
             the command line.
-        callbacks: observers of the run.
+        callbacks: observers of the run, beside the progress line.
         options: further options, on top of ``config``.
 
     Raises:
@@ -59,6 +59,7 @@ class SwiftTrainer:
 
     def train(self) -> RunResult:
         """Run to the end; returns the run folder and the summary."""
+        from swift.train.callbacks.progress import ProgressLine
         from swift.train.run import train as run_training
 
         evaluators = None
@@ -66,7 +67,8 @@ class SwiftTrainer:
             from swift.evaluate.training import suite_evaluators
 
             evaluators = suite_evaluators(self.resolved)
-        return run_training(self.resolved, callbacks=self.callbacks, evaluators=evaluators)
+        callbacks = [ProgressLine(), *self.callbacks]
+        return run_training(self.resolved, callbacks=callbacks, evaluators=evaluators)
 
 
 def train(

@@ -1,4 +1,4 @@
-"""Rows for tasks over whole sequences: one row becomes a group of sequences, each read at its last token.
+"""Rows for tasks over whole sequences: one row becomes a group of sequences, each read as a whole.
 
 - seq_cls: ``messages`` and ``label``: a class; a list of classes (multi_label_classification); a number or a list of
   numbers (regression).

@@ -17,6 +17,7 @@ from swift.config.commands import COMMANDS
 from swift.config.schema import Resolved
 from swift.config.sections.model import ModelSection
 from swift.config.sections.quantization import QuantizationSection
+from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, ModelError
 from swift.hubs.names import is_repo_name
@@ -45,6 +46,7 @@ class InferenceContext:
         quantization: how the base is quantised when loaded: as in the run, unless the command line says otherwise.
         head: the score head of an adapter that was trained for a classifier.
         task: what the run was for.
+        answers: the two words whose difference is the score of a ``generative_reranker``.
         chosen_last: True when a run folder was named, and its last checkpoint taken.
         unpack: the adapter belongs to a rounded base (LoftQ) that is wanted in full precision: it is quantised when
             loaded, and its rounded values are unpacked then.
@@ -60,11 +62,14 @@ class InferenceContext:
     unpack: bool = False
     head: ClassifierHead | None = None
     task: str = "causal_lm"
+    answers: tuple[str, str] = ("yes", "no")
 
     @property
     def writes_text(self) -> bool:
         """False for models that score or embed texts."""
-        return self.task == "causal_lm" and self.head is None
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        names = config.get("architectures") or []
+        return self.task == "causal_lm" and self.head is None and not any(map(is_classifier_name, names))
 
     def describe(self) -> str:
         """Model, adapter and system prompt in one line."""
@@ -141,9 +146,8 @@ def find_context(resolved: Resolved) -> InferenceContext:
         unpack=unpack,
         head=head,
         task=task,
+        answers=_answers(recorded),
     )
-    if resolved.command == "infer":
-        _refuse_scores(context)
     return context
 
 
@@ -172,18 +176,9 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
     return bundle
 
 
-def _refuse_scores(context: InferenceContext) -> None:
-    """Raise ModelError for models that read texts and write none."""
-    config = json.loads((context.model / "config.json").read_text(encoding="utf-8"))
-    names = config.get("architectures") or []
-    if context.writes_text and not any(map(is_classifier_name, names)):
-        return
-    raise ModelError(
-        "this model scores or embeds texts; it writes none",
-        where=str(context.adapter or context.model),
-        why="it has a score head" if context.task == "causal_lm" else f"task_type {context.task}",
-        fix="load the folder with transformers or PEFT: docs/en/tasks.md shows how",
-    )
+def _answers(recorded: Resolved | None) -> tuple[str, str]:
+    task = recorded.config.task if recorded else TaskSection()
+    return task.generative_reranker_positive_token, task.generative_reranker_negative_token
 
 
 def _score_head(adapter: Path, recorded: Resolved | None) -> ClassifierHead | None:

@@ -48,10 +48,16 @@ class Denominators:
     Attributes:
         target_weight: sum of the weights of all targets (their number when nothing is weighted).
         num_answers: how many answers can be right or wrong; None: as many as there are targets.
+        num_sequences: sampled sequences (policy optimisation).
+        num_groups: groups of sequences of one prompt (policy optimisation).
+        num_micro_batches: into how many the step is split; only losses that depend on the split ask.
     """
 
     target_weight: float
     num_answers: int | None = None
+    num_sequences: int | None = None
+    num_groups: int | None = None
+    num_micro_batches: int = 1
 
 
 @dataclass(frozen=True)
