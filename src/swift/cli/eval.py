@@ -24,14 +24,11 @@ def run(argv: list[str]) -> int:
 
 def evaluate_as_asked(resolved: Resolved) -> dict[str, Any]:
     """Evaluate with the backend meant, print the figures, and return them."""
+    from swift.evaluate.backends import backend_of, evaluate_with
     from swift.evaluate.show import tables
 
-    suite = resolved.config.suite
-    is_native = suite.eval_backend == "native" and not suite.eval_dataset
-    if is_native:
-        results = _native(resolved)
-    else:
-        raise ConfigError("not yet", where="--eval_backend")
+    backend = backend_of(resolved)
+    results = _native(resolved) if backend == "native" else evaluate_with(backend, resolved)
     print("\n".join(tables(results)))
     print(f"{'results':15} {results['folder']}")
     return results

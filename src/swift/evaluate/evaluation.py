@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from swift.inference.context import InferenceContext
     from swift.inference.generate import Generator
 
-__all__ = ["evaluate", "limited", "load_generator", "result_folder"]
+__all__ = ["evaluate", "find_model", "identity_of", "limited", "load_generator", "result_folder"]
 
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)"""
@@ -44,7 +44,7 @@ def evaluate(
     Raises SwiftError.
     """
     config = resolved.config
-    context = _context(resolved)
+    context = find_model(resolved)
     tasks = read_tasks(resolved, task_specs(resolved))
     folder = result_folder(resolved, context)
     subject = _subject(resolved, context, tasks)
@@ -121,7 +121,7 @@ def result_folder(resolved: Resolved, context: InferenceContext | None) -> Path:
     return (context.run or context.home.resolve().parent) / "eval" / name
 
 
-def _context(resolved: Resolved) -> InferenceContext | None:
+def find_model(resolved: Resolved) -> InferenceContext | None:
     """The model's folders; None for a served model of which nothing lies here."""
     from swift.inference.context import find_context
 

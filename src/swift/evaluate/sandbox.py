@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ __all__ = ["ProgramResult", "Sandbox"]
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _WALLS = ("network, processes", "files")
 _KEPT_BYTES = 4000
+_DYING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ class Sandbox:
                 timed_out = True
             finally:
                 _kill_group(process)
-            with os.fdopen(reader, "rb") as report:
-                said = report.read()
+            with os.fdopen(reader, "rb", buffering=0) as report:
+                said = _read_to_end(report).partition(b"\n")[0]
             walls = tuple(json.loads(said)) if said else ()
             out, err = _part(stdout, from_end=False), _part(stderr, from_end=True)
         if timed_out:
@@ -138,6 +141,18 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()
+
+
+def _read_to_end(pipe: Any) -> bytes:
+    """What was written; it ends when every process that holds the other end has. Those killed take a moment."""
+    said = b""
+    deadline = time.monotonic() + _DYING_SECONDS
+    while (left := deadline - time.monotonic()) > 0 and select.select([pipe], [], [], left)[0]:
+        part = pipe.read(65536)
+        if not part:
+            break
+        said = (said + part)[:_KEPT_BYTES]
+    return said
 
 
 def _part(file: Any, *, from_end: bool) -> str:

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 _NEW_MOUNT, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
+_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_MOVE, _MS_REC, _MS_PRIVATE = 2, 4, 0x1000, 0x2000, 0x4000, 0x40000
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY = 442, -100, 0x8000, 1
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _NOBODY = 65534
+_PLACE = "/tmp"
+_WORK = "/tmp/work"
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -59,27 +61,31 @@ def enter_namespaces() -> None:
 
 
 def protect_files(folder: str, megabytes: int) -> None:
-    """Everything read-only but ``folder``, which becomes a memory disk of its own and goes with the namespace."""
+    """Everything read-only but ``/tmp``, which becomes a memory disk of its own and goes with the namespace."""
     check(libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None))
-    if os.getuid() == 0:
-        show_library(os.path.dirname(folder))
     options = f"size={megabytes}m,nr_inodes=2000,mode=777".encode()
     check(libc.mount(b"tmpfs", folder.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options))
+    os.mkdir(os.path.join(folder, "work"))
+    os.chmod(os.path.join(folder, "work"), 0o777)
+    show_library(folder)
+    check(libc.mount(folder.encode(), _PLACE.encode(), None, _MS_MOVE, None))
     for path, flags, attributes in (
         (b"/", _AT_RECURSIVE, MountAttributes(_READ_ONLY, 0, 0, 0)),
-        (folder.encode(), 0, MountAttributes(0, _READ_ONLY, 0, 0)),
+        (_PLACE.encode(), 0, MountAttributes(0, _READ_ONLY, 0, 0)),
     ):
         size = ctypes.sizeof(attributes)
         check(libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path, flags, ctypes.byref(attributes), size))
+    os.environ["HOME"] = _WORK
 
 
 def show_library(folder: str) -> None:
-    """Python's own files under a path that nobody can walk: an interpreter below /root is closed to other users."""
+    """Python's own files under a path that everybody can walk: one below /root is closed to other users."""
     places = {}
     for number, path in enumerate(filter(os.path.isdir, sys.path)):
-        places[path] = os.path.join(folder, f"library{number}")
-        os.mkdir(places[path])
-        check(libc.mount(path.encode(), places[path].encode(), None, _MS_BIND, None))
+        inside = os.path.join(folder, f"library{number}")
+        os.mkdir(inside)
+        check(libc.mount(path.encode(), inside.encode(), None, _MS_BIND, None))
+        places[path] = os.path.join(_PLACE, f"library{number}")
     sys.path[:] = places.values()
     for module in list(
         sys.modules.values()
@@ -133,22 +139,25 @@ def main() -> None:
     walls: list[str] = []
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    with open(settings["program"], encoding="utf-8") as file:
+        code = file.read()
+    folder = settings["folder"]
     if settings["namespaces"] and try_to(walls, "network, processes", enter_namespaces):
-        try_to(walls, "files", lambda: protect_files(settings["folder"], settings["file_mb"]))
+        if try_to(walls, "files", lambda: protect_files(folder, settings["file_mb"])):
+            folder = _WORK
         follow(os.fork())
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         # This is the first process of the new namespace: when it ends, all others in it do. The program is its child,
         # so that it can neither stop it nor outlive it.
         follow(os.fork())
-    with open(settings["program"], encoding="utf-8") as file:
-        code = file.read()
-    os.chdir(settings["folder"])
+    os.chdir(folder)
     limit(settings)
     was_root = os.getuid() == 0
     if was_root:
         try_to(walls, "root", drop_root)
-    os.write(report, json.dumps(walls).encode())
-    os.close(report)
+    os.write(
+        report, json.dumps(walls).encode() + b"\n"
+    )  # it stays open: whoever reads it sees when all have ended
     sys.argv[1:] = []
     if was_root and "root" not in walls:
         sys.exit(90)
