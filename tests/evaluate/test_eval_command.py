@@ -177,6 +177,8 @@ def test_a_served_model(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
 
     def answer(path: str, body: dict[str, Any], number: int) -> tuple[int, dict[str, str], Any]:
+        if path == "/v1/completions":
+            return 404, {}, {"detail": "Not Found"}
         return 200, {}, chat_reply(body["messages"][-1]["content"].split()[-1].strip("."))
 
     with fake_server(answer) as server:

@@ -1,7 +1,7 @@
 """EvalScope and lm-eval, each in its toolchain, against an OpenAI server: ``eval_url``, or one that is started here.
 
 What they are given: benchmarks by name (``eval_dataset``), or rows of ours (``val_dataset``) written as the local data
-that each of them reads. What comes back has the form of our own ``results.json``; their reports stay in the same folder.
+that each of them reads. What comes back has the form of our own ``results.json``; their reports lie beside it.
 """
 
 from __future__ import annotations
