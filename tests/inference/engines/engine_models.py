@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -27,3 +32,13 @@ def plain_logprobs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     """``[len(ids) - 1, vocab]``: what the model says about each token but the first."""
     logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1)
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an asynchronous test to its end, in at most five minutes."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 300))
+
+    return run

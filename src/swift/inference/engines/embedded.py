@@ -1,18 +1,18 @@
 """The embedded engine behind the protocol: `EmbeddedCore` in a thread of its own.
 
 The event loop puts commands into an inbox; the thread carries them out between steps and hands all news of a step to
-the loop in one call. Deltas that wait for a slow reader are joined.
+the loop in one call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from swift.core.logging import get_logger
 from swift.inference.context import InferenceContext, load_context
 from swift.inference.engines.base import Delta, EngineBusy, EngineStats, Request
 from swift.inference.engines.embedded_core import EmbeddedCore, Event
+from swift.inference.engines.embedded_grammar import GrammarState
 from swift.models.load import ModelBundle
 
 __all__ = ["EmbeddedEngine", "make"]
@@ -32,16 +33,6 @@ logger = get_logger(__name__)
 
 _START_SECONDS = 600.0
 _COMMAND_SECONDS = 300.0
-
-
-@dataclass
-class _Stream:
-    """What the reader of one request has not taken yet."""
-
-    request: Request
-    deltas: list[Delta] = field(default_factory=list)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    failure: Exception | None = None
 
 
 class EmbeddedEngine:
@@ -59,13 +50,16 @@ class EmbeddedEngine:
         options: EngineSection | None = None,
         *,
         task: str = "causal_lm",
+        answers: tuple[str, str] = ("yes", "no"),
     ) -> None:
-        self._load, self._options, self._task = load, options or EngineSection(), task
+        self._load, self._options = load, options or EngineSection()
+        self._task, self._answers = task, answers
         self._core: EmbeddedCore | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._num_queued = 0  # added by the loop, not yet seen by the thread
         self._is_closing = self._stops = False
+        self._pools: list[tuple[list[Sequence[int]], str | None, Future[list[list[float]]]]] = []
         self._leaving: dict[str, Future[None]] = {}
         self._thread = threading.Thread(target=self._work, name="swift-engine", daemon=True)
         self._ready: Future[None] = Future()
@@ -107,12 +101,12 @@ class EmbeddedEngine:
         if self._num_queued + self.core.num_waiting >= self._options.max_waiting:
             raise EngineBusy(f"{self._options.max_waiting} requests are waiting")
         self.core.check(request)
-        stream = self._streams[request.id] = _Stream(request)
+        stream = self._streams[request.id] = _Stream(self, request)
         if request.sampling.grammar is None:
             self._enqueue(stream, None)
-        return self._read(stream)
+        return stream
 
-    def _enqueue(self, stream: _Stream, grammar: Any) -> None:
+    def _enqueue(self, stream: _Stream, grammar: GrammarState | None) -> None:
         self._num_queued += 1
 
         def add() -> None:
@@ -120,37 +114,22 @@ class EmbeddedEngine:
             try:
                 self.core.add(stream.request, grammar)
             except (SwiftError, EngineBusy) as error:
-                stream.failure = error
-                self._tell([])
+                self._later(stream.fail, error)
 
         self._inbox.put(add)
 
-    async def _read(self, stream: _Stream) -> AsyncIterator[Delta]:
-        request, is_over = stream.request, False
-        try:
-            if request.sampling.grammar is not None:
-                grammar = await asyncio.to_thread(self.core.compiler.compile, request.sampling.grammar)
-                self._enqueue(stream, grammar)
-            while not is_over:
-                await stream.news.wait()
-                stream.news.clear()
-                if stream.failure is not None:
-                    is_over = True
-                    raise stream.failure
-                waiting, stream.deltas = stream.deltas, []
-                if waiting:
-                    is_over = waiting[-1].finish_reason is not None
-                    yield waiting[0] if len(waiting) == 1 else _joined(waiting)
-        finally:
-            self._streams.pop(request.id, None)
-            if not is_over:
-                self._inbox.put(lambda: self.core.abort(request.id))
+    def _drop(self, stream: _Stream) -> None:
+        """The reader is gone before the answer has ended."""
+        self._streams.pop(stream.request.id, None)
+        self._inbox.put(lambda: self.core.abort(stream.request.id))
 
     async def pool(
         self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None
     ) -> list[list[float]]:
-        """See `InferenceEngine.pool`."""
-        return await self._call(lambda: self.core.pool(prompts, adapter=adapter), "pooling")
+        """See `InferenceEngine.pool`. Calls that come while the engine is busy are computed together."""
+        result: Future[list[list[float]]] = Future()
+        self._inbox.put(lambda: self._pools.append((list(prompts), adapter, result)))
+        return await self._wait(result, "pooling")
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """See `InferenceEngine.load_adapter`."""
@@ -185,28 +164,23 @@ class EmbeddedEngine:
         self._inbox.put(lambda: None)
         await asyncio.to_thread(self._thread.join, _COMMAND_SECONDS)
         for stream in list(self._streams.values()):
-            stream.deltas.append(Delta(finish_reason="abort"))
-            stream.news.set()
+            stream.put(Delta(finish_reason="abort"))
+        self._streams.clear()
 
     async def _call(self, command: Callable[[], Any], stage: str) -> Any:
         """Have the thread carry out a command between two steps."""
-        if self._stops:
-            raise EngineBusy("the engine is shutting down")
         result: Future[Any] = Future()
+        self._inbox.put(lambda: _settle(result, command))
+        return await self._wait(result, stage)
 
-        def carry_out() -> None:
-            try:
-                result.set_result(command())
-            except Exception as error:  # whoever asked gets it
-                result.set_exception(error)
-
-        self._inbox.put(carry_out)
+    async def _wait(self, result: Future[Any], stage: str) -> Any:
+        if self._is_closing:
+            raise EngineBusy("the engine is shutting down")
         try:
             return await asyncio.wait_for(asyncio.wrap_future(result), _COMMAND_SECONDS)
         except TimeoutError:
-            raise SwiftError(
-                "the engine does not answer", where=stage, why=f"{_COMMAND_SECONDS:.0f} s have passed"
-            ) from None
+            why = f"{_COMMAND_SECONDS:.0f} s have passed"
+            raise SwiftError("the engine does not answer", where=stage, why=why) from None
 
     # -- the thread's side ------------------------------------------------------------------------------------
 
@@ -220,10 +194,11 @@ class EmbeddedEngine:
         core = self._core
         while not self._stops:
             try:
-                while not self._inbox.empty() or not core.has_work:
+                while not self._inbox.empty() or not (core.has_work or self._pools):
                     self._inbox.get()()
                     if self._stops:
                         return
+                self._pool_all(core)
                 self._tell(core.step())
             except Exception as error:  # a mistake of ours must not silence everybody for ever
                 logger.exception("the engine failed in a step")
@@ -231,21 +206,102 @@ class EmbeddedEngine:
             for name in [name for name in self._leaving if name not in core.adapters()]:
                 self._leaving.pop(name).set_result(None)
 
+    def _pool_all(self, core: EmbeddedCore) -> None:
+        """Answer the calls of `pool`, those for one adapter together; where that fails, one by one."""
+        calls, self._pools = self._pools, []
+        for adapter in dict.fromkeys(name for _, name, _ in calls):
+            mine = [(prompts, result) for prompts, name, result in calls if name == adapter]
+            try:
+                values = core.pool([one for prompts, _ in mine for one in prompts], adapter=adapter)
+            except (SwiftError, RuntimeError, MemoryError):
+                for prompts, result in mine:
+                    _settle(result, partial(core.pool, prompts, adapter=adapter))
+                continue
+            start = 0
+            for prompts, result in mine:
+                _settle(result, partial(values.__getitem__, slice(start, start + len(prompts))))
+                start += len(prompts)
+
     def _tell(self, events: list[Event]) -> None:
+        if events:
+            self._later(self._deliver, events)
+
+    def _later(self, call: Callable[[Any], None], value: Any) -> None:
         assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, events)
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is there to be told
+            self._loop.call_soon_threadsafe(call, value)
 
     def _deliver(self, events: list[Event]) -> None:
         for request_id, delta in events:
             stream = self._streams.get(request_id)
             if stream is not None:
-                stream.deltas.append(delta)
-                stream.news.set()
-        if not events:
-            for stream in self._streams.values():
-                if stream.failure is not None:
-                    stream.news.set()
+                stream.put(delta)
+                if delta.finish_reason is not None:
+                    del self._streams[request_id]
+
+
+class _Stream:
+    """The deltas of one request as they come; those that wait for a slow reader are joined.
+
+    Args:
+        engine: whose request it is.
+        request: the request.
+    """
+
+    def __init__(self, engine: EmbeddedEngine, request: Request) -> None:
+        self.request, self._engine = request, engine
+        self._deltas: list[Delta] = []
+        self._news = asyncio.Event()
+        self._failure: Exception | None = None
+        self._needs_grammar = request.sampling.grammar is not None
+        self._is_over = False
+
+    def __aiter__(self) -> _Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            if self._needs_grammar:
+                assert self.request.sampling.grammar is not None
+                compiler, self._needs_grammar = self._engine.core.compiler, False
+                grammar = await asyncio.to_thread(compiler.compile, self.request.sampling.grammar)
+                self._engine._enqueue(self, grammar)
+            await self._news.wait()
+            if self._failure is not None:
+                raise self._failure
+        except BaseException:  # the reader was cancelled, or there will be no answer
+            await self.aclose()
+            raise
+        self._news.clear()
+        deltas, self._deltas = self._deltas, []
+        self._is_over = deltas[-1].finish_reason is not None
+        return deltas[0] if len(deltas) == 1 else _joined(deltas)
+
+    async def aclose(self) -> None:
+        """Cancel the request where it has not ended. (Not a generator: it works before the first delta, too.)"""
+        if not self._is_over:
+            self._is_over = True
+            self._engine._drop(self)
+
+    def put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        self._failure = error
+        self._news.set()
+
+
+def _settle(result: Future[Any], command: Callable[[], Any]) -> None:
+    """What a command gives, or raises, for the one who waits (if he still does)."""
+    if not result.set_running_or_notify_cancel():
+        return
+    try:
+        result.set_result(command())
+    except Exception as error:  # whoever asked gets it
+        result.set_exception(error)
 
 
 def _joined(deltas: Sequence[Delta]) -> Delta:

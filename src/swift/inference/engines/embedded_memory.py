@@ -1,4 +1,4 @@
-"""How many tokens' keys and values there is memory for."""
+"""Memory: for how many tokens' keys and values there is some, and whether it has run out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from swift.config.sections.engine import EngineSection
 from swift.core.errors import ConfigError
 
-__all__ = ["cache_tokens"]
+__all__ = ["cache_tokens", "is_out_of_memory"]
 
 
 def cache_tokens(
@@ -41,3 +41,8 @@ def cache_tokens(
             fix="a larger --memory_utilization, a smaller model, or --quant_method bnb",
         )
     return min(useful, tokens)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)

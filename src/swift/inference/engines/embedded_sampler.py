@@ -124,7 +124,10 @@ class Sampler:
         self._in_prompt[slot, torch.tensor(list(prompt), dtype=torch.long, device=self.device)] = True
 
     def move(self, source: int, target: int) -> None:
-        """The row of one slot goes to another."""
+        """The row of one slot goes to another, and leaves its own empty."""
+        if source == target:
+            self.rows[source] = None
+            return
         self.rows[target], self.rows[source] = self.rows[source], None
         self.table[target] = self.table[source]
         if self.table["penalised"][source] and self._counts is not None and self._in_prompt is not None:
