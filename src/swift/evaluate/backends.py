@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from swift.config.commands import COMMANDS
+from swift.config.commands import known_command
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import atomic_write_json, atomic_write_text
@@ -190,10 +190,10 @@ def served(resolved: Resolved, say: Callable[[str], None]) -> Iterator[Endpoint]
 
 def _serving_options(resolved: Resolved) -> dict[str, Any]:
     """What somebody set about the model, its template and its quantisation, as swift deploy takes it."""
-    wanted = {
-        name: option for name, option in COMMANDS["deploy"].options().items()
-        if option.section in ("model", "template", "quantization") or name in ("seed", "num_threads")
-    }  # fmt: skip
+    deploy = known_command("deploy")
+    assert deploy is not None
+    sections, others = ("model", "template", "quantization"), ("seed", "num_threads")
+    wanted = [name for name, row in deploy.options().items() if row.section in sections or name in others]
     return {name: resolved.value(name) for name in wanted if resolved.is_explicit(name)}
 
 
