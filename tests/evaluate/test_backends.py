@@ -93,7 +93,13 @@ def test_figures_of_lm_eval() -> None:
 
 
 def test_figures_of_evalscope() -> None:
+    recall = {"name": "rouge", "aggregation": "mean", "dimensions": {"ngram": 1, "statistic": "recall"}}
+    passed = {"name": "acc", "aggregation": "pass@2", "dimensions": {}}
     report = {
-        "metrics": [{"name": "mean_acc", "score": 0.25, "num": 4}, {"name": "bleu", "score": 0.5, "num": 4}]
+        "metrics": [
+            {"identity": recall, "score": 0.5, "num": 2},
+            {"identity": passed, "score": 0.25, "num": 2},
+        ]
     }
-    assert evalscope._figures(report) == {"mean_acc": 0.25, "bleu": 0.5, "num_rows": 4, "intervals": {}}
+    expected = {"rouge_1_recall": 0.5, "acc_pass@2": 0.25, "num_rows": 2, "intervals": {}}
+    assert evalscope._figures(report) == expected

@@ -25,7 +25,7 @@ def right_once(path: str, body: dict[str, Any], number: int) -> tuple[int, dict[
     return 200, {}, {**reply, "id": "x", "created": 1, "model": "fake-model", "usage": usage}
 
 
-@pytest.mark.parametrize(("backend", "metric"), [("evalscope", "Rouge-1-R"), ("lm-eval", "exact_match")])
+@pytest.mark.parametrize(("backend", "metric"), [("evalscope", "rouge_1_recall"), ("lm-eval", "exact_match")])
 def test_rows_of_ours(backend: str, metric: str, tmp_path: Path) -> None:
     if backend not in installed_toolchains():
         pytest.skip(f"swift toolchain install {backend}")

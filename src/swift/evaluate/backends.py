@@ -129,6 +129,41 @@ def payload_of(backend: str, resolved: Resolved, endpoint: Endpoint, folder: Pat
         "num_concurrent": suite.eval_num_proc,
         "extra": suite.extra_eval_args,
         "seed": config.training.seed,
+        "tokenizer": _tokenizer(config.model.model),
+        "folder": str(folder),
+    }
+    if not results["metrics"]:
+        raise SwiftError(f"{backend} measured nothing", where=str(folder / "backend.log"))
+    atomic_write_json(folder / RESULTS, results)
+    return results
+
+
+def payload_of(backend: str, resolved: Resolved, endpoint: Endpoint, folder: Path) -> dict[str, Any]:
+    """What the script in the toolchain is told. Rows of ours are written into ``folder``."""
+    config = resolved.config
+    suite, sampling = config.suite, config.generation
+    datasets: list[str] = list(suite.eval_dataset)
+    local: dict[str, Any] | None = None
+    if config.data.val_dataset:
+        (spec,) = task_specs(resolved)
+        local = _write_rows(backend, resolved, spec, folder)
+        datasets = [local["name"]]
+    generation: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+    if sampling.temperature > 0:
+        generation |= {"top_p": sampling.top_p, "seed": config.training.seed}
+        if sampling.top_k:
+            generation["top_k"] = sampling.top_k
+    return {
+        "url": endpoint.url,
+        "model": endpoint.model,
+        "datasets": datasets,
+        "dataset_args": suite.eval_dataset_args,
+        "local": local,
+        "limit": suite.eval_limit,
+        "generation": {**generation, **suite.eval_generation_config},
+        "num_concurrent": suite.eval_num_proc,
+        "extra": suite.extra_eval_args,
+        "seed": config.training.seed,
         "tokenizer": str(Path(config.model.model).expanduser().absolute())
         if _is_folder(config.model.model)
         else None,
@@ -136,8 +171,10 @@ def payload_of(backend: str, resolved: Resolved, endpoint: Endpoint, folder: Pat
     }
 
 
-def _is_folder(name: str | None) -> bool:
-    return name is not None and (Path(name).expanduser() / "tokenizer_config.json").is_file()
+def _tokenizer(model: str | None) -> str | None:
+    """The model's folder, where it is one here."""
+    folder = Path(model).expanduser() if model is not None else None
+    return str(folder.absolute()) if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
 def _write_rows(backend: str, resolved: Resolved, spec: TaskSpec, folder: Path) -> dict[str, Any]:

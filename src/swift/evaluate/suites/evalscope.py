@@ -42,9 +42,16 @@ def main(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(report: Any) -> dict[str, Any]:
-    """Metric -> score over all subsets, and the number of rows."""
+    """Metric -> score over all subsets, and the number of rows. Schema 2 of its reports (EvalScope 1.14)."""
     told = report if isinstance(report, dict) else report.to_dict()
-    figures: dict[str, Any] = {metric["name"]: metric["score"] for metric in told["metrics"]}
-    counts = [metric.get("num") for metric in told["metrics"]]
-    figures["num_rows"] = next((count for count in counts if count), None)
+    figures: dict[str, Any] = {_name(metric["identity"]): metric["score"] for metric in told["metrics"]}
+    figures["num_rows"] = next((metric["num"] for metric in told["metrics"] if metric.get("num")), None)
     return {**figures, "intervals": {}}
+
+
+def _name(identity: dict[str, Any]) -> str:
+    """``rouge_1_recall``: the metric, what it was taken of, and how rows were put together unless by their mean."""
+    parts = [identity["name"], *identity.get("dimensions", {}).values()]
+    if identity.get("aggregation") not in (None, "mean"):
+        parts.append(identity["aggregation"])
+    return "_".join(map(str, parts))
