@@ -132,43 +132,6 @@ def payload_of(backend: str, resolved: Resolved, endpoint: Endpoint, folder: Pat
         "tokenizer": _tokenizer(config.model.model),
         "folder": str(folder),
     }
-    if not results["metrics"]:
-        raise SwiftError(f"{backend} measured nothing", where=str(folder / "backend.log"))
-    atomic_write_json(folder / RESULTS, results)
-    return results
-
-
-def payload_of(backend: str, resolved: Resolved, endpoint: Endpoint, folder: Path) -> dict[str, Any]:
-    """What the script in the toolchain is told. Rows of ours are written into ``folder``."""
-    config = resolved.config
-    suite, sampling = config.suite, config.generation
-    datasets: list[str] = list(suite.eval_dataset)
-    local: dict[str, Any] | None = None
-    if config.data.val_dataset:
-        (spec,) = task_specs(resolved)
-        local = _write_rows(backend, resolved, spec, folder)
-        datasets = [local["name"]]
-    generation: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-    if sampling.temperature > 0:
-        generation |= {"top_p": sampling.top_p, "seed": config.training.seed}
-        if sampling.top_k:
-            generation["top_k"] = sampling.top_k
-    return {
-        "url": endpoint.url,
-        "model": endpoint.model,
-        "datasets": datasets,
-        "dataset_args": suite.eval_dataset_args,
-        "local": local,
-        "limit": suite.eval_limit,
-        "generation": {**generation, **suite.eval_generation_config},
-        "num_concurrent": suite.eval_num_proc,
-        "extra": suite.extra_eval_args,
-        "seed": config.training.seed,
-        "tokenizer": str(Path(config.model.model).expanduser().absolute())
-        if _is_folder(config.model.model)
-        else None,
-        "folder": str(folder),
-    }
 
 
 def _tokenizer(model: str | None) -> str | None:
