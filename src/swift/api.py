@@ -171,7 +171,9 @@ def infer(prompts: str | Sequence[str] | Sequence[Mapping[str, Any]], **options:
         conversations = [[dict(message) for message in prompts if isinstance(message, Mapping)]]
     else:
         conversations = [[{"role": "user", "content": str(prompt)}] for prompt in prompts]
-    answers = Generator(bundle).batch(conversations, resolved.config.generation)
+    answers = Generator(bundle, options=resolved.config.engine).batch(
+        conversations, resolved.config.generation
+    )
     return answers[0] if single else answers
 
 
@@ -179,4 +181,6 @@ def _load(options: Mapping[str, Any]) -> tuple[ModelBundle, Resolved]:
     from swift.inference.context import find_context, load_context
 
     resolved = resolve("infer", values=options)
-    return load_context(find_context(resolved), resolved), resolved
+    context = find_context(resolved)
+    context.check_writes_text()
+    return load_context(context, resolved), resolved

@@ -30,7 +30,7 @@ from swift.models.load import load_bundle, load_model
 from swift.tuners.apply import apply_tuner
 from swift.tuners.peft_format import save_adapter
 
-OPTIONS = GenerationSection(max_new_tokens=6, max_batch_size=2, metric=["exact_match", "rouge", "loss"])
+OPTIONS = GenerationSection(max_new_tokens=6, metric=["exact_match", "rouge", "loss"])
 
 
 def specs(names):
@@ -46,9 +46,7 @@ def answer_questions(
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
     task = Task("", Questions(questions), find_evaluators(options.metric, {}), options, answers=True)
-    return answer_tasks(
-        LocalModel(generator, identity, options.max_batch_size), [task], path, on_progress=on_progress
-    )
+    return answer_tasks(LocalModel(generator, identity, 2), [task], path, on_progress=on_progress)
 
 
 @pytest.fixture(scope="module")

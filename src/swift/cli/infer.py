@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from swift.config.bind import resolve
 from swift.config.schema import Resolved
+from swift.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from swift.inference.chat import Chat
     from swift.inference.context import InferenceContext
 
 
@@ -35,31 +37,17 @@ def infer(resolved: Resolved) -> dict[str, Any]:
         SwiftError: model, adapter, data or result file cannot be used; data and result file are looked at before
             the model is loaded.
     """
-    from swift.cli.progress import AnswerProgress
-    from swift.evaluate.answers import answer_tasks, summarize
-    from swift.evaluate.evaluation import identity_of, limited, load_generator
+    from swift.data.hub import pin_datasets
     from swift.evaluate.results import write_metrics
-    from swift.evaluate.subjects import LocalModel
-    from swift.evaluate.suite import read_tasks, task_specs
     from swift.inference.context import find_context
 
-    options = resolved.config.generation
+    pin_datasets(resolved)
     context = find_context(resolved)
     _say_note(context)
-    (task,) = read_tasks(resolved, task_specs(resolved), answers=True)
     path = _result_path(resolved, context)
-    generator = load_generator(resolved, context)
-    if context.run is not None and not task.fixed_length:
-        limited(task, generator.tokenizer)
-    seed = resolved.config.training.seed if options.temperature > 0 else None
-    subject = LocalModel(generator, identity_of(context), options.max_batch_size)
-    go_on = f"the same command with --result_path {path} goes on"
-    with AnswerProgress(go_on, len(task.questions.good)) as progress:
-        results = answer_tasks(subject, [task], path, seed=seed, on_progress=progress.update)
-    summary: dict[str, Any] = {
-        **summarize(results, task.evaluators), "max_new_tokens": task.options.max_new_tokens
-    }  # fmt: skip
-    bad = task.questions.bad
+    identity = [str(folder.resolve()) for folder in (context.model, context.adapter) if folder is not None]
+    work = _answer_rows if context.writes_text else _value_rows
+    summary, bad = work(resolved, context, path, identity)
     if bad:
         summary["num_bad_rows"] = len(bad)
         print(f"{len(bad)} bad rows left out; the first: {bad[0]}")
@@ -67,6 +55,65 @@ def infer(resolved: Resolved) -> dict[str, Any]:
     write_metrics(path, summary)
     _print_summary(summary)
     return summary
+
+
+def _answer_rows(
+    resolved: Resolved, context: InferenceContext, path: Path, identity: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    from swift.cli.progress import AnswerProgress
+    from swift.evaluate.answers import answer_tasks, summarize
+    from swift.evaluate.evaluation import limited, load_generator
+    from swift.evaluate.subjects import LocalModel
+    from swift.evaluate.suite import read_tasks, task_specs
+
+    (task,) = read_tasks(resolved, task_specs(resolved), answers=True)
+    generator = load_generator(resolved, context, losses=task.needs("loss") or task.needs("choice"))
+    if context.run is not None and not task.fixed_length:
+        limited(task, generator.tokenizer)
+    seed = resolved.config.training.seed if task.options.temperature > 0 else None
+    subject = LocalModel(generator, identity)
+    try:
+        with AnswerProgress(_go_on(path), len(task.questions.good)) as progress:
+            results = answer_tasks(subject, [task], path, seed=seed, on_progress=progress.update)
+    finally:
+        generator.engine.close()
+    summary = {**summarize(results, task.evaluators), "max_new_tokens": task.options.max_new_tokens}
+    return summary, task.questions.bad
+
+
+def _go_on(path: Path) -> str:
+    return f"the same command with --result_path {path} goes on"
+
+
+def _value_rows(
+    resolved: Resolved, context: InferenceContext, path: Path, identity: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Vectors or scores of the rows, by a model that reads texts."""
+    from swift.cli.progress import AnswerProgress
+    from swift.data.persona import dataset_specs
+    from swift.evaluate.evaluation import set_threads
+    from swift.evaluate.values import read_rows_of_texts, value_texts
+    from swift.inference.context import load_context
+    from swift.inference.engines.embedded_core import EmbeddedCore
+
+    data, engine = resolved.config.data, resolved.config.engine
+    if engine.infer_backend != "transformers":
+        raise ConfigError(
+            "models that score or embed texts are read by the embedded engine",
+            where=f"--infer_backend {engine.infer_backend}",
+            fix="--infer_backend transformers",
+        )
+    rows, bad = read_rows_of_texts(
+        dataset_specs(data, data.val_dataset), data.columns, context.task, data.on_bad_rows
+    )
+    set_threads(resolved)
+    bundle = load_context(context, resolved)
+    core = EmbeddedCore(bundle, engine, task=context.task_options)
+    with AnswerProgress(_go_on(path), len(rows)) as progress:
+        results = value_texts(
+            core, bundle.template, rows, context.task, path, identity=identity, on_progress=progress.update
+        )
+    return {"num_rows": len(results)}, bad
 
 
 def _say_note(context: InferenceContext) -> None:
@@ -91,9 +138,18 @@ def _chat(resolved: Resolved) -> None:
     _say_note(context)
     generator = load_generator(resolved, context)
 
-    from swift.inference.chat import Chat, answer_lines, read_input
+    from swift.inference.chat import Chat
 
     chat = Chat(generator, resolved.config.generation, seed=resolved.config.training.seed)
+    try:
+        _converse(chat, context)
+    finally:
+        generator.engine.close()
+
+
+def _converse(chat: Chat, context: InferenceContext) -> None:
+    from swift.inference.chat import answer_lines, read_input
+
     if not sys.stdin.isatty():
         answer_lines(chat, iter(sys.stdin))
         return

@@ -103,7 +103,7 @@ COMMANDS: dict[str, Command] = {
             "infer",
             "swift.cli.infer",
             "Chat with a model, or answer the rows of a file.",
-            sections=("model", "template", "quantization", "generation"),
+            sections=("model", "template", "quantization", "generation", "engine"),
             extra=(
                 "val_dataset",
                 "columns",
@@ -120,7 +120,7 @@ COMMANDS: dict[str, Command] = {
             "eval",
             "swift.cli.eval",
             "Measure a model on data of yours or on benchmarks; show and compare results.",
-            sections=("model", "template", "quantization", "generation", "suite"),
+            sections=("model", "template", "quantization", "generation", "engine", "suite"),
             extra=(
                 "val_dataset",
                 "columns",

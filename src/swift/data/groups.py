@@ -25,7 +25,15 @@ from swift.data.batching import random_generator
 from swift.data.formats import RowError, Sample, to_messages, to_sample
 from swift.data.rows import Row
 
-__all__ = ["Group", "SequenceTemplate", "TaskFormat", "encode_group", "read_group", "task_format"]
+__all__ = [
+    "Group",
+    "SequenceTemplate",
+    "TaskFormat",
+    "encode_group",
+    "read_group",
+    "read_texts",
+    "task_format",
+]
 
 Messages = list[dict[str, Any]]
 
@@ -121,6 +129,24 @@ def read_group(sample: Sample, task: TaskFormat, number: int) -> Group:
     if task.task_type == "embedding":
         return _embedding_group(sample, task)
     return _ranking_group(sample, task, number)
+
+
+def read_texts(sample: Sample, task_type: str) -> list[Messages]:
+    """The conversations of a row that is to be scored or embedded: labels are not asked for, nothing is drawn.
+
+    seq_cls: the conversation; embedding: it and every other text of the row; rerankers: one for each document, those
+    under ``positive`` before those under ``negative``. Raises DataError for a row that has none.
+    """
+    try:
+        documents = [*_documents(sample, "positive"), *_documents(sample, "negative")]
+    except _FaultError as fault:
+        raise DataError(str(fault)) from None
+    if task_type in ("reranker", "generative_reranker"):
+        if not documents:
+            raise DataError('no document under "positive_messages" or "negative_messages"')
+        write = _judging if task_type == "generative_reranker" else _answering
+        return [write(sample.messages, document) for document in documents]
+    return [sample.messages, *documents] if task_type == "embedding" else [sample.messages]
 
 
 def _class_labels(sample: Sample, task: TaskFormat) -> list[float]:

@@ -19,6 +19,10 @@ from swift.evaluate.subjects import Reply, Subject
 __all__ = ["Task", "answer_limit", "answer_tasks", "intervals", "score_rows", "summarize"]
 
 
+_TOGETHER = 16
+"""Rows scored and written at once: an interrupted run loses so many at most."""
+
+
 @dataclass
 class Task:
     """Questions, how they are answered, and what is measured.
@@ -93,8 +97,7 @@ def answer_tasks(
         subject: the model.
         tasks: what to answer.
         path: the result file; gone on with when it exists.
-        seed: for sampling. Each batch starts from it, so answers also depend on the batch size, and on where an
-            interrupted run was cut.
+        seed: for sampling; an answer depends on it and on the number of its row.
         on_progress: called with the number of rows done so far.
     """
     entries = list(_entries(tasks))
@@ -103,20 +106,19 @@ def answer_tasks(
     file.check(keys)
     on_progress(len(file.results))
     try:
-        for task, batch in _batches(entries, file, subject.at_once):
-            rows = score_rows(subject, task, [question for _, question in batch], seed)
-            file.append(
-                [
-                    {
-                        "index": number,
-                        "key": keys[number],
-                        **({"task": task.name} if task.name else {}),
-                        **row,
-                    }
-                    for (number, _), row in zip(batch, rows, strict=True)
-                ]
-            )
-            on_progress(len(file.results))
+        for task in tasks:
+            waiting = [
+                (number, question)
+                for number, owner, question in entries
+                if owner is task and number not in file.results
+            ]
+
+            def write(rows: list[tuple[int, dict[str, Any]]], name: str = task.name) -> None:
+                own = {"task": name} if name else {}
+                file.append([{"index": number, "key": keys[number], **own, **row} for number, row in rows])
+                on_progress(len(file.results))
+
+            score_rows(subject, task, waiting, seed, write)
     finally:
         file.close()
     return [file.results[number] for number, _, _ in entries]
@@ -130,36 +132,62 @@ def _entries(tasks: Sequence[Task]) -> Iterator[tuple[int, Task, Question]]:
             number += 1
 
 
-def _batches(
-    entries: Sequence[tuple[int, Task, Question]], file: ResultFile, size: int
-) -> Iterator[tuple[Task, list[tuple[int, Question]]]]:
-    """The rows still to answer, of one task each, at most ``size`` at once."""
-    waiting: dict[int, tuple[Task, list[tuple[int, Question]]]] = {}
-    for number, task, question in entries:
-        if number not in file.results:
-            waiting.setdefault(id(task), (task, []))[1].append((number, question))
-    for task, rows in waiting.values():
-        for start in range(0, len(rows), size):
-            yield task, rows[start : start + size]
-
-
 def _key(subject: Subject, task: Task, question: Question, seed: int | None) -> str:
-    fixed = task.options.model_dump(
-        exclude={"result_path", "metric", "metric_args", "stream", "max_batch_size"}
-    )
+    fixed = task.options.model_dump(exclude={"result_path", "metric", "metric_args", "stream"})
     measured = sorted([entry.name, dict(entry.options)] for entry in task.evaluators)
     parts = [question.messages, question.tools, question.reference, question.choices, fixed, measured]
     return row_key(*parts, list(subject.identity), seed)
 
 
 def score_rows(
-    subject: Subject, task: Task, questions: Sequence[Question], seed: int | None
-) -> list[dict[str, Any]]:
-    """Answers and metrics of some questions of a task, see `answer_tasks`."""
-    replies = _replies(subject, task, questions, seed)
+    subject: Subject,
+    task: Task,
+    questions: Sequence[tuple[int, Question]],
+    seed: int | None,
+    on_rows: Callable[[list[tuple[int, dict[str, Any]]]], None],
+) -> None:
+    """Answer and score (number, question) pairs; ``on_rows`` gets (number, result) pairs as they are ready, a few at a
+    time, in the order in which their answers came.
+
+    A number decides, with the seed, what is sampled for its question.
+    """
+    if not (task.answers or task.needs("answer")):
+        for start in range(0, len(questions), _TOGETHER):
+            part = questions[start : start + _TOGETHER]
+            on_rows(_scored(subject, task, part, [[] for _ in part]))
+        return
+    samples = task.options.num_samples
+    replies: list[dict[int, Reply]] = [{} for _ in questions]
+    ready: list[int] = []
+
+    def write() -> None:
+        found = [[replies[place][sample] for sample in range(samples)] for place in ready]
+        on_rows(_scored(subject, task, [questions[place] for place in ready], found))
+        ready.clear()
+
+    def keep(index: int, reply: Reply) -> None:
+        place, sample = divmod(index, samples)
+        replies[place][sample] = reply
+        if len(replies[place]) == samples:
+            ready.append(place)
+        if len(ready) >= _TOGETHER:
+            write()
+
+    asked = [question for _, question in questions for _ in range(samples)]
+    numbers = [number * samples + sample for number, _ in questions for sample in range(samples)]
+    if asked:
+        subject.answers(asked, task.options, seed=seed, numbers=numbers, on_reply=keep)
+    if ready:
+        write()
+
+
+def _scored(
+    subject: Subject, task: Task, questions: Sequence[tuple[int, Question]], replies: Sequence[list[Reply]]
+) -> list[tuple[int, dict[str, Any]]]:
+    """(number, what the result file says of it) of answered questions."""
     cases = [
         Case(question, [reply.text for reply in found])
-        for question, found in zip(questions, replies, strict=True)
+        for (_, question), found in zip(questions, replies, strict=True)
     ]
     _add_losses(subject, task, cases)
     rows = [_row(case, found) for case, found in zip(cases, replies, strict=True)]
@@ -173,18 +201,7 @@ def score_rows(
     for row in rows:
         if "response" not in row and "chosen" in row:
             row["response"] = row["chosen"]
-    return rows
-
-
-def _replies(
-    subject: Subject, task: Task, questions: Sequence[Question], seed: int | None
-) -> list[list[Reply]]:
-    if not (task.answers or task.needs("answer")):
-        return [[] for _ in questions]
-    number = task.options.num_samples
-    repeated = [question for question in questions for _ in range(number)]
-    answers = subject.answers(repeated, task.options, seed=seed)
-    return [answers[start : start + number] for start in range(0, len(answers), number)]
+    return [(number, row) for (number, _), row in zip(questions, rows, strict=True)]
 
 
 def _add_losses(subject: Subject, task: Task, cases: Sequence[Case]) -> None:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -27,8 +27,9 @@ from swift.evaluate.endpoint import Endpoint
 from swift.evaluate.evaluation import find_model, result_folder
 from swift.evaluate.results import RESULTS
 from swift.evaluate.suite import TaskSpec, read_tasks, task_specs
-from swift.toolchains.child import Child
-from swift.toolchains.toolchain import find_toolchain
+
+if TYPE_CHECKING:
+    from swift.toolchains.child import Child
 
 __all__ = ["backend_of", "evaluate_with", "payload_of", "served"]
 
@@ -49,6 +50,8 @@ def backend_of(resolved: Resolved) -> str:
 
 def evaluate_with(backend: str, resolved: Resolved, *, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Run the benchmarks; returns what ``results.json`` holds. Raises SwiftError."""
+    from swift.toolchains.toolchain import find_toolchain
+
     config = resolved.config
     if config.evaluation.eval_tasks:
         raise ConfigError(
@@ -169,6 +172,8 @@ def _write_rows(backend: str, resolved: Resolved, spec: TaskSpec, folder: Path) 
 @contextlib.contextmanager
 def served(resolved: Resolved, say: Callable[[str], None]) -> Iterator[Endpoint]:
     """The server of ``eval_url``, or one of ``swift deploy`` for the model's folder, stopped afterwards."""
+    from swift.toolchains.child import Child
+
     suite = resolved.config.suite
     if suite.eval_url is not None:
         endpoint = Endpoint(suite.eval_url, suite.eval_model or "", suite.eval_num_proc)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift.config.schema import Resolved
-from swift.core.errors import SwiftError
+from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import atomic_write_json
 from swift.evaluate.answers import Task, answer_limit, answer_tasks, intervals, summarize
 from swift.evaluate.endpoint import Endpoint
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from swift.inference.context import InferenceContext
     from swift.inference.generate import Generator
 
-__all__ = ["evaluate", "find_model", "identity_of", "limited", "load_generator", "result_folder"]
+__all__ = [
+    "evaluate",
+    "find_model",
+    "identity_of",
+    "limited",
+    "load_generator",
+    "result_folder",
+    "set_threads",
+]
 
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)"""
@@ -48,18 +56,22 @@ def evaluate(
     tasks = read_tasks(resolved, task_specs(resolved))
     folder = result_folder(resolved, context)
     subject = _subject(resolved, context, tasks)
+    closing = subject.generator.engine.close if isinstance(subject, LocalModel) else lambda: None
     for task in tasks:
         for bad in task.questions.bad[:1]:
             say(f"{len(task.questions.bad)} bad rows left out; the first: {bad}")
     total = sum(len(task.questions.good) for task in tasks)
     samples = any(task.options.temperature > 0 for task in tasks)
-    rows = answer_tasks(
-        subject,
-        tasks,
-        folder / SAMPLES,
-        seed=config.training.seed if samples else None,
-        on_progress=lambda done: on_progress(done, total),
-    )
+    try:
+        rows = answer_tasks(
+            subject,
+            tasks,
+            folder / SAMPLES,
+            seed=config.training.seed if samples else None,
+            on_progress=lambda done: on_progress(done, total),
+        )
+    finally:
+        closing()
     results = {
         "name": folder.name,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -141,11 +153,12 @@ def _subject(resolved: Resolved, context: InferenceContext | None, tasks: Sequen
             template = load_template(context.model, context.template, context.pretraining)
         return ServedModel(endpoint, template)
     assert context is not None
-    generator = load_generator(resolved, context)
+    losses = any(task.needs("loss") or task.needs("choice") for task in tasks)
+    generator = load_generator(resolved, context, losses=losses)
     for task in tasks:
         if context.run is not None and not task.fixed_length:
             limited(task, generator.tokenizer)
-    return LocalModel(generator, identity_of(context), resolved.config.generation.max_batch_size)
+    return LocalModel(generator, identity_of(context))
 
 
 def identity_of(context: InferenceContext) -> list[str]:
@@ -159,13 +172,39 @@ def limited(task: Task, tokenizer: Any) -> None:
     task.options = task.options.model_copy(update={"max_new_tokens": most})
 
 
-def load_generator(resolved: Resolved, context: InferenceContext) -> Generator:
-    """The model in memory, as the options ask for it."""
-    import torch
+def load_generator(resolved: Resolved, context: InferenceContext, *, losses: bool = False) -> Generator:
+    """What answers, as the options ask for it. ``losses``: log-probabilities of given texts are wanted, too.
 
+    Raises ConfigError for an engine that cannot tell them.
+    """
     from swift.inference.context import load_context
+    from swift.inference.engines.blocking import BlockingEngine
+    from swift.inference.engines.table import make_engine
     from swift.inference.generate import Generator
+    from swift.models.load import load_unloaded
+
+    context.check_writes_text()
+    set_threads(resolved)
+    if resolved.config.engine.infer_backend == "transformers":
+        return Generator(load_context(context, resolved), options=resolved.config.engine)
+    if losses:
+        raise ConfigError(
+            "the log-probabilities of given answers are computed by the embedded engine",
+            where=f"--infer_backend {resolved.config.engine.infer_backend}",
+            fix="leave loss and choice out of --metric, or --infer_backend transformers",
+        )
+    bundle = load_unloaded(
+        context.model,
+        context.template,
+        context.pretraining,
+        trust_remote_code=resolved.config.model.trust_remote_code,
+    )
+    return Generator(bundle, BlockingEngine(make_engine(context, resolved)))
+
+
+def set_threads(resolved: Resolved) -> None:
+    """As many threads as ``num_threads`` says."""
+    import torch
 
     if resolved.config.training.num_threads is not None:
         torch.set_num_threads(resolved.config.training.num_threads)
-    return Generator(load_context(context, resolved))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,9 +13,12 @@ from swift.evaluate.endpoint import Endpoint, EndpointError
 from swift.evaluate.questions import Question
 
 if TYPE_CHECKING:
-    from swift.inference.generate import Generator
+    from swift.inference.generate import Answer, Generator
 
-__all__ = ["LocalModel", "Reply", "ServedModel", "Subject"]
+__all__ = ["LocalModel", "OnReply", "Reply", "ServedModel", "Subject"]
+
+
+_TEXTS = 8
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,31 @@ class Reply:
     num_tokens: int | None
 
 
+OnReply = Callable[[int, Reply], None]
+
+
 class Subject(Protocol):
     """A model that can be asked.
 
     Attributes:
         identity: what its answers depend on beside the options; part of every row's key.
-        at_once: questions to hand over in one call.
     """
 
     identity: Sequence[str]
-    at_once: int
 
     def answers(
-        self, questions: Sequence[Question], options: GenerationSection, *, seed: int | None
-    ) -> list[Reply]:
-        """An answer to each question."""
+        self,
+        questions: Sequence[Question],
+        options: GenerationSection,
+        *,
+        seed: int | None,
+        numbers: Sequence[int],
+        on_reply: OnReply,
+    ) -> None:
+        """Answer all questions; ``on_reply`` gets the place of each answer and the answer, as they come.
+
+        What is sampled depends on the seed and the question's number, where the engine takes seeds.
+        """
         ...
 
     def losses(self, pairs: Sequence[tuple[Question, str]], *, end: bool) -> list[tuple[float, int]]:
@@ -58,20 +71,29 @@ class LocalModel:
     Args:
         generator: the model.
         identity: its folders.
-        batch_size: texts in one forward pass.
+        batch_size: texts in one forward pass of `losses`.
     """
 
-    def __init__(self, generator: Generator, identity: Sequence[str], batch_size: int) -> None:
-        self.generator, self.at_once = generator, batch_size
+    def __init__(self, generator: Generator, identity: Sequence[str], batch_size: int = _TEXTS) -> None:
+        self.generator, self.batch_size = generator, batch_size
         self.identity: Sequence[str] = list(identity)
 
     def answers(
-        self, questions: Sequence[Question], options: GenerationSection, *, seed: int | None
-    ) -> list[Reply]:
+        self,
+        questions: Sequence[Question],
+        options: GenerationSection,
+        *,
+        seed: int | None,
+        numbers: Sequence[int],
+        on_reply: OnReply,
+    ) -> None:
         template = self.generator.template
         prompts = [template.encode_prompt(question.messages, question.tools) for question in questions]
-        answers = self.generator.answers(prompts, options, seed=seed)
-        return [Reply(answer.text, answer.finish_reason, len(answer.token_ids)) for answer in answers]
+
+        def keep(place: int, answer: Answer) -> None:
+            on_reply(place, Reply(answer.text, answer.finish_reason, len(answer.token_ids)))
+
+        self.generator.answers(prompts, options, seed=seed, numbers=numbers, on_answer=keep)
 
     def losses(self, pairs: Sequence[tuple[Question, str]], *, end: bool) -> list[tuple[float, int]]:
         """Only the last turn counts; tokens of the question never do."""
@@ -90,8 +112,8 @@ class LocalModel:
                 labels[last:] = [-100] * (len(labels) - last)
             samples.append(dataclasses.replace(sample, labels=labels[: len(sample.input_ids)]))
         found = []
-        for start in range(0, len(samples), self.at_once):
-            batch = answer_losses(self.generator.bundle, samples[start : start + self.at_once])
+        for start in range(0, len(samples), self.batch_size):
+            batch = answer_losses(self.generator.bundle, samples[start : start + self.batch_size])
             found += [(loss.total, loss.num_tokens) for loss in batch]
         return found
 
@@ -107,15 +129,19 @@ class ServedModel:
     endpoint: Endpoint
     template: Any = None
     identity: Sequence[str] = field(default_factory=list)
-    at_once: int = 64
 
     def __post_init__(self) -> None:
         self.identity = [self.endpoint.url, self.endpoint.find_model()]
-        self.at_once = 4 * self.endpoint.concurrency
 
     def answers(
-        self, questions: Sequence[Question], options: GenerationSection, *, seed: int | None
-    ) -> list[Reply]:
+        self,
+        questions: Sequence[Question],
+        options: GenerationSection,
+        *,
+        seed: int | None,
+        numbers: Sequence[int],
+        on_reply: OnReply,
+    ) -> None:
         shared: dict[str, Any] = {"max_tokens": options.max_new_tokens, "temperature": options.temperature}
         if options.temperature > 0:
             shared |= {"top_p": options.top_p}
@@ -126,14 +152,18 @@ class ServedModel:
         if options.stop_words:
             shared["stop"] = options.stop_words
         bodies = []
-        for number, question in enumerate(questions):
+        for number, question in zip(numbers, questions, strict=True):
             body = {"messages": question.messages, **shared}
             if question.tools:
                 body["tools"] = question.tools
             if seed is not None:  # several samples of a question must not be the same one
                 body["seed"] = seed + number
             bodies.append(body)
-        return [self._reply(response) for response in self.endpoint.chat(bodies)]
+        together = 4 * self.endpoint.concurrency  # an interruption loses so many at most
+        for start in range(0, len(bodies), together):
+            responses = self.endpoint.chat(bodies[start : start + together])
+            for place, response in enumerate(responses, start):
+                on_reply(place, self._reply(response))
 
     def _reply(self, response: dict[str, Any]) -> Reply:
         try:

@@ -33,7 +33,7 @@ _OWN_KEYS = ("dataset", "metric", "columns", "few_shot", "limit")
 _SAMPLING = tuple(
     name
     for name in GenerationSection.model_fields
-    if name not in ("metric", "metric_args", "stream", "max_batch_size", "result_path")
+    if name not in ("metric", "metric_args", "stream", "result_path")
 )
 
 

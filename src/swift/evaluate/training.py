@@ -12,6 +12,7 @@ import numpy
 import torch
 
 from swift.config.schema import Resolved
+from swift.config.sections.engine import EngineSection
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
 from swift.evaluate.answers import Task, score_rows, summarize
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SuiteEvaluator", "suite_evaluators"]
 
+_AT_ONCE = 16
 _COUNTS = ("num_rows", "num_references")
 
 
@@ -52,6 +54,10 @@ def suite_evaluators(resolved: Resolved) -> list[Callable[[Prepared], Evaluator]
     return [lambda prepared: SuiteEvaluator(tasks, prepared)]
 
 
+class _GivenUp(Exception):
+    """The run wants to stop."""
+
+
 class SuiteEvaluator:
     """Answers the tasks with the model in training.
 
@@ -66,32 +72,50 @@ class SuiteEvaluator:
         self.tasks, self.prepared = tasks, prepared
         config = prepared.resolved.config
         self._seed = config.training.seed
-        self._at_once = config.generation.max_batch_size
         for task in tasks:
             if not task.fixed_length:
                 limited(task, prepared.template.tokenizer)
+        self._limits = self._memory()
 
     def run(self, engine: Any, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """Keys: eval_TASK_METRIC and eval_seconds. ``given_up`` is asked before each batch of rows."""
+        """Keys: eval_TASK_METRIC and eval_seconds. ``given_up`` is asked behind every few rows."""
         from swift.inference.generate import Generator
 
         started = time.perf_counter()
         metrics: dict[str, float] = {}
-        with _randomness_kept(), engine.evaluating() as model:
-            subject = LocalModel(Generator(self._bundle(model)), [], self._at_once)
-            for task in self.tasks:
-                rows: list[dict[str, Any]] = []
-                questions = task.questions.good
-                for start in range(0, len(questions), self._at_once):
-                    if given_up():
-                        return None
-                    batch = questions[start : start + self._at_once]
-                    rows += score_rows(
-                        subject, task, batch, self._seed if task.options.temperature > 0 else None
-                    )
-                summary = summarize(rows, task.evaluators)
-                metrics |= {f"eval_{task.name}_{k}": v for k, v in summary.items() if k not in _COUNTS}
+        try:
+            with _randomness_kept(), engine.evaluating() as model:
+                generator = Generator(self._bundle(model), options=self._limits)
+                subject = LocalModel(generator, [])
+                for task in self.tasks:
+                    rows = self._rows(subject, task, given_up)
+                    summary = summarize(rows, task.evaluators)
+                    metrics |= {f"eval_{task.name}_{k}": v for k, v in summary.items() if k not in _COUNTS}
+        except _GivenUp:
+            return None
         return {**metrics, "eval_seconds": time.perf_counter() - started}
+
+    def _memory(self) -> EngineSection:
+        """Limits of the engine: keys and values of a few answers at once, not all memory that training leaves."""
+        template = self.prepared.template
+        longest = max(
+            len(template.encode_prompt(question.messages, question.tools)) + task.options.max_new_tokens
+            for task in self.tasks
+            for question in task.questions.good
+        )
+        return EngineSection(max_num_seqs=_AT_ONCE, max_cache_tokens=max(16, _AT_ONCE * (longest + 1)))
+
+    def _rows(self, subject: LocalModel, task: Task, given_up: Callable[[], bool]) -> list[dict[str, Any]]:
+        rows: list[tuple[int, dict[str, Any]]] = []
+
+        def keep(found: list[tuple[int, dict[str, Any]]]) -> None:
+            rows.extend(found)
+            if given_up():
+                raise _GivenUp
+
+        seed = self._seed if task.options.temperature > 0 else None
+        score_rows(subject, task, list(enumerate(task.questions.good)), seed, keep)
+        return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
     def _bundle(self, model: Any) -> ModelBundle:
         folder, template = self.prepared.model_path, self.prepared.template
