@@ -69,7 +69,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, status: int, headers: dict[str, str], value: Any) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {"content-type": "application/json", **headers, "content-length": str(len(data))}.items():
+        for name, text in {
+            "content-type": "application/json",
+            **headers,
+            "content-length": str(len(data)),
+        }.items():
             self.send_header(name, text)
         self.end_headers()
         with contextlib.suppress(BrokenPipeError):

@@ -27,7 +27,7 @@ __all__ = [
 _CJK = "぀-ヿ㐀-䶿一-鿿가-힯豈-﫿\U00020000-\U0003ffff"
 # Each CJK character is a token of its own; elsewhere a run of letters, digits and combining marks is one.
 _TOKEN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCE = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 
@@ -63,7 +63,7 @@ def is_cjk(text: str) -> bool:
 
 def last_number(text: str) -> float | None:
     """The number that stands last in a text; ``1,234`` and ``1e3`` are one each. None without any."""
-    found = [match for match in _NUMBER.findall(text) if any(char.isdigit() for char in match)]
+    found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 

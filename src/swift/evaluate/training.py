@@ -86,11 +86,13 @@ class SuiteEvaluator:
         try:
             with _randomness_kept(), engine.evaluating() as model:
                 generator = Generator(self._bundle(model), options=self._limits)
-                subject = LocalModel(generator, [])
-                for task in self.tasks:
-                    rows = self._rows(subject, task, given_up)
-                    summary = summarize(rows, task.evaluators)
-                    metrics |= {f"eval_{task.name}_{k}": v for k, v in summary.items() if k not in _COUNTS}
+                with contextlib.closing(generator.engine):
+                    for task in self.tasks:
+                        rows = self._rows(LocalModel(generator, []), task, given_up)
+                        summary = summarize(rows, task.evaluators)
+                        metrics |= {
+                            f"eval_{task.name}_{k}": v for k, v in summary.items() if k not in _COUNTS
+                        }
         except _GivenUp:
             return None
         return {**metrics, "eval_seconds": time.perf_counter() - started}
