@@ -164,8 +164,7 @@ def test_a_plan_names_what_is_missing(line: str, warning: str) -> None:
         ),
         (
             f"sft {NEEDED} --experts_impl eager --loss_type sigmoid",
-            "--loss_type: not in this version: sigmoid: preference and reinforcement learning"
-            " come with a later version",
+            "--loss_type: not in this version: sigmoid: that is a loss of swift rlhf",
         ),
         ("infer --model m --max_length 512", "--max_length: not used by swift infer"),
         (f"sft {NEEDED} --train_type full --lora_rank 8", "--lora_rank: has no effect with tuner_type full"),

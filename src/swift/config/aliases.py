@@ -199,7 +199,9 @@ def _check(table: AliasTable) -> None:
             if target not in known:
                 raise ValueError(f"aliases.yaml: {alias.name} points to {target}, which is no option")
     seen: set[str] = set(known)
-    for name in [*table.aliases, *table.unsupported, *table.unneeded, *table.mistakes]:
+    # loss_type is an option of swift sft and stands for another one in swift rlhf.
+    own = [name for name, alias in table.aliases.items() if alias.targets is None or name not in known]
+    for name in [*own, *table.unsupported, *table.unneeded, *table.mistakes]:
         if name in seen:
             raise ValueError(f"aliases.yaml: {name} stands twice, or is an option itself")
         seen.add(name)

@@ -93,6 +93,15 @@ COMMANDS: dict[str, Command] = {
             switches=_DRY_RUN,
         ),
         Command(
+            "rlhf",
+            "swift.cli.rlhf",
+            "Learn from preferences (dpo, kto, orpo, simpo, cpo), or train a reward model (rm).",
+            sections=(*_TRAINING, "rlhf", "generation"),
+            extra=("task_type", "num_labels"),
+            required=_TRAINING_NEEDS,
+            switches=_DRY_RUN,
+        ),
+        Command(
             "fit",
             "swift.cli.fit",
             "Train; train_type says for what: sft (default), pt, or the name of a method.",
@@ -302,14 +311,6 @@ _MODEL_NEEDS = (("model", "adapters"),)
 LATER_COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
-        Command(
-            "rlhf",
-            "swift.cli.plan",
-            "Preference learning and reinforcement learning.",
-            sections=(*_TRAINING, "generation"),
-            required=_TRAINING_NEEDS,
-            instead="use swift sft",
-        ),
         *(
             Command(
                 name,
@@ -343,7 +344,8 @@ TRAIN_TYPES: dict[str, str] = {
     "pt": "pt",
     "pretrain": "pt",
     **dict.fromkeys(
-        ("rlhf", "dpo", "orpo", "simpo", "kto", "cpo", "rm", "ppo", "grpo", "gkd", "dapo", "gspo"), "rlhf"
+        ("rlhf", "dpo", "ipo", "orpo", "simpo", "kto", "cpo", "rm", "ppo", "grpo", "gkd", "dapo", "gspo"),
+        "rlhf",
     ),
 }
 """Words of ``train_type`` that say what is trained for, and so which command is meant; the others name a tuner."""

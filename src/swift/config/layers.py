@@ -251,6 +251,8 @@ class Binder:
     def _assign(
         self, layer: Layer, name: str, value: Any, text: Any, key: str, where: str, source: Source
     ) -> None:
+        if name == "tuner_type" and self.command.name == "rlhf" and _names_method(value):
+            name = "rlhf_type"  # train_type: dpo
         entry = self._parse(name, value, text, key, where, source)
         if entry is None:
             return
@@ -357,6 +359,11 @@ class Binder:
 
 _REFUSED: Any = object()
 """Stands for a value that is not taken."""
+
+
+def _names_method(value: Any) -> bool:
+    word = value.lower() if isinstance(value, str) else ""
+    return word != "rlhf" and TRAIN_TYPES.get(word) == "rlhf"
 
 
 def _same_key(first: str, second: str) -> bool:

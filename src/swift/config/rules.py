@@ -15,6 +15,7 @@ from typing import Any
 from swift.config.combinations import check_combinations
 from swift.config.commands import Command
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
+from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
 from swift.config.sections.generation import METRICS
 from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
@@ -93,12 +94,17 @@ def _eval_strategy(resolved: Resolved) -> str:
 
 def _greater_is_better(resolved: Resolved) -> bool:
     return not re.search(
-        r"loss|perplexity|ppl|mae|negative", resolved.config.evaluation.metric_for_best_model
+        r"loss|perplexity|ppl|mae|negative|rejected", resolved.config.evaluation.metric_for_best_model
     )
 
 
 def _scheduler(resolved: Resolved) -> str | None:
     return "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None
+
+
+def _loss_scale(resolved: Resolved) -> str | None:
+    """What a preference is about is the last answer; those before it are the same in both."""
+    return {"pt": "all", "rlhf": "last_round"}.get(resolved.command)
 
 
 _VALIDATION = ("val_dataset", "split_dataset_ratio", "eval_tasks")
@@ -124,8 +130,8 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("quant_method", ("quant_bits",), quant_method),
     Derivation("quant_bits", ("quant_method",), quant_bits),
     Derivation("lr_scheduler_type", ("optim",), _scheduler),
-    *(Derivation(*row) for row in TASK_DERIVATIONS),
-    Derivation("loss_scale", ("command",), lambda resolved: "all" if resolved.command == "pt" else None),
+    *(Derivation(*row) for row in (*RLHF_DERIVATIONS, *TASK_DERIVATIONS)),
+    Derivation("loss_scale", ("command",), _loss_scale),
 )
 
 
@@ -147,6 +153,7 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
     check_combinations(resolved, _where, planning)
     check_tuner(resolved, _where)
     check_task(resolved, _where)
+    check_rlhf(resolved, _where, planning)
     if not partial:
         check_memory(resolved, _where)
     _check_devices(resolved)
@@ -191,9 +198,13 @@ def _check_required(resolved: Resolved, command: Command, planning: bool) -> Non
 
 def _check_evaluation(resolved: Resolved) -> None:
     evaluation = resolved.config.evaluation
-    if resolved.command not in ("pt", "sft"):
+    if resolved.command not in ("pt", "sft", "rlhf"):
         return
-    metric, known = evaluation.metric_for_best_model, eval_metrics(resolved)
+    is_rlhf = resolved.config.rlhf.rlhf_type is not None
+    metric, known = (
+        evaluation.metric_for_best_model,
+        rlhf_metrics(resolved) if is_rlhf else eval_metrics(resolved),
+    )
     if not metric.startswith("eval_"):
         near = closest(metric, known)
         raise ConfigError(
@@ -275,7 +286,7 @@ def _check_data(resolved: Resolved) -> None:
             raise ConfigError(
                 "weights must not be negative, and not all zero", where=_where(resolved, "dataset_weights")
             )
-    if data.truncation_strategy == "split" and resolved.command == "sft":
+    if data.truncation_strategy == "split" and resolved.command in ("sft", "rlhf"):
         raise ConfigError(
             "split is for swift pt: a conversation cut in pieces loses its question",
             where=_where(resolved, "truncation_strategy"),

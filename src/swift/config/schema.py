@@ -21,6 +21,7 @@ from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
+from swift.config.sections.rlhf import RlhfSection
 from swift.config.sections.suite import SuiteSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
@@ -33,6 +34,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "data": DataSection,
     "task": TaskSection,
+    "rlhf": RlhfSection,
     "template": TemplateSection,
     "tuner": TunerSection,
     "quantization": QuantizationSection,
@@ -56,6 +58,7 @@ class Config(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     task: TaskSection = Field(default_factory=TaskSection)
+    rlhf: RlhfSection = Field(default_factory=RlhfSection)
     template: TemplateSection = Field(default_factory=TemplateSection)
     tuner: TunerSection = Field(default_factory=TunerSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)

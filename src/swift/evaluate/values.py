@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from swift.core.errors import DataError
 from swift.data.formats import RowError, to_sample
-from swift.data.groups import SequenceTemplate, read_texts
+from swift.data.groups import GroupTemplate, read_texts
 from swift.data.sources import DatasetSpec, find_files, read_rows
 from swift.evaluate.results import ResultFile, row_key
 
@@ -69,7 +69,7 @@ def read_rows_of_texts(
 
 def value_texts(
     model: Values,
-    template: SequenceTemplate,
+    template: GroupTemplate,
     rows: Sequence[Texts],
     task_type: str,
     path: Path,
