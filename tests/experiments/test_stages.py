@@ -47,12 +47,12 @@ def test_evaluation_follows_by_itself(work: Path) -> None:
     assert list(jobs) == ["a", "a/evaluate"]
     job = jobs["a/evaluate"]
     run = str(work / "out" / "a")
-    assert (job.command, job.experiment, job.run_dir, needs(job)) == ("infer", "a", None, [("a", "success")])
+    assert (job.command, job.experiment, job.run_dir, needs(job)) == ("eval", "a", None, [("a", "success")])
     assert job.options["adapters"] == [run]
-    assert job.options["result_path"] == f"{run}/evaluation.jsonl"
+    assert job.options["eval_output_dir"] == f"{run}/eval/evaluate"
     assert job.options["metric"] == ["exact_match", "rouge", "loss"]
     assert job.estimate["memory_bytes"] > jobs["a"].estimate["parameters"] * 4
-    resolve("infer", values=job.options)
+    resolve("eval", values=job.options)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_complaints(work: Path, after: Any, says: str, fix: str | None) -> None:
 
 
 def test_evaluation_asked_for_needs_data(work: Path) -> None:
-    with pytest.raises(ConfigError, match="a, stage evaluate: has no data"):
+    with pytest.raises(ConfigError, match="a, stage evaluate: missing"):
         jobs_of(work, after=["evaluate"], more={"val_dataset": []})
 
 

@@ -29,10 +29,10 @@ __all__ = [
     "split_command",
 ]
 
-KINDS: dict[str, str] = {"evaluate": "infer", "merge": "merge-lora", "infer": "infer", "export": "export"}
+KINDS: dict[str, str] = {"evaluate": "eval", "merge": "merge-lora", "infer": "infer", "export": "export"}
 """Kind of stage -> the command it runs."""
 
-_LATER = ("deploy", "quantize", "eval", "sample", "rollout", "rlhf")
+_LATER = ("deploy", "quantize", "sample", "rollout", "rlhf")
 """Stages that later versions bring."""
 
 _WITH_WORDS = ("data", "config", "doctor", "demo", "plan", "resume")
