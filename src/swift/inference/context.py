@@ -272,10 +272,10 @@ def _quantization(
 ) -> tuple[QuantizationSection, bool]:
     """How the base is quantised, and whether it is unpacked again.
 
-    Commands that take no such options (merge-lora) want the base in full precision.
+    Commands that take no such options (merge-lora), or quantise themselves (export), want it in full precision.
     """
     asked = any(resolved.is_explicit(name) for name in ("quant_method", "quant_bits"))
-    if "quant_method" not in COMMANDS[resolved.command].options():
+    if resolved.command == "export" or "quant_method" not in COMMANDS[resolved.command].options():
         section = QuantizationSection()
     else:
         section = resolved.config.quantization if recorded is None or asked else recorded.config.quantization
