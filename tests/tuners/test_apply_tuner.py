@@ -10,7 +10,7 @@ from tuner_models import shake, tiny_gpt2, tiny_qwen3, tokens
 
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, ModelError
-from swift.tuners.apply import apply_tuner
+from swift.tuners.apply import apply_tuner, remove_adapter
 from swift.tuners.lora import lora_layers
 
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -152,6 +152,26 @@ def test_mixed_rows_through_a_whole_model_equal_separate_runs() -> None:
         other = model(ids[1:]).logits
     torch.testing.assert_close(mixed, torch.cat([alone, other]), atol=1e-6, rtol=1e-5)
     assert (alone - other[:1]).abs().max() > 0.01
+
+
+def test_a_removed_adapter_is_gone_and_the_last_one_leaves_the_plain_model() -> None:
+    model = tiny_qwen3()
+    ids = tokens(2)
+    plain, names = model(ids).logits, set(model.state_dict())
+    apply_tuner(model, TunerSection(lora_rank=2, modules_to_save=["lm_head"]), adapter_name="a")
+    tuned = apply_tuner(model, TunerSection(lora_rank=4), adapter_name="b")
+    shake(tuned.named_trainable())
+    assert tuned.switch is not None
+    with tuned.switch.use("b"):
+        expected = model(ids).logits
+    remove_adapter(model, "a")
+    assert tuned.adapter_names == ["b"] and not any(".a" in name for name in model.state_dict())
+    with tuned.switch.use("b"):
+        assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(ModelError, match="no adapter 'a' to remove"):
+        remove_adapter(model, "a")
+    remove_adapter(model, "b")
+    assert torch.equal(model(ids).logits, plain) and set(model.state_dict()) == names
 
 
 # -- full training ---------------------------------------------------------------------------------------

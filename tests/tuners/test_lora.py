@@ -154,6 +154,45 @@ def test_mixed_rows_equal_separate_runs_and_do_not_touch_each_other() -> None:
     torch.testing.assert_close(module.lora_A["two"].grad, expected)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_mixed_batch_gives_every_gradient_and_runs_the_base_once(trains: bool) -> None:
+    """Tokens of one row in groups, one adapter twice, one without any; the head sees fewer tokens."""
+    module = layer(spec=AdapterSpec(RANK, 8)).train(trains)
+    module.add_adapter("two", AdapterSpec(2, 4), dtype=torch.float64, seed=9)
+    with torch.no_grad():
+        module.lora_B["two"].normal_(generator=torch.Generator().manual_seed(1))
+    groups = (("two", 2), (None, 1), ("one", 3), ("two", 1))
+    x = torch.randn(1, 7, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    grad = torch.randn(1, 7, OUT, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    results = []
+    for is_mixed in (True, False):
+        module.zero_grad()
+        given = x.clone().requires_grad_()
+        if is_mixed:
+            with module.switch.mixed(groups, [("one", 2)]):
+                y = module(given)
+                kept = module(x[:, 3:5])
+        else:
+            parts = []
+            for (name, _), part in zip(groups, given.split([size for _, size in groups], 1), strict=True):
+                with module.switch.use(name):
+                    parts.append(module(part))
+            y = torch.cat(parts, 1)
+            with module.switch.use("one"):
+                kept = module(x[:, 3:5])
+        (y * grad).sum().backward()
+        gradients = [module.lora_A[n].grad.clone() for n in ("one", "two")]
+        gradients += [module.lora_B[n].grad.clone() for n in ("one", "two")]
+        results.append([y.detach(), kept.detach(), given.grad, *gradients])
+    for mixed, alone in zip(*results, strict=True):
+        torch.testing.assert_close(mixed, alone, rtol=1e-12, atol=1e-12)
+    calls = []
+    module.eval().base.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), module.switch.mixed(groups):
+        torch.testing.assert_close(module(x), results[1][0], rtol=1e-12, atol=1e-12)
+    assert len(calls) == 1
+
+
 def test_mixed_rows_must_add_up() -> None:
     module = layer(dtype=torch.float32)
     with module.switch.mixed([("one", 2)]), pytest.raises(ValueError, match="add up to the 3 rows"):

@@ -409,12 +409,31 @@ class LoraLinear(nn.Module):
         if autocast:
             x = x.to(torch.get_autocast_dtype(device_type))
         flat = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:
             y = self._trained(flat, groups)
         else:
             y = self.base(flat)
-            _add_parts(y, flat.to(y.dtype), self._parts(groups))
+            self._add_updates(y, flat if flat.dtype == y.dtype else flat.to(y.dtype), groups)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _add_updates(self, y: Tensor, x: Tensor, groups: Sequence[tuple[str | None, int]]) -> None:
+        """`_add_parts` for evaluation, where with small models every call of Python counts: in place, no dropout."""
+        if len(groups) == 1:
+            pieces: Any = ((groups[0], x, y),)
+        else:
+            sizes = [size for _, size in groups]
+            pieces = zip(groups, x.split(sizes), y.split(sizes), strict=True)
+        for (name, _), rows, out in pieces:
+            spec = self.specs.get(name)
+            if spec is None:
+                continue
+            if name in self.starts:
+                a, b = self.pair(name)
+            else:  # without ParameterDict's own access, which costs as much as the product
+                a, b = self.lora_A._parameters[name], self.lora_B._parameters[name]  # type: ignore[assignment]
+            if a.dtype != x.dtype:
+                a, b = a.to(x.dtype), b.to(x.dtype)
+            out.addmm_(torch.mm(a, rows.t()).t(), b.t(), alpha=spec.scaling)
 
     def _parts(self, groups: Sequence[tuple[str | None, int]]) -> list[_Part]:
         return [self._part(name, size) for name, size in groups]
