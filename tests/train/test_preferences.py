@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from resuming import train_and_resume
 
+from resuming import train_and_resume
 from swift.core.errors import ConfigError, DataError
 from swift.runs.metrics import read_metrics
 
