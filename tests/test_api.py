@@ -17,7 +17,7 @@ def test_importing_the_face_imports_nothing_heavy():
     assert output.stdout.strip() == "[]"
 
 
-def test_train_and_infer(tiny_model_dir, tmp_path, monkeypatch):
+def test_train_and_infer(tiny_model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SWIFT_HOME", str(tmp_path / "home"))
     from swift import SwiftModel, SwiftTrainer, infer, train
 
@@ -32,6 +32,7 @@ def test_train_and_infer(tiny_model_dir, tmp_path, monkeypatch):
     }
     result = SwiftTrainer(config, lora_rank=4).train()
     assert result.summary["steps"] == 2
+    assert "step 2/2" in capsys.readouterr().out
     # After the package swift.train was imported, the name is still a function.
     again = train(config, run_name="again", lora_rank=4)
     assert again.summary["last_loss"] == result.summary["last_loss"]

@@ -28,7 +28,7 @@ class SwiftTrainer:
         config: options, flat (``{"lora_rank": 8}``) or nested by section, in any spelling the command line takes;
             ``command`` (or ``train_type``: pt, dpo, kto...) may name another training command. Or a configuration
             file, as on the command line.
-        callbacks: observers of the run.
+        callbacks: observers of the run, beside the progress line.
         options: further options, on top of ``config``.
 
     Raises:
@@ -59,9 +59,10 @@ class SwiftTrainer:
 
     def train(self) -> RunResult:
         """Run to the end; returns the run folder and the summary."""
+        from swift.train.callbacks.progress import ProgressLine
         from swift.train.run import train as run_training
 
-        return run_training(self.resolved, callbacks=self.callbacks)
+        return run_training(self.resolved, callbacks=[ProgressLine(), *self.callbacks])
 
 
 def train(
@@ -198,7 +199,9 @@ def infer(prompts: str | Sequence[str] | Sequence[Mapping[str, Any]], **options:
         conversations = [[dict(message) for message in prompts if isinstance(message, Mapping)]]
     else:
         conversations = [[{"role": "user", "content": str(prompt)}] for prompt in prompts]
-    answers = Generator(bundle).batch(conversations, resolved.config.generation)
+    answers = Generator(bundle, options=resolved.config.engine).batch(
+        conversations, resolved.config.generation
+    )
     return answers[0] if single else answers
 
 
@@ -206,4 +209,6 @@ def _load(options: Mapping[str, Any]) -> tuple[ModelBundle, Resolved]:
     from swift.inference.context import find_context, load_context
 
     resolved = resolve("infer", values=options)
-    return load_context(find_context(resolved), resolved), resolved
+    context = find_context(resolved)
+    context.check_writes_text()
+    return load_context(context, resolved), resolved

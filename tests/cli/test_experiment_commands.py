@@ -220,6 +220,8 @@ def test_resources_of_experiments_stand_in_their_file(home, swift, tmp_path):
     file = experiments(tmp_path / "pair.yaml", one=["alias", "lora_rank"])
     code, _, err = swift("submit", file, "--devices", "2")
     assert (code, "stand in their file" in err) == (2, True)
+    code, _, err = swift("submit", "sft", "--model", "m")
+    assert code == 2 and "fix: swift submit -- sft --model m" in err
     code, _, err = swift("submit", file, "--", "config", "alias", "x")
     assert (code, "what shall be queued?" in err) == (2, True)
     assert not home.store.exists()

@@ -14,7 +14,7 @@ from swift.data.tokens import TokenDataset
 from swift.models.classifier import ClassifierHead
 from swift.models.load import load_model, load_template
 from swift.parallel.pooled import PooledEngine, answer_difference, split_backbone, split_score
-from swift.train.tasks import pooled_objective
+from swift.train.tasks import engine_of, pooled_objective
 
 TEXTS = [
     "red",
@@ -151,3 +151,26 @@ def test_vectors_are_the_last_hidden_states(tiny_model_dir):
     values = engine.predict(collate(dataset, [[0]], "padded")).values
     wanted = [model.model(torch.as_tensor(one).long()[None]).last_hidden_state[0, -1] for one in sequences]
     assert torch.allclose(values, torch.stack(wanted), atol=1e-5)
+
+
+def test_mean_pooling_is_the_mean_over_the_tokens_of_each_text(tiny_model_dir):
+    """By hand as sentence embeddings do it: hidden states times the attention mask of a padded batch."""
+    resolved = resolved_task(task_type="embedding", embedding_pooling="mean")
+    rows = [
+        {"messages": [{"role": "user", "content": one}], "positive": [other], "negative": [TEXTS[4]]}
+        for one, other in ((TEXTS[2], TEXTS[0]), (TEXTS[1], TEXTS[3]))
+    ]
+    dataset, tokenizer = dataset_of(tiny_model_dir, rows, resolved)
+    model = load_model(tiny_model_dir, dtype=torch.float32)
+    make = engine_of(resolved.config, model, tokenizer)
+    engine = make(model, [], device=torch.device("cpu"), dtype=torch.float32)
+    sequences = [torch.as_tensor(one).long() for i in range(2) for one in dataset.group(i)[0]]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(one) for one in sequences])[:, None]
+    theirs = load_model(tiny_model_dir, dtype=torch.float32, attention="eager").model
+    with torch.no_grad():
+        hidden = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    wanted = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    for rows_of_batch, mode in (([[0], [1]], "padded"), ([[0, 1]], "padding_free")):
+        values = engine.predict(collate(dataset, rows_of_batch, mode, 7)).values
+        assert torch.allclose(values, wanted, atol=1e-5)

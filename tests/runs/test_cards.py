@@ -76,6 +76,11 @@ def test_end_card_in_a_pipe(tmp_path: Path) -> None:
     ]
 
 
+def test_an_adapter_that_is_no_change_of_weights_is_not_to_be_merged(tmp_path: Path) -> None:
+    (lora_run(tmp_path) / "checkpoint-100" / "adapter_config.json").write_text('{"peft_type": "SWIFT_REFT"}')
+    assert end_card_lines(tmp_path, SUMMARY)[-1] == ("next", f"swift infer --adapters {tmp_path}/best")
+
+
 def test_full_training_and_early_stop(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-120").mkdir()
     summary = {**SUMMARY, "best_checkpoint": None, "stop_reason": "eval_loss did not improve"}

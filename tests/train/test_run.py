@@ -373,6 +373,8 @@ def test_missing_callbacks_and_taken_names_are_refused_before_torch(tiny_model_d
     with pytest.raises(ConfigError, match="already holds a run"):
         preflight(resolve("sft", [*words, "--run_name", "taken"]))
     assert preflight(resolve("sft", [*words, "--run_name", "free"])) == tiny_model_dir
+    with pytest.raises(ConfigError, match="flash_attn is not installed"):
+        preflight(resolve("sft", [*words, "--attn_impl", "flash_attention_2"]))
 
 
 def test_recomputing_some_layers_changes_nothing_but_memory(run_training):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -135,12 +136,19 @@ def _list(arguments: Namespace) -> int:
     if arguments.json:
         print(json.dumps({"datasets": [entry.describe() for entry in entries]}, ensure_ascii=False))
         return 0
+    rows = [
+        (entry.name, entry.task, entry.hf or "", entry.ms or "", entry.licence or "")
+        for entry in sorted(entries, key=lambda entry: (entry.task, entry.name))
+    ]
+    if not sys.stdout.isatty():  # for pipes: one line a data set, tabs between the columns
+        print(*("\t".join(row) for row in rows), sep="\n")
+        return 0
     from rich.console import Console
     from rich.table import Table
 
     table = Table("name", "task", "Hugging Face", "ModelScope", "licence", box=None, pad_edge=False)
-    for entry in sorted(entries, key=lambda entry: (entry.task, entry.name)):
-        table.add_row(entry.name, entry.task, entry.hf or "", entry.ms or "", entry.licence or "")
+    for row in rows:
+        table.add_row(*row)
     Console(soft_wrap=True).print(table)
     print(f"{len(entries)} data sets")
     return 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from swift.cli.arguments import ArgumentParser
+from swift.cli.table import COMMANDS, LATER_COMMANDS
+from swift.core.errors import UsageError
 
 USAGE = "swift submit [options] FILE.yaml | -- COMMAND [...]"
 
@@ -32,8 +35,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--threads", help="CPU threads (for a command)")
     parser.add_argument("--time_limit", help="such as 2h30m: then it is stopped (for a command)")
     parser.add_argument("--json", action="store_true", help="print the group and its jobs as JSON")
+    if own[:1] and not words and (own[0].replace("_", "-") in COMMANDS or own[0] in LATER_COMMANDS):
+        raise UsageError("a command stands after --", where=own[0], fix=f"swift submit -- {shlex.join(own)}")
     options = parser.parse(own)
-    from swift.core.errors import UsageError
     from swift.experiments.client import Client
     from swift.experiments.home import Home
     from swift.experiments.inventory import take_inventory

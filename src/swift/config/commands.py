@@ -112,7 +112,7 @@ COMMANDS: dict[str, Command] = {
             "infer",
             "swift.cli.infer",
             "Chat with a model, or answer the rows of a file.",
-            sections=("model", "template", "quantization", "generation"),
+            sections=("model", "template", "quantization", "generation", "engine"),
             extra=(
                 "val_dataset",
                 "columns",

@@ -347,7 +347,7 @@ def _check_generation(resolved: Resolved) -> None:
                     f"{_where(resolved, name)}: no effect at temperature 0; raise --temperature to sample"
                 )
     if not resolved.config.data.val_dataset:
-        for name in ("result_path", "metric", "max_batch_size", "columns", "on_bad_rows"):
+        for name in ("result_path", "metric", "columns", "on_bad_rows"):
             if resolved.is_explicit(name):
                 resolved.warnings.append(
                     f"{_where(resolved, name)}: used for rows of a file only; add --val_dataset FILE"

@@ -13,6 +13,7 @@ from swift.config.kinds import Kind, kind_of
 from swift.config.option import Section
 from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
+from swift.config.sections.engine import EngineSection
 from swift.config.sections.evaluation import EvaluationSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
@@ -43,6 +44,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "report": ReportSection,
     "generation": GenerationSection,
+    "engine": EngineSection,
 }
 
 
@@ -65,6 +67,7 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
 
 
 @dataclass(frozen=True)

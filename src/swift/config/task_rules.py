@@ -30,7 +30,7 @@ _ANSWERS = ("generative_reranker_positive_token", "generative_reranker_negative_
 
 TASK_OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("num_labels", "problem_type"), "task_type", ("seq_cls",)),
-    (("mrl_dims",), "task_type", ("embedding",)),
+    (("mrl_dims", "embedding_pooling"), "task_type", ("embedding",)),
     (("max_positive_samples", "max_negative_samples"), "task_type", _RERANKERS),
     (_ANSWERS, "task_type", ("generative_reranker",)),
     (

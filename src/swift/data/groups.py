@@ -1,4 +1,4 @@
-"""Rows for tasks over whole sequences: one row becomes a group of sequences, each read at its last token.
+"""Rows for tasks over whole sequences: one row becomes a group of sequences, each read as a whole.
 
 - seq_cls: ``messages`` and ``label``: a class; a list of classes (multi_label_classification); a number or a list of
   numbers (regression).
@@ -37,6 +37,7 @@ __all__ = [
     "TaskFormat",
     "encode_group",
     "read_group",
+    "read_texts",
     "task_format",
 ]
 
@@ -175,6 +176,24 @@ def read_group(sample: Sample, task: TaskFormat, number: int) -> Group:
     if task.task_type == "embedding":
         return _embedding_group(sample, task)
     return _ranking_group(sample, task, number)
+
+
+def read_texts(sample: Sample, task_type: str) -> list[Messages]:
+    """The conversations of a row that is to be scored or embedded: labels are not asked for, nothing is drawn.
+
+    seq_cls: the conversation; embedding: it and every other text of the row; rerankers: one for each document, those
+    under ``positive`` before those under ``negative``. Raises DataError for a row that has none.
+    """
+    try:
+        documents = [*_documents(sample, "positive"), *_documents(sample, "negative")]
+    except _FaultError as fault:
+        raise DataError(str(fault)) from None
+    if task_type in ("reranker", "generative_reranker"):
+        if not documents:
+            raise DataError('no document under "positive_messages" or "negative_messages"')
+        write = _judging if task_type == "generative_reranker" else _answering
+        return [write(sample.messages, document) for document in documents]
+    return [sample.messages, *documents] if task_type == "embedding" else [sample.messages]
 
 
 def _class_labels(sample: Sample, task: TaskFormat) -> list[float]:

@@ -8,11 +8,10 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from swift.config.sections.template import TemplateSection
 from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
 from swift.data.groups import GroupTemplate, TaskFormat, encode_group, end_mask
@@ -20,15 +19,14 @@ from swift.data.report import DataReport
 from swift.data.rows import Row
 from swift.data.store import EncodedLike, TokenStore, TokenWriter, encoded_arrays
 from swift.data.workers import WorkerPool
-from swift.models.template import Template
 
 __all__ = ["Encoder", "TemplateLike", "Truncation", "encode_rows", "tokenise"]
 
 Truncation = Literal["delete", "left", "right", "split"]
 
 _CHUNK_ROWS = 512
-_POOL_WORTH_SECONDS = 8.0
-"""A worker process takes about 2 s to import a tokenizer: below this much remaining work it does not pay."""
+_POOL_WORTH_SECONDS = 4.0
+"""Starting workers takes about 1 s: below this much remaining work they do not pay."""
 _DEADLINE_SECONDS = 600.0
 """How long a chunk may take in a worker before we call it stuck."""
 
@@ -51,24 +49,6 @@ class Encoder:
     max_length: int | None
     truncation: Truncation = "delete"
     task: TaskFormat | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if isinstance(self.template, Template):
-            # A compiled chat template cannot be sent to another process; what it is made from can.
-            made_from = (self.template.tokenizer, self.template.section, self.template.pretraining)
-            return _rebuild, (*made_from, self.max_length, self.truncation, self.task)
-        return Encoder, (self.template, self.max_length, self.truncation, self.task)
-
-
-def _rebuild(
-    tokenizer: Any,
-    section: TemplateSection,
-    pretraining: bool,
-    max_length: int | None,
-    truncation: Truncation,
-    task: TaskFormat | None,
-) -> Encoder:
-    return Encoder(Template(tokenizer, section, pretraining), max_length, truncation, task)
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> TokenStore:

@@ -40,7 +40,7 @@ def write_experiments(folder: Path, *, seed: int) -> Path:
         "name": "which-learning-rate",
         "defaults": defaults,
         "experiments": {name: {"learning_rate": rate} for name, rate in LEARNING_RATES.items()},
-        "after": {"evaluate": {"max_new_tokens": 8, "max_batch_size": 100}},
+        "after": {"evaluate": {"max_new_tokens": 8, "max_num_seqs": 100}},
     }
     path = folder / "experiments.yaml"
     atomic_write_text(path, yaml.safe_dump(content, sort_keys=False))

@@ -151,9 +151,9 @@ def _training(folder: Path, num_steps: int, seed: int) -> dict[str, Any]:
 def _answers(model: Path, heldout: Path, path: Path) -> list[dict[str, Any]]:
     """What ``swift infer --model MODEL --val_dataset HELDOUT`` answers; written to ``path`` anew."""
     path.unlink(missing_ok=True)
-    values = {"model": str(model), "device": "cpu", "max_new_tokens": 8, "max_batch_size": 100}
+    values = {"model": str(model), "device": "cpu", "max_new_tokens": 8, "max_num_seqs": 100}
     resolved = resolve("infer", values={**values, "val_dataset": [str(heldout)], "metric": ["exact_match"]})
-    generator = Generator(load_context(find_context(resolved), resolved))
+    generator = Generator(load_context(find_context(resolved), resolved), options=resolved.config.engine)
     questions = read_questions(dataset_specs(resolved.config.data, resolved.config.data.val_dataset), {}).good
     return answer_questions(generator, questions, resolved.config.generation, path)
 

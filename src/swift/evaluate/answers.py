@@ -14,10 +14,13 @@ from swift.data.formats import RowError, to_sample
 from swift.data.sources import DatasetSpec, find_files, read_rows
 from swift.evaluate.metrics import exact_match, rouge
 from swift.evaluate.results import ResultFile, row_key
-from swift.inference.generate import Generator
+from swift.inference.generate import Answer, Generator
 from swift.inference.losses import answer_losses
 
 __all__ = ["Question", "Questions", "answer_limit", "answer_questions", "read_questions", "summarize"]
+
+_WRITTEN_TOGETHER = 16
+"""Answers between two writes to disk; as many may be lost when the machine goes down."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,10 @@ def answer_questions(
         options: sampling, batch size and metrics.
         path: the result file; gone on with when it exists.
         identity: what else the answers depend on (model and adapter folders).
-        seed: for sampling. Each batch starts from it, so answers also depend on the batch size, and on where an
-            interrupted run was cut.
+        seed: for sampling; an answer depends on it and on the number of its row.
         on_progress: called with the number of rows done so far.
     """
-    fixed = options.model_dump(exclude={"result_path", "metric", "stream", "max_batch_size"})
+    fixed = options.model_dump(exclude={"result_path", "metric", "stream"})
     metrics = sorted(options.metric)
     keys = {
         question.index: row_key(
@@ -147,49 +149,57 @@ def answer_questions(
     file.check(keys)
     on_progress(len(file.results))
     waiting = [question for question in questions if question.index not in file.results]
+    prompts = [generator.template.encode_prompt(question.messages, question.tools) for question in waiting]
+    done: list[tuple[Question, Answer]] = []
+
+    def write() -> None:
+        losses = _losses(generator, [question for question, _ in done]) if "loss" in options.metric else {}
+        file.append([_result(*pair, options, keys, losses) for pair in done])
+        done.clear()
+        on_progress(len(file.results))
+
+    def keep(place: int, answer: Answer) -> None:
+        done.append((waiting[place], answer))
+        if len(done) == _WRITTEN_TOGETHER:
+            write()
+
     try:
-        for start in range(0, len(waiting), options.max_batch_size):
-            batch = waiting[start : start + options.max_batch_size]
-            file.append(_results(generator, batch, options, keys, seed))
-            on_progress(len(file.results))
+        generator.answers(
+            prompts, options, seed=seed, numbers=[question.index for question in waiting], on_answer=keep
+        )
+        if done:
+            write()
     finally:
         file.close()
     return [file.results[question.index] for question in questions]
 
 
-def _results(
-    generator: Generator,
-    batch: Sequence[Question],
+def _result(
+    question: Question,
+    answer: Answer,
     options: GenerationSection,
     keys: Mapping[int, str],
-    seed: int | None,
-) -> list[dict[str, Any]]:
-    template = generator.template
-    prompts = [template.encode_prompt(question.messages, question.tools) for question in batch]
-    answers = generator.answers(prompts, options, seed=seed)
-    losses = _losses(generator, batch) if "loss" in options.metric else {}
-    results = []
-    for question, answer in zip(batch, answers, strict=True):
-        result: dict[str, Any] = {
-            "index": question.index,
-            "key": keys[question.index],
-            "location": question.location,
-            "messages": question.messages,
-            "response": answer.text,
-            "finish_reason": answer.finish_reason,
-            "num_tokens": len(answer.token_ids),
-        }
-        if question.extra:
-            result["extra"] = question.extra
-        if question.reference is not None:
-            result["reference"] = question.reference
-            if "exact_match" in options.metric:
-                result["exact_match"] = exact_match(answer.text, question.reference)
-            if "rouge" in options.metric:
-                result.update(rouge(answer.text, question.reference))
-            result.update(losses.get(question.index, {}))
-        results.append(result)
-    return results
+    losses: Mapping[int, dict[str, Any]],
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "index": question.index,
+        "key": keys[question.index],
+        "location": question.location,
+        "messages": question.messages,
+        "response": answer.text,
+        "finish_reason": answer.finish_reason,
+        "num_tokens": len(answer.token_ids),
+    }
+    if question.extra:
+        result["extra"] = question.extra
+    if question.reference is not None:
+        result["reference"] = question.reference
+        if "exact_match" in options.metric:
+            result["exact_match"] = exact_match(answer.text, question.reference)
+        if "rouge" in options.metric:
+            result.update(rouge(answer.text, question.reference))
+        result.update(losses.get(question.index, {}))
+    return result
 
 
 def _losses(generator: Generator, batch: Sequence[Question]) -> dict[int, dict[str, Any]]:

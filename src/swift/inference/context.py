@@ -17,6 +17,7 @@ from swift.config.commands import COMMANDS
 from swift.config.schema import Resolved
 from swift.config.sections.model import ModelSection
 from swift.config.sections.quantization import QuantizationSection
+from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, ModelError
 from swift.hubs.names import is_repo_name
@@ -44,7 +45,7 @@ class InferenceContext:
         run: the run folder that all this comes from, or None.
         quantization: how the base is quantised when loaded: as in the run, unless the command line says otherwise.
         head: the score head of an adapter that was trained for a classifier.
-        task: what the run was for.
+        task_options: what the run was for.
         chosen_last: True when a run folder was named, and its last checkpoint taken.
         unpack: the adapter belongs to a rounded base (LoftQ) that is wanted in full precision: it is quantised when
             loaded, and its rounded values are unpacked then.
@@ -59,12 +60,29 @@ class InferenceContext:
     quantization: QuantizationSection = field(default_factory=QuantizationSection)
     unpack: bool = False
     head: ClassifierHead | None = None
-    task: str = "causal_lm"
+    task_options: TaskSection = field(default_factory=TaskSection)
+
+    @property
+    def task(self) -> str:
+        """What the model was trained for (``task_type``)."""
+        return self.task_options.task_type
 
     @property
     def writes_text(self) -> bool:
         """False for models that score or embed texts."""
-        return self.task == "causal_lm" and self.head is None
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        names = config.get("architectures") or []
+        return self.task == "causal_lm" and self.head is None and not any(map(is_classifier_name, names))
+
+    def check_writes_text(self) -> None:
+        """Raise ModelError for models that read texts and write none."""
+        if not self.writes_text:
+            raise ModelError(
+                "this model scores or embeds texts; it writes none",
+                where=str(self.adapter or self.model),
+                why="it has a score head" if self.task == "causal_lm" else f"task_type {self.task}",
+                fix="swift infer --val_dataset FILE gives the scores or vectors of its rows",
+            )
 
     def describe(self) -> str:
         """Model, adapter and system prompt in one line."""
@@ -129,8 +147,7 @@ def find_context(resolved: Resolved) -> InferenceContext:
     elif section.model is not None and recorded is None:
         derive_chat_template(resolved, section.model, model)
     head = _score_head(adapter, recorded) if adapter else None
-    task = recorded.config.task.task_type if recorded else "causal_lm"
-    context = InferenceContext(
+    return InferenceContext(
         model=model,
         adapter=adapter,
         template=_template(resolved, recorded),
@@ -140,11 +157,8 @@ def find_context(resolved: Resolved) -> InferenceContext:
         quantization=quantization,
         unpack=unpack,
         head=head,
-        task=task,
+        task_options=recorded.config.task if recorded else TaskSection(),
     )
-    if resolved.command == "infer":
-        _refuse_scores(context)
-    return context
 
 
 def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
@@ -170,20 +184,6 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
             unpack_base(bundle.model)
         bundle.model.eval()
     return bundle
-
-
-def _refuse_scores(context: InferenceContext) -> None:
-    """Raise ModelError for models that read texts and write none."""
-    config = json.loads((context.model / "config.json").read_text(encoding="utf-8"))
-    names = config.get("architectures") or []
-    if context.writes_text and not any(map(is_classifier_name, names)):
-        return
-    raise ModelError(
-        "this model scores or embeds texts; it writes none",
-        where=str(context.adapter or context.model),
-        why="it has a score head" if context.task == "causal_lm" else f"task_type {context.task}",
-        fix="load the folder with transformers or PEFT: docs/en/tasks.md shows how",
-    )
 
 
 def _score_head(adapter: Path, recorded: Resolved | None) -> ClassifierHead | None:

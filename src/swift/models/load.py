@@ -33,6 +33,7 @@ __all__ = [
     "load_model",
     "load_template",
     "load_tokenizer",
+    "load_unloaded",
 ]
 
 logger = get_logger(__name__)
@@ -140,6 +141,15 @@ def load_template(
     """Tokenizer and template only; neither weights nor torch."""
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     return Template(tokenizer, template_section, pretraining)
+
+
+def load_unloaded(
+    path: Path | str, template_section: TemplateSection, pretraining: bool, *, trust_remote_code: bool = False
+) -> ModelBundle:
+    """A bundle whose ``model`` is None, for models that run elsewhere."""
+    folder = Path(path)
+    template = load_template(folder, template_section, pretraining, trust_remote_code=trust_remote_code)
+    return ModelBundle(None, template.tokenizer, template, ModelFacts.read(folder), folder, "none")
 
 
 def load_model(

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,6 +103,12 @@ class Template:
         ids = (tokenizer.convert_tokens_to_ids(token) for token in self._end_tokens)
         self.stop_token_ids: list[int] = list(dict.fromkeys(ids))
         """A generated answer is over at any of these tokens."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to encode alike: not the tokenizer of transformers, which takes it a second."""
+        names = ("name_or_path", "is_fast", "backend_tokenizer", "bos_token", "eos_token", "eos_token_id")
+        kept = SimpleNamespace(**{name: getattr(self.tokenizer, name) for name in names})
+        return {**self.__dict__, "tokenizer": kept}
 
     def encode(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> Encoded:
         """Tokens and labels of one conversation. Raises DataError when the template refuses it."""

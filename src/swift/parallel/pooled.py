@@ -1,4 +1,4 @@
-"""The native engine for tasks over whole sequences: one row of values is read at the last token of each."""
+"""The native engine for tasks over whole sequences: one row of values for each, read at its last token or over all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ from swift.models.head import split_head
 from swift.objectives.base import PooledOutputs
 from swift.parallel.native import NativeEngine
 
-__all__ = ["PooledEngine", "answer_difference", "split_backbone", "split_score"]
+__all__ = [
+    "PooledEngine",
+    "answer_difference",
+    "last_token",
+    "mean_of_tokens",
+    "split_backbone",
+    "split_score",
+]
 
 
 class PooledEngine(NativeEngine):
-    """What the head makes of the hidden state at each target of a batch, ``[num_sequences, size]`` in order.
+    """What the head makes of the hidden state of each sequence of a batch, ``[num_sequences, size]`` in order.
 
     Args:
         split: backbone and head of the model, or None when they cannot be told apart: then its logits are read.
+        pool: from hidden states ``[rows, width, size]`` and the batch to one of each sequence.
         readout: from what the head gives ``[num_sequences, ...]`` to the values of the objective.
         options: those of the native engine.
     """
@@ -30,10 +38,12 @@ class PooledEngine(NativeEngine):
         self,
         *args: Any,
         split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
+        pool: Callable[[Tensor, Batch], Tensor] | None = None,
         readout: Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, split=split, **options)
+        self._pool = pool or last_token
         self._readout = readout
 
     @torch.no_grad()
@@ -48,13 +58,30 @@ class PooledEngine(NativeEngine):
         return self._outputs(batch).values
 
     def _outputs(self, batch: Batch) -> PooledOutputs:  # type: ignore[override]
-        ends = batch.targets != -100
         with self._precision():
             outputs = self._run(batch)
-            values = self._split[1](outputs.last_hidden_state[ends]) if self._split else outputs.logits[ends]
+            states = self._pool(outputs.last_hidden_state if self._split else outputs.logits, batch)
+            values = self._split[1](states) if self._split else states
         if self._readout is not None:
             values = self._readout(values)
         return PooledOutputs(values.to(torch.promote_types(values.dtype, torch.float32)))
+
+
+def last_token(states: Tensor, batch: Batch) -> Tensor:
+    """``[rows, width, size] -> [num_sequences, size]``: the states at the end of each sequence."""
+    return states[batch.targets != -100]
+
+
+def mean_of_tokens(states: Tensor, batch: Batch) -> Tensor:
+    """``[rows, width, size] -> [num_sequences, size]``: the mean over the tokens of each sequence, in float32."""
+    ends = (batch.targets != -100).flatten().nonzero()[:, 0]
+    lengths = batch.position_ids.flatten()[ends] + 1
+    sequence = torch.arange(len(ends), device=ends.device).repeat_interleave(lengths)
+    first = ends + 1 - lengths.cumsum(0)  # place in the batch less place among the tokens of all sequences
+    tokens = first[sequence] + torch.arange(len(sequence), device=ends.device)
+    values = states.flatten(0, 1)[tokens].float()
+    sums = values.new_zeros(len(ends), values.shape[1]).index_add(0, sequence, values)
+    return sums / lengths[:, None]
 
 
 def split_score(model: Any) -> tuple[nn.Module, nn.Module]:

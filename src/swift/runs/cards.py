@@ -6,6 +6,7 @@ the same lines come without either.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -171,8 +172,13 @@ def _next_commands(folder: Path, summary: Mapping[str, Any]) -> Lines:
     if not name:
         return []
     checkpoint = shlex.quote(str(folder / kind))
-    if (folder / name / "adapter_config.json").is_file():
+    adapter = folder / name / "adapter_config.json"
+    if adapter.is_file():
         commands = [f"swift infer --adapters {checkpoint}", f"swift merge-lora --adapters {checkpoint}"]
+        if str(json.loads(adapter.read_bytes()).get("peft_type")).startswith(
+            "SWIFT_"
+        ):  # no change of a weight (ReFT)
+            commands.pop()
     else:
         commands = [f"swift infer --model {checkpoint}"]
     if summary.get("task_type"):  # it writes no text

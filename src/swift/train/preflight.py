@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -46,6 +47,7 @@ def preflight(resolved: Resolved) -> Path:
     check_packages(config.quantization)
     check_peft(config.tuner)
     check_optimizer(config.optimizer)
+    _check_attention(config.model.attn_impl)
     pin_datasets(resolved)
     for spec in dataset_specs(config.data, [*config.data.dataset, *config.data.val_dataset]):
         find_files(spec)
@@ -66,6 +68,22 @@ def preflight(resolved: Resolved) -> Path:
     if config.checkpoint.resume_from_checkpoint is None:
         _check_output(Path(config.checkpoint.output_dir), config.checkpoint.run_name)
     return folder
+
+
+_ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+def _check_attention(implementation: str) -> None:
+    """Raise ConfigError when nothing on this machine computes it: else transformers says so after minutes."""
+    package = _ATTENTION_PACKAGES.get(implementation)
+    # transformers takes the same functions from the package kernels where that is installed.
+    if package is not None and not any(importlib.util.find_spec(name) for name in (package, "kernels")):
+        raise ConfigError(
+            f"the package {package} is not installed",
+            where=f"--attn_impl {implementation}",
+            fix="leave it out: auto takes the fastest exact one; or: pip install "
+            + ("flash-attn --no-build-isolation" if package == "flash_attn" else "kernels"),
+        )
 
 
 _RECORDED = {

@@ -24,7 +24,13 @@ from swift.objectives.preference.objective import KtoLoss, PreferenceLoss, Rewar
 from swift.objectives.ranking import ListwiseLoss, PointwiseLoss
 from swift.parallel.answers import AnswerEngine
 from swift.parallel.native import NativeEngine
-from swift.parallel.pooled import PooledEngine, answer_difference, split_backbone, split_score
+from swift.parallel.pooled import (
+    PooledEngine,
+    answer_difference,
+    mean_of_tokens,
+    split_backbone,
+    split_score,
+)
 
 __all__ = ["check_negatives", "classifier_head", "engine_of", "pooled_objective", "tuner_of"]
 
@@ -128,7 +134,8 @@ def engine_of(config: Config, model: Any, tokenizer: Any) -> Callable[..., Nativ
             where="--mrl_dims",
             fix=f"--mrl_dims {size} {size // 2}",
         )
-    return partial(PooledEngine, split=split_backbone)
+    pool = mean_of_tokens if task.embedding_pooling == "mean" else None
+    return partial(PooledEngine, split=split_backbone, pool=pool)
 
 
 def _token(tokenizer: Any, text: str, where: str) -> int:

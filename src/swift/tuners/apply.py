@@ -26,7 +26,7 @@ from swift.tuners.saved_module import SavedModule, saved_modules
 from swift.tuners.starts import keeps_start, needs_data, start_from_weights
 from swift.tuners.targets import find_saved, find_targets, short_names
 
-__all__ = ["TunedModel", "apply_tuner", "attach_adapter", "module_seed", "tuned_model"]
+__all__ = ["TunedModel", "apply_tuner", "attach_adapter", "module_seed", "remove_adapter", "tuned_model"]
 
 DEFAULT_ADAPTER = "default"
 
@@ -163,6 +163,30 @@ def attach_adapter(
         module.add_copy(name, saved_dtype)
     tuned.switch.active = name
     return tuned
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Take one LoRA adapter off the model; layers without any are the plain ones again.
+
+    Raises:
+        ModelError: the model has no such adapter.
+    """
+    layers, modules = lora_layers(model), saved_modules(model)
+    if not any(name in layer.specs for layer in layers.values()) and not any(
+        name in module.copies for module in modules.values()
+    ):
+        raise ModelError(f"the model has no adapter {name!r} to remove")
+    for key, layer in layers.items():
+        layer.remove_adapter(name)
+        if not layer.specs:
+            model.set_submodule(key, layer.base)
+        if layer.switch.active == name:
+            layer.switch.active = None
+    for key, module in modules.items():
+        if name in module.copies:
+            del module.copies[name]
+        if not module.copies:
+            model.set_submodule(key, module.base)
 
 
 def apply_tuner(

@@ -60,13 +60,14 @@ class AdapterSwitch:
 
     Attributes:
         active: the adapter of every row, or None for the base model.
-        rows: ``(adapter or None, number of batch rows)`` for consecutive groups of rows; wins over
-            ``active``.
+        rows: ``(adapter or None, number of rows)`` for consecutive groups of rows; wins over ``active``. Rows are
+            those of a batch, or the tokens of a single row.
     """
 
     def __init__(self, active: str | None = None) -> None:
         self.active = active
         self.rows: tuple[tuple[str | None, int], ...] | None = None
+        self._groups: dict[int, tuple[tuple[str | None, int], ...]] = {}
 
     @contextlib.contextmanager
     def use(self, active: str | None) -> Iterator[None]:
@@ -79,23 +80,129 @@ class AdapterSwitch:
             self.active, self.rows = before
 
     @contextlib.contextmanager
-    def mixed(self, rows: Sequence[tuple[str | None, int]]) -> Iterator[None]:
-        """Batches of several adapters within the block: consecutive ``(adapter, number of rows)``."""
-        before = self.rows
-        self.rows = tuple(rows)
+    def mixed(
+        self, rows: Sequence[tuple[str | None, int]], kept: Sequence[tuple[str | None, int]] = ()
+    ) -> Iterator[None]:
+        """Batches of several adapters within the block: consecutive ``(adapter, number of rows)``.
+
+        ``kept``: the groups behind a place where the model goes on with fewer tokens (the head, of which only
+        some logits are wanted).
+        """
+        before = (self.rows, self._groups)
+        self.rows, self._groups = tuple(rows), {sum(size for _, size in kept): tuple(kept)}
         try:
             yield
         finally:
-            self.rows = before
+            self.rows, self._groups = before
+
+    def groups(self, total: int) -> tuple[tuple[str | None, int], ...]:
+        """``(adapter or None, size)`` of ``total`` consecutive tokens, those of a row side by side.
+
+        Raises:
+            ValueError: the rows do not divide them.
+        """
+        assert self.rows is not None
+        found = self._groups.get(total)
+        if found is None:
+            num_rows = sum(size for _, size in self.rows)
+            if not num_rows or total % num_rows:
+                raise ValueError(f"adapter rows {self.rows} do not add up to the {total} rows of the batch")
+            times = total // num_rows
+            found = self._groups[total] = tuple((name, size * times) for name, size in self.rows)
+        return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """``size`` consecutive tokens and their adapter: A ``[rank, in]`` and B ``[out, rank]``, or the base alone."""
+
+    size: int
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 0.0
+    dropout: float = 0.0
+
+
+def _add_parts(y: Tensor, x: Tensor, parts: Sequence[_Part]) -> list[tuple[Tensor, Tensor | None]]:
+    """Add every adapter's update of its tokens to ``y [tokens, out]``, in place; what a backward pass needs.
+
+    For each adapter that is the ``[rank, tokens]`` projection, and with dropout what decided about each element.
+    The projections are kept as ``[rank, tokens]`` because CPU matrix products are up to four times faster in that
+    layout; they are added into the wide tensor in place, so no second ``[tokens, out]`` exists.
+    """
+    saved: list[tuple[Tensor, Tensor | None]] = []
+    start = 0
+    for part in parts:
+        stop = start + part.size
+        if part.a is not None and part.b is not None:
+            whole = len(parts) == 1
+            rows, out = (x, y) if whole else (x[start:stop], y[start:stop])
+            noise = _draw_dropout(rows, part.dropout) if part.dropout > 0 else None
+            kept = rows if noise is None else rows * _keep_mask(noise, part.dropout, x.dtype)
+            hidden = torch.mm(part.a.to(x.dtype), kept.t())
+            out.addmm_(hidden.t(), part.b.to(x.dtype).t(), alpha=part.scaling * _keep_scale(part.dropout))
+            saved.append((hidden, noise))
+        start = stop
+    return saved
+
+
+Plan = tuple[tuple[int, float, float], ...]
+"""Size, scaling and dropout of consecutive groups of tokens."""
+
+
+def _save(
+    ctx: Any, x: Tensor, weight: Tensor | None, plan: Plan, tensors: Sequence[Tensor | None], saved: Any
+) -> None:
+    flat = [tensor for pair in saved for tensor in pair]
+    ctx.save_for_backward(x, weight, *tensors, *flat)
+    ctx.plan = plan
+
+
+def _parts_of(plan: Plan, tensors: Sequence[Tensor | None]) -> list[_Part]:
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return [_Part(size, a, b, *rest) for (size, *rest), (a, b) in zip(plan, pairs, strict=True)]
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor, first: int, grad_x: Tensor | None, x: Tensor, rest: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of A and B of each part (inputs from number ``first``); adds those of x to ``grad_x``, in place.
+
+    ``rest``: what `_save` stored behind input and weight.
+    """
+    tensors, saved = rest[: 2 * len(ctx.plan)], iter(rest[2 * len(ctx.plan) :])
+    grads: list[Tensor | None] = []
+    start = 0
+    for number, part in enumerate(_parts_of(ctx.plan, tensors)):
+        stop = start + part.size
+        rows = slice(start, stop)
+        start = stop
+        if part.a is None or part.b is None:
+            grads += [None, None]
+            continue
+        hidden, noise = next(saved), next(saved)
+        a, b, grad = part.a.to(x.dtype), part.b.to(x.dtype), grad_y[rows]
+        mask = None if noise is None else _keep_mask(noise, part.dropout, x.dtype)
+        factor = part.scaling * _keep_scale(part.dropout)
+        grad_a = grad_b = None
+        grad_hidden = torch.mm(b.t(), grad.t())  # [rank, tokens], not yet scaled
+        if ctx.needs_input_grad[first + 2 * number]:
+            kept = x[rows] if mask is None else x[rows] * mask
+            grad_a = torch.mm(grad_hidden, kept).to(part.a.dtype).mul_(factor)
+        if ctx.needs_input_grad[first + 2 * number + 1]:
+            grad_b = torch.mm(hidden, grad).t().to(part.b.dtype).contiguous().mul_(factor)
+        if grad_x is not None and mask is None:
+            grad_x[rows].addmm_(grad_hidden.t(), a, alpha=factor)
+        elif grad_x is not None:
+            grad_x[rows].addcmul_(torch.mm(grad_hidden.t(), a), mask, value=factor)
+        grads += [grad_a, grad_b]
+    return grads
 
 
 class _LoraFunction(torch.autograd.Function):
-    """The layer with a frozen weight, for one adapter; every tensor in one dtype but A and B.
+    """The layer with a frozen weight, computed once for all tokens; every tensor in one dtype but A and B.
 
-    Saves the input (which layers with the same input share), the ``[rank, tokens]`` projection and, with
-    dropout, what decided about each element. The low-rank products are added into the wide ones in place, so
-    no second ``[tokens, out]`` or ``[tokens, in]`` tensor exists. The projections are kept as ``[rank,
-    tokens]`` because CPU matrix products are up to four times faster in that layout.
+    Saves the input (which layers with the same input share) and what `_add_parts` gives.
     """
 
     @staticmethod
@@ -104,84 +211,43 @@ class _LoraFunction(torch.autograd.Function):
         x: Tensor,  # [tokens, in]
         weight: Tensor,  # [in, out], a view
         bias: Tensor | None,
-        lora_a: Tensor,  # [rank, in]
-        lora_b: Tensor,  # [out, rank]
-        scaling: float,
-        dropout: float,
+        plan: Plan,
+        *tensors: Tensor | None,  # A and B of each part
     ) -> Tensor:
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         y = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-        noise = _draw_dropout(x, dropout) if dropout > 0 else None
-        kept = x if noise is None else x * _keep_mask(noise, dropout, x.dtype)
-        hidden = torch.mm(a, kept.t())  # [rank, tokens]
-        factor = scaling * _keep_scale(dropout)
-        y.addmm_(hidden.t(), b.t(), alpha=factor)
-        ctx.save_for_backward(x, hidden, noise, weight, lora_a, lora_b)
-        ctx.factor, ctx.dropout = factor, dropout
+        _save(ctx, x, weight, plan, tensors, _add_parts(y, x, _parts_of(plan, tensors)))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        x, hidden, noise, weight, lora_a, lora_b = ctx.saved_tensors
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        mask = None if noise is None else _keep_mask(noise, ctx.dropout, x.dtype)
-        grad_a = grad_b = grad_x = None
-        grad_hidden = torch.mm(b.t(), grad_y.t())  # [rank, tokens], not yet scaled
-        if ctx.needs_input_grad[3]:
-            kept = x if mask is None else x * mask
-            grad_a = torch.mm(grad_hidden, kept).to(lora_a.dtype).mul_(ctx.factor)
-        if ctx.needs_input_grad[4]:
-            grad_b = torch.mm(hidden, grad_y).t().to(lora_b.dtype).contiguous().mul_(ctx.factor)
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad_y, weight.t())
-            if mask is None:
-                grad_x.addmm_(grad_hidden.t(), a, alpha=ctx.factor)
-            else:
-                grad_x.addcmul_(torch.mm(grad_hidden.t(), a), mask, value=ctx.factor)
-        return grad_x, None, None, grad_a, grad_b, None, None
+        x, weight, *rest = (
+            ctx.saved_tensors
+        )  # once: gradient checkpointing computes them when they are asked for
+        grad_x = torch.mm(grad_y, weight.t()) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, *_backward(ctx, grad_y, 4, grad_x, x, rest)
 
 
 class _AdapterFunction(torch.autograd.Function):
-    """The adapter's part alone, added in place to what any frozen layer (a quantised one) computed.
+    """The adapters' part alone, added in place to what any frozen layer (a quantised one) computed.
 
     Saves what ``_LoraFunction`` saves but the weight: the layer keeps that itself, in its few bits.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        noise = _draw_dropout(x, dropout) if dropout > 0 else None
-        kept = x if noise is None else x * _keep_mask(noise, dropout, x.dtype)
-        hidden = torch.mm(a, kept.t())  # [rank, tokens]
-        factor = scaling * _keep_scale(dropout)
-        ctx.save_for_backward(x, hidden, noise, lora_a, lora_b)
-        ctx.factor, ctx.dropout = factor, dropout
+    def forward(ctx: Any, y: Tensor, x: Tensor, plan: Plan, *tensors: Tensor | None) -> Tensor:
+        _save(ctx, x, None, plan, tensors, _add_parts(y, x, _parts_of(plan, tensors)))
         ctx.mark_dirty(y)
-        return y.addmm_(hidden.t(), b.t(), alpha=factor)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        x, hidden, noise, lora_a, lora_b = ctx.saved_tensors
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        mask = None if noise is None else _keep_mask(noise, ctx.dropout, x.dtype)
-        grad_a = grad_b = grad_x = None
-        grad_hidden = torch.mm(b.t(), grad_y.t())
-        if ctx.needs_input_grad[2]:
-            kept = x if mask is None else x * mask
-            grad_a = torch.mm(grad_hidden, kept).to(lora_a.dtype).mul_(ctx.factor)
-        if ctx.needs_input_grad[3]:
-            grad_b = torch.mm(hidden, grad_y).t().to(lora_b.dtype).contiguous().mul_(ctx.factor)
-        if ctx.needs_input_grad[1]:
-            grad_x = torch.mm(grad_hidden.t(), a).mul_(ctx.factor)
-            if mask is not None:
-                grad_x.mul_(mask)
-        return grad_y, grad_x, grad_a, grad_b, None, None
+        x, _, *rest = ctx.saved_tensors
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        return grad_y, grad_x, None, *_backward(ctx, grad_y, 3, grad_x, x, rest)
 
 
 _DROPOUT_STEPS = 2**16
@@ -303,6 +369,12 @@ class LoraLinear(nn.Module):
         if spec.keeps_start:
             self.set_start(name, torch.zeros_like(self.lora_A[name]), torch.zeros_like(self.lora_B[name]))
 
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; nothing happens where the layer does not have it."""
+        if self.specs.pop(name, None) is not None:
+            del self.lora_A[name], self.lora_B[name]
+            self.starts.pop(name, None)
+
     @torch.no_grad()
     def set_start(self, name: str, a: Tensor, b: Tensor) -> None:
         """Let A and B start at ``a [rank, in]`` and ``b [out, rank]``, which are kept and subtracted."""
@@ -319,56 +391,71 @@ class LoraLinear(nn.Module):
         return torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``; with ``switch.rows`` the first dimension holds the batch rows."""
-        rows = self.switch.rows
-        if rows is None:
-            return self._forward_one(x, self.switch.active)
-        sizes = [size for _, size in rows]
-        if sum(sizes) != x.shape[0]:
-            raise ValueError(f"adapter rows {rows} do not add up to the {x.shape[0]} rows of the batch")
-        parts = zip(rows, x.split(sizes), strict=True)
-        return torch.cat([self._forward_one(part, name) for (name, _), part in parts])
-
-    def _forward_one(self, x: Tensor, name: str | None) -> Tensor:
-        """All rows with one adapter. Layers that the adapter leaves out act as the base."""
-        spec = self.specs.get(name) if name is not None else None
-        if spec is None or name is None:
-            output = self.base(x)
-            assert isinstance(output, Tensor)
-            return output
-        lora_a, lora_b = self.pair(name)
-        dropout = spec.dropout if self.training else 0.0
+        """``[..., in]`` to ``[..., out]``; with ``switch.rows`` the tokens of consecutive groups of rows."""
+        switch = self.switch
+        if switch.rows is None:
+            name = switch.active
+            if name is None or name not in self.specs:  # layers that the adapter leaves out act as the base
+                output = self.base(x)
+                assert isinstance(output, Tensor)
+                return output
+            groups: tuple[tuple[str | None, int], ...] = ((name, x.numel() // x.shape[-1]),)
+        else:
+            groups = switch.groups(x.numel() // x.shape[-1])
         if torch.compiler.is_compiling():
-            return self._compose(x, lora_a, lora_b, spec.scaling, dropout)
-        if self.is_quantised:
-            return self._add_to_quantised(x, lora_a, lora_b, spec.scaling, dropout)
-        weight, bias = self.weight, self.bias
+            return self._compose(x, groups)
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)
+        autocast = torch.is_autocast_enabled(device_type)
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(device_type))
         flat = x.reshape(-1, x.shape[-1])
-        wide = weight if self.is_transposed else weight.t()
-        y: Tensor = _LoraFunction.apply(flat, wide, bias, lora_a, lora_b, spec.scaling, dropout)
+        if torch.is_grad_enabled():
+            y = self._trained(flat, groups)
+        else:
+            y = self.base(flat)
+            _add_parts(y, flat.to(y.dtype), self._parts(groups))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _add_to_quantised(
-        self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        flat = x.reshape(-1, x.shape[-1])
-        y = self.base(flat)
-        result: Tensor = _AdapterFunction.apply(y, flat.to(y.dtype), lora_a, lora_b, scaling, dropout)
-        return result.view(*x.shape[:-1], y.shape[-1])
+    def _parts(self, groups: Sequence[tuple[str | None, int]]) -> list[_Part]:
+        return [self._part(name, size) for name, size in groups]
 
-    def _compose(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float) -> Tensor:
+    def _part(self, name: str | None, size: int) -> _Part:
+        spec = self.specs.get(name) if name is not None else None
+        if spec is None or name is None:
+            return _Part(size)
+        return _Part(size, *self.pair(name), spec.scaling, spec.dropout if self.training else 0.0)
+
+    def _trained(self, x: Tensor, groups: Sequence[tuple[str | None, int]]) -> Tensor:
+        """``[tokens, in]`` to ``[tokens, out]``, for autograd."""
+        parts = self._parts(groups)
+        plan = tuple((part.size, part.scaling, part.dropout) for part in parts)
+        tensors = [tensor for part in parts for tensor in (part.a, part.b)]
+        y: Tensor
+        if self.is_quantised:
+            y = self.base(x)
+            y = _AdapterFunction.apply(y, x.to(y.dtype), plan, *tensors)
+            return y
+        weight, bias = self.weight, self.bias
+        if weight.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+            weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+        y = _LoraFunction.apply(x, weight if self.is_transposed else weight.t(), bias, plan, *tensors)
+        return y
+
+    def _compose(self, x: Tensor, groups: Sequence[tuple[str | None, int]]) -> Tensor:
         """The same from plain operations, which torch.compile fuses itself."""
         y = self.base(x)
-        kept = F.dropout(x, dropout) if dropout > 0 else x
-        hidden = F.linear(kept, lora_a.to(x.dtype)) * scaling
-        return y + F.linear(hidden, lora_b.to(hidden.dtype))
+        updates, flat = [], x.reshape(-1, x.shape[-1])
+        for (_, size), part, rows in zip(
+            groups, self._parts(groups), flat.split([size for _, size in groups]), strict=True
+        ):
+            if part.a is None or part.b is None:
+                updates.append(rows.new_zeros(size, y.shape[-1]))
+                continue
+            kept = F.dropout(rows, part.dropout) if part.dropout > 0 else rows
+            hidden = F.linear(kept, part.a.to(x.dtype)) * part.scaling
+            updates.append(F.linear(hidden, part.b.to(hidden.dtype)))
+        update = updates[0] if len(updates) == 1 else torch.cat(updates)
+        return y + update.view(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
     def delta(self, name: str) -> Tensor:

@@ -37,14 +37,17 @@ class SavedModule(nn.Module):
         self.copies[name] = clone.to(dtype).requires_grad_(True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows = self.switch.rows
-        if rows is None:
+        if self.switch.rows is None:
             return self._forward_one(self.switch.active, args, kwargs)
         if len(args) != 1 or kwargs:
             raise ValueError("batches of several adapters need modules_to_save that take one tensor")
-        parts = args[0].split([size for _, size in rows])
-        pairs = zip(rows, parts, strict=True)
-        return torch.cat([self._forward_one(name, (part,), {}) for (name, _), part in pairs])
+        x = args[0]
+        axis = (
+            1 if x.shape[0] == 1 and x.dim() > 1 else 0
+        )  # a single row holds its groups one behind the other
+        groups = self.switch.groups(x.shape[axis])
+        parts = zip(groups, x.split([size for _, size in groups], axis), strict=True)
+        return torch.cat([self._forward_one(name, (part,), {}) for (name, _), part in parts], axis)
 
     def _forward_one(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name is None or name not in self.copies:

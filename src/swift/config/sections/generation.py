@@ -26,7 +26,6 @@ class GenerationSection(Section):
     repetition_penalty: float = option(1.0, "Divide the logits of tokens already used; 1: off.", gt=0)
     stop_words: list[str] = option([], "Texts that end an answer.")
     stream: bool = option(True, "Show an answer while it is generated (interactive chat).")
-    max_batch_size: int = option(8, "Prompts answered at once in batch inference.", ge=1)
     result_path: str | None = option(
         None,
         "Batch inference: JSONL file for the answers; default: infer-TIME.jsonl beside the model or run.",

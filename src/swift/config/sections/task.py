@@ -56,6 +56,10 @@ class TaskSection(Section):
         [],
         "embedding: the loss is the mean over vectors cut to these sizes (Matryoshka, arXiv 2205.13147).",
     )
+    embedding_pooling: Literal["last", "mean"] = option(
+        "last",
+        "embedding: a text's vector is the hidden state of its last token, or the mean over its tokens.",
+    )
     max_positive_samples: int = option(1, "Rerankers: relevant documents used of each row.", ge=1)
     max_negative_samples: int = option(7, "Rerankers: other documents used of each row.", ge=0)
     listwise_reranker_temperature: float = option(1.0, "listwise_reranker: scores are divided by this.", gt=0)

@@ -58,7 +58,7 @@ class SamplingOptions:
         logprobs: number of alternatives told beside each chosen token (0: the chosen one alone); None: nothing is.
             They are of the distribution sampled from before top_p, top_k and min_p cut it: after temperature,
             penalties and bias (at temperature 0: as at 1).
-        prompt_logprobs: the same for the prompt's tokens, without penalties; None: nothing.
+        prompt_logprobs: the same for the prompt's tokens, of the model's own distribution; None: nothing.
         logit_bias: token id -> what is added to its logit.
         grammar: what the answer must look like.
     """
@@ -88,7 +88,7 @@ class Request:
         id: unique among the engine's requests; appears in logs.
         prompt: token ids, at least one.
         sampling: how to choose tokens.
-        adapter: name of a loaded adapter; None: the base model.
+        adapter: name of a loaded adapter; None: the model as the engine was started with it.
     """
 
     id: str
@@ -161,7 +161,8 @@ class InferenceEngine(Protocol):
 
         Raises:
             EngineBusy: the waiting queue is full.
-            ConfigError: the request cannot be answered by this engine (too long, unknown adapter, a bad grammar).
+            ConfigError: the request cannot be answered by this engine (too long, unknown adapter). A bad grammar may
+                show later: then the iterator raises it instead of giving the first delta.
         """
         ...
 
