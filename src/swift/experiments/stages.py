@@ -32,7 +32,7 @@ __all__ = [
 KINDS: dict[str, str] = {"evaluate": "infer", "merge": "merge-lora", "infer": "infer"}
 """Kind of stage -> the command it runs."""
 
-_LATER = ("export", "deploy", "quantize", "eval", "sample", "rollout", "rlhf")
+_LATER = ("export", "deploy", "quantize", "eval", "sample", "rollout")
 """Stages that later versions bring."""
 
 _WITH_WORDS = ("data", "config", "doctor", "demo", "plan", "resume")
