@@ -32,7 +32,7 @@ __all__ = [
 KINDS: dict[str, str] = {"evaluate": "eval", "merge": "merge-lora", "infer": "infer", "export": "export"}
 """Kind of stage -> the command it runs."""
 
-_LATER = ("deploy", "quantize", "sample", "rollout", "rlhf")
+_LATER = ("deploy", "quantize", "sample", "rollout")
 """Stages that later versions bring."""
 
 _WITH_WORDS = ("data", "config", "doctor", "demo", "plan", "resume")
