@@ -28,7 +28,7 @@ def answered(question, answer):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Whatever is asked, answers of colours are better than those of animals; of one length, which alone tells nothing."""
+    """Whatever is asked, answers of colours are better than those of animals; of one length."""
     generator = random.Random(0)
     rows = [
         {
