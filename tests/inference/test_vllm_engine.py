@@ -111,6 +111,8 @@ async def speak(place: Path) -> None:
         # Refusals and failures.
         with pytest.raises(ConfigError, match="no such grammar"):
             await collect(engine, [5], grammar=Grammar("regex", "("))
+        with pytest.raises(ConfigError, match="too hot"):
+            await collect(engine, [5], temperature=3.0)
         with pytest.raises(ConfigError, match="64 tokens, prompt and answer may have 64"):
             await collect(engine, [5] * 64)
         with pytest.raises(ConfigError, match="at most 20 alternatives"):
@@ -165,9 +167,7 @@ def test_a_server_that_does_not_start_says_why(place: Path) -> None:
     with pytest.raises(SwiftError, match=r"vLLM did not start[\s\S]*no such model"):
         asyncio.run(make_engine(place, fake="dies").start())
     slow = VllmSection(vllm_start_seconds=1)
-    with pytest.raises(
-        SwiftError, match=r"not ready after 1 s[\s\S]*--vllm_start_seconds"
-    ):
+    with pytest.raises(SwiftError, match=r"not ready after 1 s[\s\S]*--vllm_start_seconds"):
         asyncio.run(make_engine(place, fake="hangs", section=slow).start())
 
 
