@@ -101,6 +101,6 @@ def test_four_experiments_at_once_and_their_report(tmp_path: Path) -> None:
     for name in LEARNING_RATES:
         run = tmp_path / "demo" / "experiments" / name
         assert json.loads((run / "summary.json").read_text())["steps"] == 120
-        assert (run / "evaluation.json").is_file()
+        assert (run / "eval/evaluate/results.json").is_file()
         assert name in report
     assert not (tmp_path / "demo" / "service" / "service.json").exists(), "the demo's service still runs"

@@ -15,6 +15,7 @@ from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
 from swift.config.sections.engine import EngineSection
 from swift.config.sections.evaluation import EvaluationSection
+from swift.config.sections.export import ExportSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
 from swift.config.sections.optimizer import OptimizerSection
@@ -22,6 +23,8 @@ from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
 from swift.config.sections.rlhf import RlhfSection
+from swift.config.sections.serving import ServingSection
+from swift.config.sections.suite import SuiteSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
@@ -45,7 +48,10 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "report": ReportSection,
     "generation": GenerationSection,
+    "suite": SuiteSection,
     "engine": EngineSection,
+    "export": ExportSection,
+    "serving": ServingSection,
     "vllm": VllmSection,
 }
 
@@ -69,7 +75,10 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    suite: SuiteSection = Field(default_factory=SuiteSection)
     engine: EngineSection = Field(default_factory=EngineSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    serving: ServingSection = Field(default_factory=ServingSection)
     vllm: VllmSection = Field(default_factory=VllmSection)
 
 
