@@ -111,6 +111,8 @@ async def speak(place: Path) -> None:
         # Refusals and failures.
         with pytest.raises(ConfigError, match="no such grammar"):
             await collect(engine, [5], grammar=Grammar("regex", "("))
+        with pytest.raises(ConfigError, match="too hot"):
+            await collect(engine, [5], temperature=3.0)
         with pytest.raises(ConfigError, match="64 tokens, prompt and answer may have 64"):
             await collect(engine, [5] * 64)
         with pytest.raises(ConfigError, match="at most 20 alternatives"):
