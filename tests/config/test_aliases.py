@@ -45,6 +45,8 @@ def sample(kind: Kind, option: Option) -> tuple[str, Any]:
         return "true", True
     if kind.base == "choice":
         return kind.choices[-1], kind.choices[-1]
+    if option.name == "metric":
+        return "numeric", "numeric"
     if option.name == "init_weights":  # texts, because pissa_niter_N has no end
         return "pissa_niter_16", "pissa_niter_16"
     if kind.base == "str":

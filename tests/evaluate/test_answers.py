@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +20,11 @@ from swift.config.sections.template import TemplateSection
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, DataError, SwiftError
 from swift.data.sources import parse_dataset_spec
-from swift.evaluate import answers as answers_module
-from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
+from swift.evaluate.answers import Task, answer_limit, answer_tasks, summarize
+from swift.evaluate.evaluators import find_evaluators
+from swift.evaluate.questions import Question, Questions, read_questions
 from swift.evaluate.results import ResultFile
+from swift.evaluate.subjects import LocalModel
 from swift.inference.generate import Generator
 from swift.models.load import load_bundle, load_model
 from swift.tuners.apply import apply_tuner
@@ -31,6 +35,18 @@ OPTIONS = GenerationSection(max_new_tokens=6, metric=["exact_match", "rouge", "l
 
 def specs(names):
     return [parse_dataset_spec(name) for name in names]
+
+
+def answer_questions(
+    generator: Generator,
+    questions: list[Question],
+    options: GenerationSection,
+    path: Path,
+    identity: tuple[str, ...] = (),
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
+    task = Task("", Questions(questions), find_evaluators(options.metric, {}), options, answers=True)
+    return answer_tasks(LocalModel(generator, identity, 2), [task], path, on_progress=on_progress)
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +90,12 @@ def test_answers_may_be_twice_as_long_as_the_longest_reference(generator: Genera
     assert answer_limit(read_questions(specs([str(data)]), {}).good, generator.tokenizer, 512) == 512
 
 
-def lines_in_order(path: Path) -> list[dict[str, object]]:
-    """Answers are written as they end."""
-    return sorted(map(json.loads, path.read_text().splitlines()), key=lambda result: result["index"])
-
-
-def test_results_hold_answers_and_metrics(
-    generator: Generator, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answers_module, "_WRITTEN_TOGETHER", 4)
+def test_results_hold_answers_and_metrics(generator: Generator, data: Path, tmp_path: Path) -> None:
     questions = read_questions(specs([str(data)]), {}).good
     done: list[int] = []
     results = answer_questions(generator, questions, OPTIONS, tmp_path / "out.jsonl", on_progress=done.append)
-    assert done == [0, 4, 6]
-    assert lines_in_order(tmp_path / "out.jsonl") == results
+    assert done == [0, 6]
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == results
     assert [r["response"] for r in results] == generator.batch([q.messages for q in questions], OPTIONS)
     assert results[1]["extra"] == {"level": 1} and results[1]["reference"] == "2"
     assert "exact_match" not in results[5] and "loss" not in results[5]
@@ -256,7 +264,7 @@ def test_merge_lora(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for number, use in enumerate((["--adapters", str(adapter)], ["--model", str(merged)])):
         path = tmp_path / f"{number}.jsonl"
         infer_command.run([*use, *rows, "--result_path", str(path)])
-        outputs.append([result["response"] for result in lines_in_order(path)])
+        outputs.append([json.loads(line)["response"] for line in path.read_text().splitlines()])
     assert outputs[0] == outputs[1]
     with pytest.raises(ConfigError, match="exists already") as caught:
         merge_command.run(argv)

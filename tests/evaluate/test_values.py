@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from swift.cli import infer as infer_command
+from swift.config.bind import resolve
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, ModelError
 from swift.data.sources import parse_dataset_spec
 from swift.evaluate.values import read_rows_of_texts, value_texts
+from swift.inference.context import find_context
 from swift.inference.engines.base import Request
 from swift.inference.engines.embedded_core import EmbeddedCore
 from swift.models.classifier import ClassifierHead
@@ -36,7 +38,8 @@ def classifier_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def bundle_of(folder: Path) -> ModelBundle:
-    return load_bundle(folder, TemplateSection(), dtype=torch.float32, device="cpu")
+    context = find_context(resolve("infer", values={"model": str(folder)}))
+    return load_bundle(folder, TemplateSection(), dtype=torch.float32, device="cpu", head=context.head)
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ COMMANDS: dict[str, Command] = {
             "infer",
             "swift.cli.infer",
             "Chat with a model, or answer the rows of a file.",
-            sections=("model", "template", "quantization", "generation", "engine"),
+            sections=("model", "template", "quantization", "generation", "engine", "vllm"),
             extra=(
                 "val_dataset",
                 "columns",
@@ -146,9 +146,30 @@ COMMANDS: dict[str, Command] = {
                 "stream",
                 "result_path",
                 "metric",
+                "metric_args",
+                "num_samples",
                 *_OF_FULL_TRAINING,
             ),
             required=(("model", "adapters"),),
+        ),
+        Command(
+            "eval",
+            "swift.cli.eval",
+            "Measure a model on data of yours or on benchmarks; show and compare results.",
+            sections=("model", "template", "quantization", "generation", "engine", "suite"),
+            extra=(
+                "val_dataset",
+                "columns",
+                "on_bad_rows",
+                "model_name",
+                "model_author",
+                "seed",
+                "num_threads",
+                "eval_tasks",
+            ),
+            without=("param_dtype", "stream", "result_path", *_OF_FULL_TRAINING),
+            required=(("model", "adapters", "eval_url"), ("val_dataset", "eval_tasks", "eval_dataset")),
+            usage="[FILE.yaml ...] [--option value ...] | show RESULTS | compare A B",
         ),
         Command(
             "merge-lora",
@@ -224,6 +245,13 @@ COMMANDS: dict[str, Command] = {
             "swift.cli.doctor",
             "Report devices, versions and what is missing for what.",
             usage="[--json]",
+            own_arguments=True,
+        ),
+        Command(
+            "toolchain",
+            "swift.cli.toolchain",
+            "Install, list, test and delete environments of vLLM, GPTQModel, EvalScope...",
+            usage="{install,ls,doctor,rm} [...]",
             own_arguments=True,
         ),
         Command(
@@ -345,7 +373,6 @@ LATER_COMMANDS: dict[str, Command] = {
             )
             for name, text, instead in (
                 ("app", "Serve a model with a web page.", "use swift deploy"),
-                ("eval", "Evaluation suites.", "swift infer --val_dataset FILE computes metrics"),
                 ("rollout", "Serve samples for reinforcement learning.", "use swift infer"),
                 ("sample", "Rejection sampling.", "use swift infer"),
             )

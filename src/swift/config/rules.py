@@ -18,6 +18,7 @@ from swift.config.export_rules import check_export
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
 from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
+from swift.config.sections.generation import METRICS
 from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
 from swift.config.tuner_rules import check_tuner, derived_dropout
 from swift.core.errors import ConfigError
@@ -67,7 +68,12 @@ def _min_lr_ratio(resolved: Resolved) -> float | None:
 
 
 def has_validation(resolved: Resolved) -> bool:
-    """True when the configuration names validation data, or sets some aside."""
+    """True when the configuration names validation data, sets some aside, or has tasks to measure."""
+    return has_validation_rows(resolved) or resolved.config.evaluation.eval_tasks is not None
+
+
+def has_validation_rows(resolved: Resolved) -> bool:
+    """True when there will be a loss on validation data."""
     data = resolved.config.data
     return bool(data.val_dataset) or data.split_dataset_ratio > 0
 
@@ -94,7 +100,7 @@ def _loss_scale(resolved: Resolved) -> str | None:
     return {"pt": "all", "rlhf": "last_round"}.get(resolved.command)
 
 
-_VALIDATION = ("val_dataset", "split_dataset_ratio")
+_VALIDATION = ("val_dataset", "split_dataset_ratio", "eval_tasks")
 
 DERIVATIONS: tuple[Derivation, ...] = (
     Derivation(
@@ -208,12 +214,19 @@ def _check_evaluation(resolved: Resolved) -> None:
             where=_where(resolved, "metric_for_best_model"),
             fix=f"did you mean {near}?" if near else f"built in: {', '.join(known)}",
         )
-    if metric not in known and not resolved.config.report.callbacks:
+    of_tasks = evaluation.eval_tasks is not None
+    if of_tasks and metric in known and not has_validation_rows(resolved):
+        raise ConfigError(
+            f"{metric} needs validation data; the tasks alone have no such metric",
+            where=_where(resolved, "metric_for_best_model"),
+            fix="--metric_for_best_model eval_TASK_METRIC, or add --val_dataset FILE",
+        )
+    if metric not in known and not resolved.config.report.callbacks and not of_tasks:
         raise ConfigError(
             f"there is no metric {metric!r}",
             where=_where(resolved, "metric_for_best_model"),
             why=f"built in: {', '.join(known)}",
-            fix="name one of these, or the file that adds it: --callbacks FILE.py",
+            fix="name one of these, or what adds it: --eval_tasks SUITE.yaml or --callbacks FILE.py",
         )
     if not has_validation(resolved):
         wanted = [
@@ -240,6 +253,26 @@ def _check_evaluation(resolved: Resolved) -> None:
                     where=_where(resolved, name),
                     fix="set --eval_strategy steps or epoch",
                 )
+
+
+def _check_metrics(resolved: Resolved) -> None:
+    """Found here, not when a job that waits for a training starts."""
+    names = resolved.config.generation.metric
+    for name in names:
+        if name not in METRICS and ".py:" not in name:
+            near = closest(name, METRICS)
+            raise ConfigError(
+                f"there is no metric {name!r}",
+                where=_where(resolved, "metric"),
+                why=f"known: {', '.join(METRICS)}; your own: FILE.py:function",
+                fix=f"did you mean {near}?" if near else None,
+            )
+    for name in resolved.config.generation.metric_args:
+        if name not in names:
+            fix = f"--metric {name}"
+            raise ConfigError(
+                f"{name} is not among the metrics", where=_where(resolved, "metric_args"), fix=fix
+            )
 
 
 def _check_data(resolved: Resolved) -> None:
@@ -373,6 +406,7 @@ _CHECKS: tuple[Callable[[Resolved], None], ...] = (
     _check_data,
     _check_streaming,
     _check_evaluation,
+    _check_metrics,
     _check_checkpoint,
     _check_training,
     _check_generation,

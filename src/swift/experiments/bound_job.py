@@ -75,7 +75,7 @@ def stages_of(bound: BoundJob) -> dict[str, Stage]:
     # Pre-training data has no questions; its run reports the loss on val_dataset itself.
     wanted = bound.command == "sft" and bound.experiment.evaluate and bool(resolved.config.data.val_dataset)
     if wanted and not has_evaluation and "evaluate" not in stages:
-        stages = {"evaluate": Stage("evaluate", "evaluate", "infer", NOWHERE), **stages}
+        stages = {"evaluate": Stage("evaluate", "evaluate", "eval", NOWHERE), **stages}
     if not resolved.config.tuner.can_merge:
         _leave_out_merges(stages, bound)
     return stages
@@ -101,6 +101,10 @@ def bind_stages(bound: BoundJob, cwd: Path, planning: bool) -> list[BoundJob]:
         try:
             made.append(_bind_stage(bound, stage, cwd, planning))
         except SwiftError as error:
+            if (
+                error.where == f"swift {stage.command}"
+            ):  # what the whole command lacks stands nowhere in the file
+                error.where = f"{stage.written.place}: {stage.name}"
             raise about(error, f"{bound.name}, stage {stage.name}") from None
     return made
 
@@ -161,7 +165,9 @@ def _stage_defaults(bound: BoundJob, stage: Stage, options: Written) -> dict[str
     elif stage.command == "export":
         values["output_dir"] = str(run / ("exported" if stage.kind == "export" else stage.name))
     elif "result_path" in taken:
-        values["result_path"] = str(run / f"{'evaluation' if stage.name == 'evaluate' else stage.name}.jsonl")
+        values["result_path"] = str(run / f"{stage.name}.jsonl")
+    if "eval_output_dir" in taken:
+        values["eval_output_dir"] = str(run / "eval" / stage.name)
     if stage.command in SERVING and "port" not in named:
         values["port"] = 0  # every experiment of the file serves at a port of its own
     if stage.kind == "evaluate":
@@ -170,7 +176,7 @@ def _stage_defaults(bound: BoundJob, stage: Stage, options: Written) -> dict[str
 
 
 def _check_stage(bound: BoundJob, stage: Stage, resolved: Resolved) -> None:
-    if stage.kind in ("evaluate", "infer") and not resolved.config.data.val_dataset:
+    if stage.kind == "infer" and not resolved.config.data.val_dataset:
         raise fail(
             "has no data", stage.written, stage.name, fix="val_dataset: [FILE], here or in the experiment"
         )

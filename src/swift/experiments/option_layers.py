@@ -37,9 +37,10 @@ __all__ = [
 
 _PATHS = (
     "model", "output_dir", "resume_from_checkpoint", "result_path", "ready_file", "ssl_keyfile", "ssl_certfile",
+    "eval_tasks", "eval_output_dir",
 )  # fmt: skip
 _PATH_LISTS = ("adapters", "dataset", "val_dataset", "parity_dataset")
-_MADE_HERE = ("output_dir", "result_path", "ready_file")
+_MADE_HERE = ("output_dir", "result_path", "ready_file", "eval_output_dir")
 """Paths of what a job writes: they need not exist."""
 
 

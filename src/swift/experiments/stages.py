@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 KINDS: dict[str, str] = {
-    "evaluate": "infer",
+    "evaluate": "eval",
     "merge": "merge-lora",
     "infer": "infer",
     "export": "export",
@@ -39,7 +39,7 @@ KINDS: dict[str, str] = {
 }
 """Kind of stage -> the command it runs."""
 
-_LATER = ("quantize", "eval", "sample", "rollout", "rlhf")
+_LATER = ("quantize", "sample", "rollout")
 """Stages that later versions bring."""
 
 _WITH_WORDS = ("data", "config", "doctor", "demo", "plan", "resume")

@@ -1,7 +1,8 @@
 """Runs inside a toolchain's environment, as a file: ``python inside.py SCRIPT REQUEST.json RESULT.json``.
 
 Standard library only, and no import of swift: the environment does not have it. SCRIPT is a Python file, or the name
-of a module of the environment, with ``main(payload: dict) -> dict``. What it prints is progress.
+of a module of the environment, with ``main(payload: dict) -> dict``. What it prints is progress. It can import files
+beside it, unless the environment has a module of that name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ def load(script: str) -> Any:
     """The module called ``script``, or made from the file of that path."""
     if not script.endswith(".py"):
         return importlib.import_module(script)
+    sys.path.append(os.path.dirname(os.path.abspath(script)))  # noqa: PTH100, PTH120
     spec = importlib.util.spec_from_file_location("swift_toolchain_script", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
