@@ -11,10 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluate"))
 from fake_openai import chat_reply, fake_server
-from swift.toolchains.toolchain import installed_toolchains
 
 from swift.config.bind import resolve
 from swift.evaluate.backends import evaluate_with
+from swift.toolchains.toolchain import installed_toolchains
 
 
 def right_once(path: str, body: dict[str, Any], number: int) -> tuple[int, dict[str, str], Any]:

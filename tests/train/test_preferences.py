@@ -13,8 +13,8 @@ from swift.runs.metrics import read_metrics
 WORDS = {0: "red blue green".split(), 1: "cat dog bird".split()}
 
 
-def text(generator, kind):
-    return " ".join(generator.choice(WORDS[kind]) for _ in range(generator.randint(2, 8)))
+def text(generator, kind, length=None):
+    return " ".join(generator.choice(WORDS[kind]) for _ in range(length or generator.randint(2, 8)))
 
 
 def write(path, rows):
@@ -28,12 +28,12 @@ def answered(question, answer):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Whatever is asked, answers of colours are better than those of animals."""
+    """Whatever is asked, answers of colours are better than those of animals; of one length."""
     generator = random.Random(0)
     rows = [
         {
-            "messages": answered(text(generator, generator.randrange(2)), text(generator, 0)),
-            "rejected_response": text(generator, 1),
+            "messages": answered(text(generator, generator.randrange(2)), text(generator, 0, 4)),
+            "rejected_response": text(generator, 1, 4),
         }
         for _ in range(48)
     ]

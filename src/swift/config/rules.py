@@ -14,6 +14,7 @@ from typing import Any
 
 from swift.config.combinations import check_combinations
 from swift.config.commands import Command
+from swift.config.export_rules import check_export
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
 from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
@@ -46,10 +47,6 @@ class Derivation:
             name for name in self.inputs if name in known and resolved.value(name) != known[name].default
         ]
         return Source("derived", f"derived from {', '.join(changed or self.inputs[:1])}")
-
-
-def _learning_rate(resolved: Resolved) -> float:
-    return 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4
 
 
 def _accumulation(resolved: Resolved) -> int:
@@ -98,10 +95,6 @@ def _greater_is_better(resolved: Resolved) -> bool:
     )
 
 
-def _scheduler(resolved: Resolved) -> str | None:
-    return "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None
-
-
 def _loss_scale(resolved: Resolved) -> str | None:
     """What a preference is about is the last answer; those before it are the same in both."""
     return {"pt": "all", "rlhf": "last_round"}.get(resolved.command)
@@ -110,7 +103,11 @@ def _loss_scale(resolved: Resolved) -> str | None:
 _VALIDATION = ("val_dataset", "split_dataset_ratio", "eval_tasks")
 
 DERIVATIONS: tuple[Derivation, ...] = (
-    Derivation("learning_rate", ("tuner_type",), _learning_rate),
+    Derivation(
+        "learning_rate",
+        ("tuner_type",),
+        lambda resolved: 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4,
+    ),
     Derivation(
         "gradient_accumulation_steps",
         ("global_batch_size", "per_device_train_batch_size", "packing", "data_parallel_size"),
@@ -129,7 +126,11 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("greater_is_better", ("metric_for_best_model",), _greater_is_better),
     Derivation("quant_method", ("quant_bits",), quant_method),
     Derivation("quant_bits", ("quant_method",), quant_bits),
-    Derivation("lr_scheduler_type", ("optim",), _scheduler),
+    Derivation(
+        "lr_scheduler_type",
+        ("optim",),
+        lambda resolved: "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None,
+    ),
     *(Derivation(*row) for row in (*RLHF_DERIVATIONS, *TASK_DERIVATIONS)),
     Derivation("loss_scale", ("command",), _loss_scale),
 )
@@ -156,6 +157,7 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
     check_rlhf(resolved, _where, planning)
     if not partial:
         check_memory(resolved, _where)
+        check_export(resolved, _where, planning)
     _check_devices(resolved)
     _check_parallel(resolved, planning)
     if not partial and "tensor_parallel_size" in taken:

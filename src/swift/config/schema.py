@@ -15,6 +15,7 @@ from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
 from swift.config.sections.engine import EngineSection
 from swift.config.sections.evaluation import EvaluationSection
+from swift.config.sections.export import ExportSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
 from swift.config.sections.optimizer import OptimizerSection
@@ -22,11 +23,13 @@ from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
 from swift.config.sections.rlhf import RlhfSection
+from swift.config.sections.serving import ServingSection
 from swift.config.sections.suite import SuiteSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
 from swift.config.sections.tuner import TunerSection
+from swift.config.sections.vllm import VllmSection
 
 __all__ = ["SECTIONS", "Config", "Option", "Resolved", "Source", "options"]
 
@@ -47,6 +50,9 @@ SECTIONS: dict[str, type[Section]] = {
     "generation": GenerationSection,
     "suite": SuiteSection,
     "engine": EngineSection,
+    "export": ExportSection,
+    "serving": ServingSection,
+    "vllm": VllmSection,
 }
 
 
@@ -71,6 +77,9 @@ class Config(Section):
     generation: GenerationSection = Field(default_factory=GenerationSection)
     suite: SuiteSection = Field(default_factory=SuiteSection)
     engine: EngineSection = Field(default_factory=EngineSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    serving: ServingSection = Field(default_factory=ServingSection)
+    vllm: VllmSection = Field(default_factory=VllmSection)
 
 
 @dataclass(frozen=True)

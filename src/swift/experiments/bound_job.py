@@ -100,6 +100,10 @@ def bind_stages(bound: BoundJob, cwd: Path, planning: bool) -> list[BoundJob]:
         try:
             made.append(_bind_stage(bound, stage, cwd, planning))
         except SwiftError as error:
+            if (
+                error.where == f"swift {stage.command}"
+            ):  # what the whole command lacks stands nowhere in the file
+                error.where = f"{stage.written.place}: {stage.name}"
             raise about(error, f"{bound.name}, stage {stage.name}") from None
     return made
 
@@ -108,7 +112,8 @@ def _bind_stage(bound: BoundJob, stage: Stage, cwd: Path, planning: bool) -> Bou
     needs = [f"{bound.name}/{need}" for need in stage.needs] or [bound.name]
     words = {"{name}": bound.name, "{stage}": stage.name}
     if bound.run_dir is not None:
-        words |= {"{run}": str(bound.run_dir), "{merged}": str(bound.run_dir / "merged")}
+        words |= {f"{{{name}}}": str(bound.run_dir / name) for name in ("merged", "exported")}
+        words["{run}"] = str(bound.run_dir)
     made = BoundJob(
         experiment=bound.experiment,
         name=f"{bound.name}/{stage.name}",
@@ -153,6 +158,8 @@ def _stage_defaults(bound: BoundJob, stage: Stage, options: Written) -> dict[str
         values |= {"model": str(run)} if whole else {"adapters": [str(run)]}
     if stage.command == "merge-lora":
         values["output_dir"] = str(run / "merged")
+    elif stage.command == "export":
+        values["output_dir"] = str(run / ("exported" if stage.kind == "export" else stage.name))
     elif "result_path" in taken:
         values["result_path"] = str(run / f"{stage.name}.jsonl")
     if "eval_output_dir" in taken:
@@ -176,7 +183,7 @@ def _filled(text: str, words: Mapping[str, str]) -> str:
 
 
 def _filled_mapping(written: Written, words: Mapping[str, str]) -> Written:
-    """``{run}``, ``{merged}``, ``{name}`` and ``{stage}`` in every text of a mapping."""
+    """``{run}``, ``{merged}``, ``{exported}``, ``{name}`` and ``{stage}`` in every text of a mapping."""
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):

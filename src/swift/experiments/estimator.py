@@ -55,7 +55,8 @@ class Estimator:
             find_files(parse_dataset_spec(name))
 
     def _data(self, resolved: Resolved) -> list[str]:
-        names = [*resolved.config.data.dataset, *resolved.config.data.val_dataset]
+        data = resolved.config.data
+        names = [*data.dataset, *data.val_dataset, *resolved.config.export.parity_dataset]
         here = [name for name in names if not self._comes_later(parse_dataset_spec(name).path)]
         # A data set of a hub that is not on this machine is the job's to download.
         named = [with_hub(name, resolved.config.model) for name in here]

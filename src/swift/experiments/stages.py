@@ -1,6 +1,6 @@
 """What follows an experiment: stages in a graph, each a job of its own.
 
-A stage has a kind that knows its options (evaluate, merge, infer), or names any command. ``when`` says how the
+A stage has a kind that knows its options (evaluate, merge, infer, export), or names any command. ``when`` says how the
 jobs it needs must have ended; without ``needs`` it follows the experiment itself.
 """
 
@@ -29,10 +29,10 @@ __all__ = [
     "split_command",
 ]
 
-KINDS: dict[str, str] = {"evaluate": "eval", "merge": "merge-lora", "infer": "infer"}
+KINDS: dict[str, str] = {"evaluate": "eval", "merge": "merge-lora", "infer": "infer", "export": "export"}
 """Kind of stage -> the command it runs."""
 
-_LATER = ("export", "deploy", "quantize", "sample", "rollout", "rlhf")
+_LATER = ("deploy", "quantize", "sample", "rollout")
 """Stages that later versions bring."""
 
 _WITH_WORDS = ("data", "config", "doctor", "demo", "plan", "resume")
@@ -50,7 +50,7 @@ class Stage:
 
     Attributes:
         name: unique within the experiment.
-        kind: evaluate, merge, infer or command.
+        kind: evaluate, merge, infer, export or command.
         command: the word after ``swift``.
         options: the rest of its mapping: options of the command.
         words: for commands with words of their own.

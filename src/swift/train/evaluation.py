@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from swift.data.batching import BatchSchedule
-from swift.data.collate import Batch
 from swift.data.loader import BatchLoader
 from swift.data.tokens import TokenDataset
 from swift.objectives.base import Objective
@@ -94,7 +93,7 @@ class LossEvaluator:
         started = time.perf_counter()
         loss = weight = correct = targets = 0.0
         window = LogWindow()
-        for (batch,) in self._batches():
+        for (batch,) in self._loader.steps(0, 1):
             if given_up():
                 return None
             output = engine.evaluate(batch, self.objective)
@@ -112,6 +111,3 @@ class LossEvaluator:
             **{f"eval_{name}": value for name, value in window.group_losses.items()},
             "eval_seconds": time.perf_counter() - started,
         }
-
-    def _batches(self) -> Iterable[list[Batch]]:
-        return self._loader.steps(0, 1)
