@@ -28,9 +28,7 @@ _ROWS = 40
 
 def is_over(home: Home, group: str, jobs: Sequence[Job]) -> bool:
     """Whether nothing more will happen by itself: all ended, paused or serving, and no sweep brings more."""
-    return is_settled(jobs) and (
-        not sweep_is_open(home, group) or any(job.state == "paused" for job in jobs)
-    )
+    return is_settled(jobs) and (not sweep_is_open(home, group) or any(job.state == "paused" for job in jobs))
 
 
 def follow(home: Home, store: Store, group: str, pause: Callable[[float], None] = time.sleep) -> list[Job]:
