@@ -92,5 +92,5 @@ def test_trainers_with_the_arguments_of_the_articles():
         trainer.train()
     with pytest.raises(ConfigError, match="unknown option"):
         GRPOTrainer(model="Qwen3-7B", train_dataset=rows, bata=0.1)
-    with pytest.raises(UsageError, match="swift rlhf comes with a later version"):
-        SwiftTrainer({"model_type": "qwen3-omni-7b", "train_type": "dpo", "dataset": "mm.jsonl"})
+    trainer = SwiftTrainer({"model_type": "qwen3-omni-7b", "train_type": "dpo", "dataset": "mm.jsonl"})
+    assert (trainer.resolved.command, trainer.resolved.value("rlhf_type")) == ("rlhf", "dpo")

@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DPOTrainer": "swift.api",
     "GRPOTrainer": "swift.api",
     "SwiftModel": "swift.api",
     "SwiftTrainer": "swift.api",
@@ -21,6 +22,7 @@ _PUBLIC = {
 __all__ = [
     "Callback",
     "Config",
+    "DPOTrainer",
     "GRPOTrainer",
     "SwiftError",
     "SwiftModel",

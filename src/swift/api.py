@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from swift.train.callbacks.base import Callback
     from swift.train.run import RunResult
 
-__all__ = ["GRPOTrainer", "SwiftModel", "SwiftTrainer", "infer", "run_experiments", "train"]
+__all__ = ["DPOTrainer", "GRPOTrainer", "SwiftModel", "SwiftTrainer", "infer", "run_experiments", "train"]
 
 
 class SwiftTrainer:
-    """Trains as ``swift sft`` does.
+    """Trains as ``swift sft`` does, or as another training command.
 
     Args:
         config: options, flat (``{"lora_rank": 8}``) or nested by section, in any spelling the command line takes;
-            ``command`` (or ``train_type``) may name another training command (``pt``). Or a configuration file, as on
-            the command line.
+            ``command`` (or ``train_type``: pt, dpo, kto...) may name another training command. Or a configuration
+            file, as on the command line.
         callbacks: observers of the run, beside the progress line.
         options: further options, on top of ``config``.
 
@@ -53,7 +53,7 @@ class SwiftTrainer:
             values = {**(config or {}), **values}
         command = str(values.pop("command", command_of_train_type(files, values) or "sft"))
         if command not in ("sft", "pt", "rlhf"):
-            raise UsageError(f"SwiftTrainer trains with sft or pt, not {command!r}", where="command")
+            raise UsageError(f"SwiftTrainer trains with sft, pt or rlhf, not {command!r}", where="command")
         self.resolved: Resolved = resolve(command, files, values=values)
         self.callbacks = callbacks
 
@@ -62,7 +62,13 @@ class SwiftTrainer:
         from swift.train.callbacks.progress import ProgressLine
         from swift.train.run import train as run_training
 
-        return run_training(self.resolved, callbacks=[ProgressLine(), *self.callbacks])
+        evaluators = None
+        if self.resolved.config.evaluation.eval_tasks is not None:
+            from swift.evaluate.training import suite_evaluators
+
+            evaluators = suite_evaluators(self.resolved)
+        callbacks = [ProgressLine(), *self.callbacks]
+        return run_training(self.resolved, callbacks=callbacks, evaluators=evaluators)
 
 
 def train(
@@ -73,6 +79,40 @@ def train(
 ) -> RunResult:
     """``SwiftTrainer(config, **options).train()``."""
     return SwiftTrainer(config, callbacks=callbacks, **options).train()
+
+
+class DPOTrainer(SwiftTrainer):
+    """Learns from preferences, as ``swift rlhf`` does; ``rlhf_type`` may name another method than dpo.
+
+    Args:
+        model: a transformers model (the one of its folder is meant), or a name as on the command line.
+        tokenizer: that of the model; it is read from the model's folder.
+        train_dataset: a file, or the name of a data set.
+        eval_dataset: the same to validate with.
+        ref_model: the reference, as ``model``; default: the model as training begins.
+        callbacks: observers of the run.
+        options: further options of ``swift rlhf``, such as ``beta`` and ``loss_type``.
+
+    Raises:
+        ConfigError: unknown options or wrong values, at once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path,
+        tokenizer: Any = None,
+        train_dataset: str | Path | None = None,
+        *,
+        eval_dataset: str | Path | None = None,
+        ref_model: PreTrainedModel | str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        **options: Any,
+    ) -> None:
+        given = {"model": model, "ref_model": ref_model}
+        names = {name: str(getattr(value, "name_or_path", value)) for name, value in given.items() if value}
+        data = {"dataset": train_dataset, "val_dataset": eval_dataset}
+        files = {name: str(value) for name, value in data.items() if value is not None}
+        super().__init__({"command": "rlhf", **names, **files, **options}, callbacks=callbacks)
 
 
 class GRPOTrainer:
@@ -107,7 +147,7 @@ class GRPOTrainer:
 
     def train(self) -> RunResult:
         """Refused in this version. Raises UsageError."""
-        raise UsageError("GRPO comes with a later version", fix="SwiftTrainer trains with sft and pt")
+        raise UsageError("GRPO comes with a later version", fix="DPOTrainer learns from preferences")
 
 
 class SwiftModel:
@@ -165,7 +205,9 @@ def infer(prompts: str | Sequence[str] | Sequence[Mapping[str, Any]], **options:
         conversations = [[dict(message) for message in prompts if isinstance(message, Mapping)]]
     else:
         conversations = [[{"role": "user", "content": str(prompt)}] for prompt in prompts]
-    answers = Generator(bundle).batch(conversations, resolved.config.generation)
+    answers = Generator(bundle, options=resolved.config.engine).batch(
+        conversations, resolved.config.generation
+    )
     return answers[0] if single else answers
 
 
@@ -173,4 +215,6 @@ def _load(options: Mapping[str, Any]) -> tuple[ModelBundle, Resolved]:
     from swift.inference.context import find_context, load_context
 
     resolved = resolve("infer", values=options)
-    return load_context(find_context(resolved), resolved), resolved
+    context = find_context(resolved)
+    context.check_writes_text()
+    return load_context(context, resolved), resolved

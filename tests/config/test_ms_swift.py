@@ -64,9 +64,9 @@ def test_options_of_one_subject_share_one_warning() -> None:
     ]
     resolved = resolve("rlhf", words, planning=True)
     assert resolved.warnings == [
-        "swift rlhf comes with a later version; use swift sft",
-        "--rlhf_type, --num_generations, --epsilon: not in this version: preference and reinforcement learning come "
-        "with a later version; a run refuses them",
+        "--num_generations, --epsilon: not in this version: reinforcement learning comes with a later version; "
+        "a run refuses them",
+        "--rlhf_type: grpo comes with a later version; a run refuses it",
     ]
 
 

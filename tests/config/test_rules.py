@@ -129,6 +129,20 @@ EXPLICIT = {
     "num_labels": "2",
     "loss_type": "mse",
     "enable_thinking": "true",
+    "rlhf_type": "kto",
+    "rlhf_loss_type": "hinge",
+    "beta": "0.7",
+    "label_smoothing": "0.2",
+    "cpo_alpha": "0.5",
+    "task_type": "seq_cls",
+}
+OF_RLHF = {
+    "rlhf_type": ["--per_device_train_batch_size", "4"],
+    "rlhf_loss_type": [],
+    "beta": [],
+    "label_smoothing": [],
+    "cpo_alpha": ["--rlhf_type", "simpo"],
+    "task_type": ["--rlhf_type", "rm"],
 }
 BESIDE = {
     "problem_type": ["--task_type", "seq_cls", "--num_labels", "2"],
@@ -141,10 +155,11 @@ BESIDE = {
 @pytest.mark.parametrize("rule", DERIVATIONS, ids=lambda rule: rule.target)
 def test_a_typed_value_is_never_overwritten(rule: Any) -> None:
     word = EXPLICIT[rule.target]
-    beside = BESIDE.get(rule.target, [])
-    command = "sft" if beside else "pt"
+    beside = BESIDE.get(rule.target, OF_RLHF.get(rule.target, []))
+    command = "rlhf" if rule.target in OF_RLHF else "sft" if beside else "pt"
     resolved = resolve(command, [*NEEDED, "--val_dataset", "v", f"--{rule.target}", word, *beside])
-    assert str(resolved.value(rule.target)).lower() == word
+    value = resolved.value(rule.target)
+    assert str(value[0] if isinstance(value, list) else value).lower() == word
     assert resolved.sources[rule.target].kind == "flag"
 
 
@@ -268,7 +283,7 @@ def test_derivations_only_name_options() -> None:
             ["--val_dataset", "v", "--metric_for_best_model", "eval_rouge"],
             "--metric_for_best_model: there is no metric 'eval_rouge'\n"
             "  cause: built in: eval_loss, eval_token_accuracy, eval_perplexity\n"
-            "  fix: name one of these, or the file that adds it: --callbacks FILE.py",
+            "  fix: name one of these, or what adds it: --eval_tasks SUITE.yaml or --callbacks FILE.py",
         ),
         (
             ["--device", "cuda:x"],

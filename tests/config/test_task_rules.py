@@ -91,7 +91,7 @@ SEQ_CLS = ["--task_type", "seq_cls", "--num_labels", "2"]
             [*SEQ_CLS, "--val_dataset", "v", "--metric_for_best_model", "eval_perplexity"],
             "there is no metric 'eval_perplexity'",
         ),
-        (["--loss_type", "sigmoid"], "preference and reinforcement learning come with a later version"),
+        (["--loss_type", "sigmoid"], "that is a loss of swift rlhf"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, message):

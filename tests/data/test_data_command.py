@@ -139,9 +139,9 @@ def test_check_tells_rows_that_teach_nothing(files: Path, capsys: pytest.Capture
     assert main(["data", "check", "c.jsonl"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "4 rows, all of them readable",
-        "warning: 2 rows have no assistant message: sft learns nothing from them (c.jsonl:1, c.jsonl:3)",
-        "warning: 2 rows have chosen or rejected answers, so this is preference data: for swift rlhf, which comes "
-        "with a later version (c.jsonl:1, c.jsonl:2)",
+        "warning: 1 row has no assistant message: sft learns nothing from them (c.jsonl:3)",
+        "warning: 2 rows have chosen or rejected answers, so this is preference data: for swift rlhf "
+        "(c.jsonl:1, c.jsonl:2)",
     ]
     assert main(["data", "check", "c.jsonl", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["warnings"]) == 2

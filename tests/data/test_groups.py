@@ -111,7 +111,8 @@ def test_labels_of_classes(label, problem, count, expected):
 def test_bad_rows_say_what_is_wrong(row, form, reason):
     values = {"messages": user("q" if reason == "text 1 is empty" else "t"), **row}
     if reason is None:
-        assert encode_group(Row(values, "rows.jsonl:", 7), LetterTemplate(), form)[0] == [[116, 1], [1]]
+        encoded = encode_group(Row(values, "rows.jsonl:", 7), LetterTemplate(), form)
+        assert [one.tolist() for one in encoded.sequences] == [[116, 1], [1]]
         return
     with pytest.raises(RowError) as caught:
         encode_group(Row(values, "rows.jsonl:", 7), LetterTemplate(), form)
@@ -182,6 +183,10 @@ def dataset_of(rows=ROWS, **options):
     return TokenDataset([encode_rows([Row(row, "r:", n) for n, row in enumerate(rows, 1)], encoder)])
 
 
+def sequences_of(dataset, i):
+    return [ids for ids, _ in dataset.group(i)[0]]
+
+
 def words(sequence):
     return "".join(chr(token) for token in sequence if token > 1)
 
@@ -194,8 +199,8 @@ def test_max_length_holds_for_each_text_and_its_end_stays(truncation, kept, last
     dataset = dataset_of(max_length=5, truncation=truncation)
     assert len(dataset) == kept
     if last:
-        assert words(dataset.group(2)[0][1]) == last
-        assert all(sequence[-1] == 1 for i in range(kept) for sequence in dataset.group(i)[0])
+        assert words(sequences_of(dataset, 2)[1]) == last
+        assert all(sequence[-1] == 1 for i in range(kept) for sequence in sequences_of(dataset, i))
         assert dataset.report.truncated == {"r:": [3]}
     else:
         assert dataset.report.deleted == {"r:": [3]}
@@ -206,7 +211,7 @@ def test_groups_survive_the_disk_and_joining(tmp_path):
     TokenStore.write(tmp_path / "store", parts)
     opened = TokenDataset([TokenStore.open(tmp_path / "store")])
     for dataset in (opened, TokenDataset([TokenStore.join(parts)]), dataset_of()):
-        assert [[words(one) for one in dataset.group(i)[0]] for i in range(3)] == [
+        assert [[words(one) for one in sequences_of(dataset, i)] for i in range(3)] == [
             ["abc", "de", "f", "ghij"],
             ["k", "lm"],
             ["n", "opqrstuv", "w"],
@@ -226,7 +231,7 @@ def test_the_sequences_of_a_row_stay_together_in_every_layout(mode):
     assert batch.num_targets == 7
     ends = batch.targets != -100
     assert batch.input_ids[ends].tolist() == [1] * 7
-    expected = [sequence for i in (0, 2) for sequence in dataset.group(i)[0]]
+    expected = [sequence for i in (0, 2) for sequence in sequences_of(dataset, i)]
     if mode == "padded":
         assert batch.input_ids.shape == (7, 9)
         assert batch.document_lengths is None

@@ -32,7 +32,7 @@ def resolved_task(**options):
 
 def dataset_of(folder, rows, resolved):
     template = load_template(folder, resolved.config.template)
-    encoder = Encoder(template, 512, "delete", task_format(resolved.config.task))
+    encoder = Encoder(template, 512, "delete", task_format(resolved.config))
     store = encode_rows([Row(row, "rows:", number) for number, row in enumerate(rows, 1)], encoder)
     assert not store.report.bad_rows
     return TokenDataset([store]), template.tokenizer
@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_transformers(tiny_model_dir, tmp_path, problem):
         "Qwen3ForSequenceClassification"
     ]
     batch = collate(dataset, [[i] for i in range(5)], "padded", tokenizer.pad_token_id)
-    objective = pooled_objective(resolved.config.task)
+    objective = pooled_objective(resolved.config)
     loss, _ = objective(engine.predict(batch), batch, objective.denominators([batch]))
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
     wanted = batch.labels if problem != "single_label_classification" else batch.labels[:, 0].long()
@@ -104,7 +104,7 @@ def test_the_loss_is_that_of_transformers(tiny_model_dir, tmp_path, problem):
 def test_gradients_do_not_depend_on_how_a_step_is_split(tiny_model_dir, problem):
     resolved = resolved_task(task_type="seq_cls", num_labels=3, problem_type=problem)
     dataset, _ = dataset_of(tiny_model_dir, class_rows(CLASSES[problem]), resolved)
-    objective = pooled_objective(resolved.config.task)
+    objective = pooled_objective(resolved.config)
 
     def gradient(parts):
         model, engine = classifier(tiny_model_dir, ClassifierHead(3, problem), torch.float64)
@@ -129,7 +129,7 @@ def test_the_generative_score_is_the_log_odds_of_the_two_answers(tiny_model_dir)
         model, [], device=torch.device("cpu"), dtype=torch.float32, readout=answer_difference(40, 41)
     )
     values = engine.predict(collate(dataset, [[0]], "padding_free")).values
-    for sequence, value in zip(dataset.group(0)[0], values, strict=True):
+    for (sequence, _), value in zip(dataset.group(0)[0], values, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.as_tensor(sequence).long()[None]).logits[0, -1]
         assert float(value) == pytest.approx(float(logits[40] - logits[41]), abs=1e-5)
@@ -142,7 +142,8 @@ def test_vectors_are_the_last_hidden_states(tiny_model_dir):
         "positive_messages": [[{"role": "user", "content": "a cat"}]],
     }
     dataset, tokenizer = dataset_of(tiny_model_dir, [row], resolved)
-    sequences, labels = dataset.group(0)
+    pairs, labels = dataset.group(0)
+    sequences = [ids for ids, _ in pairs]
     assert [tokenizer.decode(one) for one in sequences] == ["red<|im_end|>", "a cat<|im_end|>"]
     assert labels.tolist() == [1.0]
     model = load_model(tiny_model_dir, dtype=torch.float32)
@@ -161,7 +162,7 @@ def test_mean_pooling_is_the_mean_over_the_tokens_of_each_text(tiny_model_dir):
     ]
     dataset, tokenizer = dataset_of(tiny_model_dir, rows, resolved)
     model = load_model(tiny_model_dir, dtype=torch.float32)
-    make = engine_of(resolved.config.task, model, tokenizer)
+    make = engine_of(resolved.config, model, tokenizer)
     engine = make(model, [], device=torch.device("cpu"), dtype=torch.float32)
     sequences = [torch.as_tensor(one).long() for i in range(2) for one in dataset.group(i)[0]]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)

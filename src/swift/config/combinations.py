@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from swift.config.memory_rules import FULL_TRAINING_OPTIMIZERS, LOW_RANK_OPTIONS
+from swift.config.rlhf_rules import RLHF_OPTIONS
 from swift.config.schema import Resolved
 from swift.config.sections.optimizer import OptimizerSection
+from swift.config.sections.vllm import VllmSection
 from swift.config.task_rules import TASK_OPTIONS
 from swift.config.tuner_rules import TUNER_OPTIONS
 from swift.core.errors import ConfigError
@@ -38,7 +40,7 @@ def _without(*kinds: str) -> tuple[str, ...]:
 
 
 ONLY_WITH: tuple[OnlyWith, ...] = (
-    *(OnlyWith(*row) for row in (*TUNER_OPTIONS, *TASK_OPTIONS)),
+    *(OnlyWith(*row) for row in (*TUNER_OPTIONS, *TASK_OPTIONS, *RLHF_OPTIONS)),
     OnlyWith(("lorap_lr_ratio",), "tuner_type", ("lora",)),
     OnlyWith(("qat_activation_bits", "qat_group_size"), "qat_bits", (4, 8)),
     OnlyWith(("adam_beta1", "adam_beta2"), "optim", _without("adafactor")),
@@ -56,6 +58,8 @@ ONLY_WITH: tuple[OnlyWith, ...] = (
     OnlyWith(("shuffle_buffer_size", "stopping_strategy"), "streaming", (True,)),
     OnlyWith(("split_dataset_ratio",), "streaming", (False,)),
     OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
+    OnlyWith(tuple(VllmSection.model_fields), "infer_backend", ("vllm",)),
+    OnlyWith(("max_cache_tokens", "prefill_chunk", "attn_impl"), "infer_backend", ("transformers",)),
 )
 
 EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
@@ -135,7 +139,7 @@ def _both_given(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
 
 def _ends_of_epochs(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
     """Where an epoch of a stream ends is known only when the step behind it asks for data."""
-    if resolved.command not in ("pt", "sft") or not resolved.config.data.streaming:
+    if resolved.command not in ("pt", "sft", "rlhf") or not resolved.config.data.streaming:
         return []
     return [
         (

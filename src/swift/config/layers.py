@@ -243,7 +243,7 @@ class Binder:
             return False
         for part in word.split("+"):
             refused = alias_table().unsupported_values.get((name, part.lower()))
-            if refused:
+            if refused and self.command.name not in refused.able:
                 self.refused.append(_Refused(where, f"{word}: {refused.say}", refused.fix))
                 return True
         return False
@@ -251,6 +251,8 @@ class Binder:
     def _assign(
         self, layer: Layer, name: str, value: Any, text: Any, key: str, where: str, source: Source
     ) -> None:
+        if name == "tuner_type" and self.command.name == "rlhf" and _names_method(value):
+            name = "rlhf_type"  # train_type: dpo
         entry = self._parse(name, value, text, key, where, source)
         if entry is None:
             return
@@ -361,6 +363,11 @@ class Binder:
 
 _REFUSED: Any = object()
 """Stands for a value that is not taken."""
+
+
+def _names_method(value: Any) -> bool:
+    word = value.lower() if isinstance(value, str) else ""
+    return word != "rlhf" and TRAIN_TYPES.get(word) == "rlhf"
 
 
 def _is_cached(key: str) -> bool:

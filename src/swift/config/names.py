@@ -97,6 +97,9 @@ class Names:
 
     def _find_word(self, word: str) -> Name | None:
         table = alias_table()
+        elsewhere = table.aliases.get(word)
+        if elsewhere is not None and self.command.name in (elsewhere.targets or {}):
+            return Name(alias=elsewhere)
         if word in options():
             return Name(option=options()[word])
         if word in self.command.switches:

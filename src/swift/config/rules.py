@@ -14,8 +14,11 @@ from typing import Any
 
 from swift.config.combinations import check_combinations
 from swift.config.commands import Command
+from swift.config.export_rules import check_export
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
+from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
+from swift.config.sections.generation import METRICS
 from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
 from swift.config.tuner_rules import check_tuner, derived_dropout
 from swift.core.errors import ConfigError
@@ -65,7 +68,12 @@ def _min_lr_ratio(resolved: Resolved) -> float | None:
 
 
 def has_validation(resolved: Resolved) -> bool:
-    """True when the configuration names validation data, or sets some aside."""
+    """True when the configuration names validation data, sets some aside, or has tasks to measure."""
+    return has_validation_rows(resolved) or resolved.config.evaluation.eval_tasks is not None
+
+
+def has_validation_rows(resolved: Resolved) -> bool:
+    """True when there will be a loss on validation data."""
     data = resolved.config.data
     return bool(data.val_dataset) or data.split_dataset_ratio > 0
 
@@ -83,11 +91,16 @@ def _eval_strategy(resolved: Resolved) -> str:
 
 def _greater_is_better(resolved: Resolved) -> bool:
     return not re.search(
-        r"loss|perplexity|ppl|mae|negative", resolved.config.evaluation.metric_for_best_model
+        r"loss|perplexity|ppl|mae|negative|rejected", resolved.config.evaluation.metric_for_best_model
     )
 
 
-_VALIDATION = ("val_dataset", "split_dataset_ratio")
+def _loss_scale(resolved: Resolved) -> str | None:
+    """What a preference is about is the last answer; those before it are the same in both."""
+    return {"pt": "all", "rlhf": "last_round"}.get(resolved.command)
+
+
+_VALIDATION = ("val_dataset", "split_dataset_ratio", "eval_tasks")
 
 DERIVATIONS: tuple[Derivation, ...] = (
     Derivation(
@@ -118,8 +131,8 @@ DERIVATIONS: tuple[Derivation, ...] = (
         ("optim",),
         lambda resolved: "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None,
     ),
-    *(Derivation(*row) for row in TASK_DERIVATIONS),
-    Derivation("loss_scale", ("command",), lambda resolved: "all" if resolved.command == "pt" else None),
+    *(Derivation(*row) for row in (*RLHF_DERIVATIONS, *TASK_DERIVATIONS)),
+    Derivation("loss_scale", ("command",), _loss_scale),
 )
 
 
@@ -141,8 +154,10 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
     check_combinations(resolved, _where, planning)
     check_tuner(resolved, _where)
     check_task(resolved, _where)
+    check_rlhf(resolved, _where, planning)
     if not partial:
         check_memory(resolved, _where)
+        check_export(resolved, _where, planning)
     _check_devices(resolved)
     _check_parallel(resolved, planning)
     if not partial and "tensor_parallel_size" in taken:
@@ -185,9 +200,13 @@ def _check_required(resolved: Resolved, command: Command, planning: bool) -> Non
 
 def _check_evaluation(resolved: Resolved) -> None:
     evaluation = resolved.config.evaluation
-    if resolved.command not in ("pt", "sft"):
+    if resolved.command not in ("pt", "sft", "rlhf"):
         return
-    metric, known = evaluation.metric_for_best_model, eval_metrics(resolved)
+    is_rlhf = resolved.config.rlhf.rlhf_type is not None
+    metric, known = (
+        evaluation.metric_for_best_model,
+        rlhf_metrics(resolved) if is_rlhf else eval_metrics(resolved),
+    )
     if not metric.startswith("eval_"):
         near = closest(metric, known)
         raise ConfigError(
@@ -195,12 +214,19 @@ def _check_evaluation(resolved: Resolved) -> None:
             where=_where(resolved, "metric_for_best_model"),
             fix=f"did you mean {near}?" if near else f"built in: {', '.join(known)}",
         )
-    if metric not in known and not resolved.config.report.callbacks:
+    of_tasks = evaluation.eval_tasks is not None
+    if of_tasks and metric in known and not has_validation_rows(resolved):
+        raise ConfigError(
+            f"{metric} needs validation data; the tasks alone have no such metric",
+            where=_where(resolved, "metric_for_best_model"),
+            fix="--metric_for_best_model eval_TASK_METRIC, or add --val_dataset FILE",
+        )
+    if metric not in known and not resolved.config.report.callbacks and not of_tasks:
         raise ConfigError(
             f"there is no metric {metric!r}",
             where=_where(resolved, "metric_for_best_model"),
             why=f"built in: {', '.join(known)}",
-            fix="name one of these, or the file that adds it: --callbacks FILE.py",
+            fix="name one of these, or what adds it: --eval_tasks SUITE.yaml or --callbacks FILE.py",
         )
     if not has_validation(resolved):
         wanted = [
@@ -229,6 +255,26 @@ def _check_evaluation(resolved: Resolved) -> None:
                 )
 
 
+def _check_metrics(resolved: Resolved) -> None:
+    """Found here, not when a job that waits for a training starts."""
+    names = resolved.config.generation.metric
+    for name in names:
+        if name not in METRICS and ".py:" not in name:
+            near = closest(name, METRICS)
+            raise ConfigError(
+                f"there is no metric {name!r}",
+                where=_where(resolved, "metric"),
+                why=f"known: {', '.join(METRICS)}; your own: FILE.py:function",
+                fix=f"did you mean {near}?" if near else None,
+            )
+    for name in resolved.config.generation.metric_args:
+        if name not in names:
+            fix = f"--metric {name}"
+            raise ConfigError(
+                f"{name} is not among the metrics", where=_where(resolved, "metric_args"), fix=fix
+            )
+
+
 def _check_data(resolved: Resolved) -> None:
     data = resolved.config.data
     if data.dataset_weights:
@@ -242,7 +288,7 @@ def _check_data(resolved: Resolved) -> None:
             raise ConfigError(
                 "weights must not be negative, and not all zero", where=_where(resolved, "dataset_weights")
             )
-    if data.truncation_strategy == "split" and resolved.command == "sft":
+    if data.truncation_strategy == "split" and resolved.command in ("sft", "rlhf"):
         raise ConfigError(
             "split is for swift pt: a conversation cut in pieces loses its question",
             where=_where(resolved, "truncation_strategy"),
@@ -336,7 +382,7 @@ def _check_generation(resolved: Resolved) -> None:
                     f"{_where(resolved, name)}: no effect at temperature 0; raise --temperature to sample"
                 )
     if not resolved.config.data.val_dataset:
-        for name in ("result_path", "metric", "max_batch_size", "columns", "on_bad_rows"):
+        for name in ("result_path", "metric", "columns", "on_bad_rows"):
             if resolved.is_explicit(name):
                 resolved.warnings.append(
                     f"{_where(resolved, name)}: used for rows of a file only; add --val_dataset FILE"
@@ -360,6 +406,7 @@ _CHECKS: tuple[Callable[[Resolved], None], ...] = (
     _check_data,
     _check_streaming,
     _check_evaluation,
+    _check_metrics,
     _check_checkpoint,
     _check_training,
     _check_generation,

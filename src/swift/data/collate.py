@@ -32,6 +32,9 @@ class Batch:
         samples_per_row: how many of them each row holds.
         groups: tasks over whole sequences: how many sequences each sample has; a target marks the end of each.
         labels: [samples, K] float32, the labels of each sample of such a task.
+        target_counts: of such a task, how many targets each sequence has.
+        reference: [sequences] float32, log-probabilities of the answers under a reference, where they are known.
+        mismatched: the questions with answers to other ones (KTO).
     """
 
     input_ids: torch.Tensor
@@ -45,6 +48,9 @@ class Batch:
     samples_per_row: list[int]
     groups: list[int] | None = None
     labels: torch.Tensor | None = None
+    target_counts: list[int] | None = None
+    reference: torch.Tensor | None = None
+    mismatched: Batch | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -55,6 +61,8 @@ class Batch:
             targets=self.targets.to(device, non_blocking=True),
             weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
+            mismatched=None if self.mismatched is None else self.mismatched.to(device),
         )
 
 
@@ -81,4 +89,7 @@ def batch_of(layout: Layout) -> Batch:
         samples_per_row=layout.samples_per_row,
         groups=layout.groups,
         labels=None if layout.labels is None else torch.from_numpy(layout.labels),
+        target_counts=layout.target_counts,
+        reference=None if layout.reference is None else torch.from_numpy(layout.reference),
+        mismatched=None if layout.mismatched is None else batch_of(layout.mismatched),
     )

@@ -2,6 +2,8 @@
 
 Recognised, in this order (the columns that are not used are kept in ``Sample.extra``):
 
+- ``chosen`` and ``rejected``: texts or lists of messages, behind ``prompt`` or ``messages`` or whole conversations
+  that begin alike: the messages are those of the chosen one, the other stands in ``extra["rejected_messages"]``;
 - ``messages``: role and content, optional ``loss`` (true/false) and ``loss_scale`` (a weight) per message,
   OpenAI ``tool_calls``, ms-swift roles ``tool_call`` / ``tool_response``;
 - ``conversations`` or ``conversation``: sharegpt (from/value), role/content, or human/assistant pairs;
@@ -129,6 +131,11 @@ def to_messages(raw: list[Any], column: str) -> list[dict[str, Any]]:
 
 def _read_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row; removes the columns it uses."""
+    if {"chosen", "rejected"} <= columns.keys() and not columns.keys() & {
+        "rejected_messages",
+        "rejected_response",
+    }:
+        return _chosen_and_rejected(columns)
     for name in ("messages", "conversations", "conversation"):
         if name in columns:
             return _normalise(_as_list(columns.pop(name), name), name)
@@ -150,6 +157,23 @@ def _read_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:
     if response is not None:
         messages.append({"role": "assistant", "content": response})
     return messages
+
+
+def _chosen_and_rejected(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chosen conversation; the rejected one is put into ``columns``."""
+    chosen, rejected = columns.pop("chosen"), columns.pop("rejected")
+    whole = isinstance(chosen, list) and not ({"prompt", "messages"} | {*QUERY_COLUMNS}) & columns.keys()
+    question = [] if whole else _read_messages(columns)
+    if question and question[-1]["role"] == "assistant":
+        question = question[:-1]
+    columns["rejected_messages"] = [*question, *_answer(rejected, "rejected")]
+    return [*question, *_answer(chosen, "chosen")]
+
+
+def _answer(value: Any, column: str) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return _normalise(value, column)
+    return [{"role": "assistant", "content": _text(value, column)}]
 
 
 def _prompt_completion(columns: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@
   numbers (regression).
 - embedding: ``messages`` and one conversation in ``positive_messages`` (or an assistant message behind the question);
   with infonce any number of ``negative_messages``, else a ``label``: a similarity, or (contrastive) 0 and 1.
+- preference (``swift rlhf``): the chosen conversation as ``messages`` (or ``chosen``), the other one as
+  ``rejected_messages``, or only its answer as ``rejected_response`` (or ``rejected``); ``margin`` for a reward model.
+- kto: ``messages`` and ``label``, whether the answer is desirable.
 - reranker, generative_reranker: the query as ``messages``, the documents in ``positive_messages`` and
   ``negative_messages``.
 
@@ -19,13 +22,27 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from swift.config.sections.task import TaskSection
+from swift.config.schema import Config
+from swift.config.sections.rlhf import PREFERENCE_TYPES
 from swift.core.errors import DataError
 from swift.data.batching import random_generator
 from swift.data.formats import RowError, Sample, to_messages, to_sample
 from swift.data.rows import Row
+from swift.data.store import EncodedLike, encoded_arrays
 
-__all__ = ["Group", "SequenceTemplate", "TaskFormat", "encode_group", "read_group", "task_format"]
+__all__ = [
+    "EncodedGroup",
+    "Group",
+    "GroupTemplate",
+    "TaskFormat",
+    "encode_group",
+    "read_group",
+    "read_texts",
+    "task_format",
+]
+
+_RLHF_DATA = {"kto": "kto", "rm": "reward"}
+"""Kinds of data of swift rlhf; all others are pairs, of which the answers are learned."""
 
 Messages = list[dict[str, Any]]
 
@@ -37,8 +54,12 @@ RERANKER_INSTRUCTION = "Given a web search query, retrieve relevant passages tha
 """The prompt of Qwen3-Reranker, from its model card; a system message of the row replaces the instruction."""
 
 
-class SequenceTemplate(Protocol):
+class GroupTemplate(Protocol):
     """What is needed of ``swift.models.template.Template``."""
+
+    def encode_many(
+        self, samples: Sequence[tuple[list[dict[str, Any]], list[Any] | None]], /
+    ) -> Sequence[EncodedLike]: ...
 
     def encode_sequence(
         self,
@@ -60,6 +81,11 @@ class TaskFormat:
     num_positives: int
     num_negatives: int | None
 
+    @property
+    def learns_answers(self) -> bool:
+        """The answers' tokens are read, not the ends of the sequences."""
+        return self.task_type in ("preference", "kto")
+
 
 @dataclass
 class Group:
@@ -77,8 +103,11 @@ class _FaultError(Exception):
     """What is wrong with a row; `encode_group` adds where."""
 
 
-def task_format(section: TaskSection) -> TaskFormat | None:
-    """None for causal_lm."""
+def task_format(config: Config) -> TaskFormat | None:
+    """None where a row is one text to be learned."""
+    section, kind = config.task, config.rlhf.rlhf_type
+    if kind in PREFERENCE_TYPES:
+        return TaskFormat(_RLHF_DATA.get(kind, "preference"), None, None, 1, 1, 1)
     if section.task_type == "causal_lm":
         return None
     ranks = section.task_type in ("reranker", "generative_reranker")
@@ -92,35 +121,79 @@ def task_format(section: TaskSection) -> TaskFormat | None:
     )
 
 
-def encode_group(
-    row: Row, template: SequenceTemplate, task: TaskFormat
-) -> tuple[list[list[int]], list[float]]:
-    """Token ids of the sequences of a row, and its labels. Raises RowError with location and reason."""
+@dataclass
+class EncodedGroup:
+    """The sequences of a row.
+
+    Attributes:
+        sequences: token ids of each.
+        learned: for each, which of its tokens are learned; None: the sequences are read at their ends.
+        labels: of the row.
+    """
+
+    sequences: list[np.ndarray]
+    learned: list[np.ndarray] | None
+    labels: list[float]
+
+
+def encode_group(row: Row, template: GroupTemplate, task: TaskFormat) -> EncodedGroup:
+    """The token ids and labels of a row. Raises RowError with location and reason."""
     sample = to_sample(row)
     try:
         group = read_group(sample, task, row.number)
+        if task.learns_answers:
+            pairs = [(messages, sample.tools) for messages in group.conversations]
+            encoded = [encoded_arrays(one) for one in template.encode_many(pairs)]
+            return EncodedGroup(
+                [ids for ids, _, _ in encoded], [learned for _, learned, _ in encoded], group.labels
+            )
         sequences = [
-            template.encode_sequence(messages, sample.tools, end_token=task.task_type == "embedding")
+            np.asarray(
+                template.encode_sequence(messages, sample.tools, end_token=task.task_type == "embedding"),
+                np.int32,
+            )
             for messages in group.conversations
         ]
-        if not all(sequences):
-            raise _FaultError(f"text {1 + [bool(one) for one in sequences].index(False)} is empty")
+        if not all(len(one) for one in sequences):
+            raise _FaultError(f"text {1 + [len(one) > 0 for one in sequences].index(False)} is empty")
     except _FaultError as fault:
         raise RowError(row.location, str(fault)) from None
     except DataError as error:  # the template refuses a conversation
         raise RowError(
             row.location, f"{error.message} ({error.why})" if error.why else error.message
         ) from None
-    return sequences, group.labels
+    return EncodedGroup(sequences, None, group.labels)
 
 
 def read_group(sample: Sample, task: TaskFormat, number: int) -> Group:
     """The conversations and labels of a row; ``number`` of the row decides which documents are drawn."""
     if task.task_type == "seq_cls":
         return Group([sample.messages], _class_labels(sample, task))
+    if task.task_type == "kto":
+        return Group([sample.messages], [_desirable(sample)])
+    if task.task_type in ("preference", "reward"):
+        return _preference_pair(sample)
     if task.task_type == "embedding":
         return _embedding_group(sample, task)
     return _ranking_group(sample, task, number)
+
+
+def read_texts(sample: Sample, task_type: str) -> list[Messages]:
+    """The conversations of a row that is to be scored or embedded: labels are not asked for, nothing is drawn.
+
+    seq_cls: the conversation; embedding: it and every other text of the row; rerankers: one for each document, those
+    under ``positive`` before those under ``negative``. Raises DataError for a row that has none.
+    """
+    try:
+        documents = [*_documents(sample, "positive"), *_documents(sample, "negative")]
+    except _FaultError as fault:
+        raise DataError(str(fault)) from None
+    if task_type in ("reranker", "generative_reranker"):
+        if not documents:
+            raise DataError('no document under "positive_messages" or "negative_messages"')
+        write = _judging if task_type == "generative_reranker" else _answering
+        return [write(sample.messages, document) for document in documents]
+    return [sample.messages, *documents] if task_type == "embedding" else [sample.messages]
 
 
 def _class_labels(sample: Sample, task: TaskFormat) -> list[float]:
@@ -147,15 +220,52 @@ def _class(value: Any, count: int) -> int:
     return int(number)
 
 
-def _number(value: Any) -> float:
+def _number(value: Any, column: str = "label") -> float:
     """A number; CSV files carry numbers as text."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise _FaultError(f'"label" {value!r} is not a number')
+        raise _FaultError(f'"{column}" {value!r} is not a number')
     return number
+
+
+def _desirable(sample: Sample) -> float:
+    label = sample.extra.get("label")
+    words = {"true": True, "false": False}
+    value = words.get(label.strip().lower(), label) if isinstance(label, str) else label
+    if "label" not in sample.extra or value not in (0, 1, "0", "1"):
+        raise _FaultError(f'"label" {label!r} is neither true nor false: is the answer desirable?')
+    return float(value)
+
+
+def _preference_pair(sample: Sample) -> Group:
+    """Chosen and rejected conversation, and the margin."""
+    chosen, extra = sample.messages, sample.extra
+    if chosen[-1]["role"] != "assistant":
+        raise _FaultError("the last message is not an answer of the assistant, so nothing is chosen")
+    start = next((at for at in range(len(chosen), 0, -1) if chosen[at - 1]["role"] in ("user", "tool")), 0)
+    name = next(
+        (one for one in ("rejected_messages", "rejected_response", "rejected") if extra.get(one)), None
+    )
+    if name is None:
+        raise _FaultError('no "rejected_response" (or rejected_messages, or chosen and rejected)')
+    rejected = extra[name]
+    if isinstance(rejected, str) and name != "rejected_messages":
+        messages = [{"role": "assistant", "content": rejected}]
+    else:
+        try:
+            messages = to_messages(rejected if isinstance(rejected, list) else [rejected], name)
+        except ValueError as fault:
+            raise _FaultError(f'"{name}": {fault}') from None
+    other = messages if name == "rejected_messages" else [*chosen[:start], *messages]
+    if other[0]["role"] != "system" and chosen[0]["role"] == "system":
+        other = [chosen[0], *other]
+    if other == chosen:
+        raise _FaultError("the rejected answer is the chosen one")
+    margin = extra.get("margin")
+    return Group([chosen, other], [0.0 if margin is None else _number(margin, "margin")])
 
 
 def _embedding_group(sample: Sample, task: TaskFormat) -> Group:
@@ -240,7 +350,7 @@ def _documents(sample: Sample, name: str) -> list[Messages]:
     return documents
 
 
-def end_mask(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+def end_mask(sequences: Sequence[np.ndarray]) -> np.ndarray:
     """True at the last token of each sequence, over all of them joined."""
     ends = np.zeros(sum(map(len, sequences)), np.bool_)
     ends[np.cumsum([len(sequence) for sequence in sequences]) - 1] = True

@@ -33,6 +33,9 @@ class Layout:
     samples_per_row: list[int]
     groups: list[int] | None = None
     labels: np.ndarray | None = None
+    target_counts: list[int] | None = None
+    reference: np.ndarray | None = None
+    mismatched: Layout | None = None
 
 
 def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
@@ -84,24 +87,32 @@ def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: i
     )
 
 
-def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
-    """Padded: a line for each sequence of each sample; else the sequences of a row one after another.
+Sequence = tuple[np.ndarray, np.ndarray]
+"""Ids and targets, [t] each."""
 
-    A target stands at the last token of every sequence, where it is read; which one does not matter.
-    """
-    lines: list[list[np.ndarray]] = []
-    groups: list[int] = []
-    labels: list[np.ndarray] = []
-    for row in rows:
-        placed: list[np.ndarray] = []
-        for sample in row:
-            sequences, values = dataset.group(sample)
-            placed += sequences
-            groups.append(len(sequences))
-            labels.append(values)
-        lines += [[sequence] for sequence in placed] if mode == "padded" else [placed]
+
+def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
+    """The sequences of all samples, laid out by `_lay_out_sequences`."""
+    samples = [[dataset.group(sample) for sample in row] for row in rows]
+    found = [[sequence for group, _ in row for sequence in group] for row in samples]
+    layout = _lay_out_sequences(found, mode, pad_token_id)
+    numbers = layout.sample_ids = [sample for row in rows for sample in row]
+    layout.samples_per_row = [len(row) for row in rows]
+    layout.groups = [len(group) for row in samples for group, _ in row]
+    labels = [values for row in samples for _, values in row]
+    layout.labels = np.stack(labels) if labels else np.zeros((0, dataset.num_labels), np.float32)
+    if dataset.reference is not None:
+        layout.reference = dataset.reference[numbers].reshape(-1).astype(np.float32)
+    if dataset.mismatched and len(numbers) > 1:
+        layout.mismatched = _lay_out_sequences(_mismatch(found), mode, pad_token_id)
+    return layout
+
+
+def _lay_out_sequences(rows: list[list[Sequence]], mode: Mode, pad_token_id: int) -> Layout:
+    """Padded: a line for each sequence; else the sequences of a row one after another."""
+    lines = [[sequence] for row in rows for sequence in row] if mode == "padded" else rows
     lines = lines or [[]]
-    used = [sum(map(len, line)) for line in lines]
+    used = [sum(len(ids) for ids, _ in line) for line in lines]
     shape = (len(lines), max(*used, 1))
     ids = np.full(shape, pad_token_id, np.int64)
     targets = np.full(shape, IGNORE, np.int64)
@@ -109,16 +120,17 @@ def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_tok
     documents: list[list[int]] = []
     for number, line in enumerate(lines):
         padding = shape[1] - used[number]
-        lengths = [len(sequence) for sequence in line]
+        lengths = [len(tokens) for tokens, _ in line]
         if line:
-            ids[number, : used[number]] = np.concatenate(line)
-            targets[number, np.cumsum(lengths) - 1] = 0
+            ids[number, : used[number]] = np.concatenate([tokens for tokens, _ in line])
+            targets[number, : used[number]] = np.concatenate([wanted for _, wanted in line])
         if mode == "padded":
             positions[number] = np.arange(shape[1])
         else:
             lengths += [padding] if padding else []
             positions[number] = np.concatenate([np.arange(length) for length in lengths])
         documents.append(lengths)
+    counts = [int(np.count_nonzero(wanted != IGNORE)) for line in lines for _, wanted in line]
     return Layout(
         input_ids=ids,
         position_ids=positions,
@@ -126,12 +138,27 @@ def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_tok
         weights=None,
         document_lengths=None if mode == "padded" else documents,
         num_tokens=sum(used),
-        num_targets=sum(groups),
-        sample_ids=[sample for row in rows for sample in row],
-        samples_per_row=[len(row) for row in rows],
-        groups=groups,
-        labels=np.stack(labels) if labels else np.zeros((0, dataset.num_labels), np.float32),
+        num_targets=sum(counts),
+        sample_ids=[],
+        samples_per_row=[],
+        target_counts=counts,
     )
+
+
+def _mismatch(rows: list[list[Sequence]]) -> list[list[Sequence]]:
+    """Each question with the answer to the next one of the micro-batch (KTO, arXiv 2402.01306, section 4.1)."""
+    flat = [sequence for row in rows for sequence in row]
+    answers = [int(np.flatnonzero(targets != IGNORE)[0]) + 1 for _, targets in flat]
+    mixed = iter(
+        (
+            np.concatenate([ids[:start], other_ids[other:]]),
+            np.concatenate([targets[: start - 1], other_targets[other - 1 :]]),
+        )
+        for (ids, targets), start, (other_ids, other_targets), other in zip(
+            flat, answers, flat[1:] + flat[:1], answers[1:] + answers[:1], strict=True
+        )
+    )
+    return [[next(mixed) for _ in row] for row in rows]
 
 
 def lay_out_in_worker(state: tuple[TokenDataset, Mode, int], rows: MicroBatch) -> Layout:

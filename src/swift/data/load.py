@@ -70,7 +70,7 @@ def load_data(
     seed = section.data_seed if section.data_seed is not None else resolved.config.training.seed
     if not section.dataset:
         raise DataError("no training data", where="--dataset", fix="--dataset FILE.jsonl")
-    task = task_format(resolved.config.task)
+    task = task_format(resolved.config)
     encoder = Encoder(template, max_length, section.truncation_strategy, task)
     notes: list[str] = []
     # Names first: a missing validation file should not be found after an hour of tokenising.
@@ -99,6 +99,10 @@ def load_data(
         note_report(validation.report, max_length, section, notes, "validation: ")
     elif section.split_dataset_ratio > 0:
         train, validation = _split(train, section.split_dataset_ratio, seed)
+    if resolved.config.rlhf.rlhf_type == "kto":
+        for dataset in (train, validation):
+            if dataset is not None:
+                dataset.mismatched = "kto" in resolved.config.rlhf.rlhf_loss_type
     mappings = {str(file): spec.mapping for spec in [*specs, *val_specs] for file in files[spec.text]}
     rows = [] if validation is None else _original_rows(validation, section.columns, mappings)
     channels = []

@@ -8,6 +8,8 @@ A store is a folder::
     offsets.bin  int64 [samples + 1]  sample i is ids[offsets[i]:offsets[i + 1]]
     labels.bin   float32 [samples, K] labels of tasks over whole sequences (``groups``), for which ``learned`` is
                                       the last token of each sequence; empty otherwise
+    ends.bin     bool  [tokens]       the last token of each sequence of groups whose answers are learned; empty
+                                      otherwise
     rows.bin     int64 [samples, 2]   where sample i comes from: (index into "files", number of the row)
     meta.json    version, files, report, size and CRC-32 of every array file
 
@@ -33,7 +35,7 @@ from swift.data.report import DataReport
 __all__ = ["IGNORE", "CorruptStoreError", "EncodedLike", "TokenStore", "TokenWriter", "encoded_arrays"]
 
 IGNORE = -100
-_VERSION = 2
+_VERSION = 3
 _DTYPES = {
     "ids": np.dtype(np.int32),
     "learned": np.dtype(np.bool_),
@@ -41,6 +43,7 @@ _DTYPES = {
     "offsets": np.dtype(np.int64),
     "rows": np.dtype(np.int64),
     "labels": np.dtype(np.float32),
+    "ends": np.dtype(np.bool_),
 }
 
 
@@ -68,6 +71,7 @@ class TokenWriter:
         self._weights: list[np.ndarray | None] = []
         self._rows: list[tuple[int, int]] = []
         self._labels: list[Sequence[float]] = []
+        self._ends: list[np.ndarray] = []
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -79,14 +83,20 @@ class TokenWriter:
         weights: np.ndarray | None,
         row: tuple[int, int],
         labels: Sequence[float] | None = None,
+        ends: np.ndarray | None = None,
     ) -> None:
-        """One sample: int32 ids, bool mask, float32 weights (None: all 1), (file index, number), labels of a group."""
+        """One sample: int32 ids, bool mask, float32 weights (None: all 1), (file index, number).
+
+        Of a group also its labels and, where ``learned`` does not tell, the ends of its sequences.
+        """
         self._ids.append(ids)
         self._learned.append(learned)
         self._weights.append(weights)
         self._rows.append(row)
         if labels is not None:
             self._labels.append(labels)
+        if ends is not None:
+            self._ends.append(ends)
 
     def build(self, files: Sequence[str], report: DataReport) -> TokenStore:
         """The collected samples as arrays in memory."""
@@ -108,6 +118,7 @@ class TokenWriter:
             files=list(files),
             report=report,
             labels=np.asarray(self._labels, np.float32) if self._labels else None,
+            ends=np.concatenate(self._ends) if self._ends else None,
         )
 
 
@@ -124,6 +135,7 @@ class TokenStore:
     report: DataReport
     path: Path | None = None
     labels: np.ndarray | None = None
+    ends: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -163,6 +175,8 @@ class TokenStore:
                     columns["rows"].append(part.global_rows(files))
                     if part.labels is not None:
                         columns["labels"].append(part.labels)
+                    if part.ends is not None:
+                        columns["ends"].append(part.ends)
                     offset += len(part.ids)
             sums = {name: [column.size, column.crc] for name, column in columns.items()}
             meta = {"version": _VERSION, "files": list(files), "sums": sums, "report": report.to_dict()}
@@ -194,7 +208,8 @@ class TokenStore:
             rows=_concatenate([rows for _, rows in collected], np.int64).reshape(-1, 2),
             files=list(files),
             report=report,
-            labels=_join_labels(stores),
+            labels=_join([store.labels for store in stores]),
+            ends=_join([store.ends for store in stores]),
         )
 
     def global_rows(self, files: dict[str, int]) -> np.ndarray:
@@ -231,6 +246,7 @@ class TokenStore:
             arrays["weights"] = arrays["weights"] if len(arrays["weights"]) else None
             samples = len(arrays["rows"])
             arrays["labels"] = arrays["labels"].reshape(samples, -1) if len(arrays["labels"]) else None
+            arrays["ends"] = arrays["ends"] if len(arrays["ends"]) else None
             report = DataReport.from_dict(meta["report"])
             return cls(**arrays, files=meta["files"], report=report, path=path)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -266,10 +282,10 @@ def _concatenate(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
 
 
-def _join_labels(stores: Sequence[TokenStore]) -> np.ndarray | None:
-    """Stores without a sample have no labels."""
-    labels = [store.labels for store in stores if store.labels is not None]
-    return np.concatenate(labels) if labels else None
+def _join(columns: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Stores without a sample have no labels and no ends."""
+    present = [column for column in columns if column is not None]
+    return np.concatenate(present) if present else None
 
 
 def _crc(file: Path) -> int:

@@ -159,7 +159,7 @@ def open_stream(
     Raises DataError for missing files, bad rows, and when the first window holds nothing to learn.
     """
     section = resolved.config.data
-    task = task_format(resolved.config.task)
+    task = task_format(resolved.config)
     encoder = Encoder(template, section.max_length, section.truncation_strategy, task)
     stream = Stream(section, encoder, batch_size, split)
     first = stream.first()

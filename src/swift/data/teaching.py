@@ -55,8 +55,8 @@ class TeachingReport:
             )
         if self.preferences:
             said.append(
-                f"{_rows(self.preferences)} chosen or rejected answers, so this is preference data: for swift rlhf,"
-                f" which comes with a later version ({_places(self.preferences)})"
+                f"{_rows(self.preferences)} chosen or rejected answers, so this is preference data: for swift rlhf"
+                f" ({_places(self.preferences)})"
             )
         return said
 

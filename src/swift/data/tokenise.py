@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from swift.core.errors import DataError
 from swift.data.formats import RowError, Sample, to_sample
-from swift.data.groups import SequenceTemplate, TaskFormat, encode_group, end_mask
+from swift.data.groups import GroupTemplate, TaskFormat, encode_group, end_mask
 from swift.data.report import DataReport
 from swift.data.rows import Row
 from swift.data.store import EncodedLike, TokenStore, TokenWriter, encoded_arrays
@@ -31,15 +31,11 @@ _DEADLINE_SECONDS = 600.0
 """How long a chunk may take in a worker before we call it stuck."""
 
 
-class TemplateLike(SequenceTemplate, Protocol):
+class TemplateLike(GroupTemplate, Protocol):
     """What tokenisation needs of ``swift.models.template.Template``."""
 
     @property
     def fingerprint(self) -> str: ...
-
-    def encode_many(
-        self, samples: Sequence[tuple[list[dict[str, Any]], list[Any] | None]], /
-    ) -> Sequence[EncodedLike]: ...
 
 
 @dataclass(frozen=True)
@@ -108,33 +104,45 @@ def _encode_groups(rows: Iterable[Row], encoder: Encoder, task: TaskFormat) -> T
     for row in rows:
         report.rows_read += 1
         try:
-            sequences, labels = encode_group(row, encoder.template, task)
+            group = encode_group(row, encoder.template, task)
         except RowError as error:
             report.bad_rows.append((error.location, error.reason))
             continue
-        cut = [_cut(sequence, encoder) for sequence in sequences]
+        kept = [_kept(len(one), encoder, is_read=group.learned is None) for one in group.sequences]
         where = (files.setdefault(row.source, len(files)), row.number)
-        if not all(cut):
+        if not all(len(places) for places in kept):
             report.deleted.setdefault(row.source, []).append(row.number)
             continue
-        if cut != sequences:
+        cut = [sequence[places] for sequence, places in zip(group.sequences, kept, strict=True)]
+        ends = end_mask(cut)
+        if group.learned is None:
+            learned = ends
+        else:
+            masks = [mask[places] for mask, places in zip(group.learned, kept, strict=True)]
+            if not all(mask[1:].any() for mask in masks):
+                report.untargeted.setdefault(row.source, []).append(row.number)
+                continue
+            learned = np.concatenate(masks)
+        if any(len(one) < len(whole) for one, whole in zip(cut, group.sequences, strict=True)):
             report.truncated.setdefault(row.source, []).append(row.number)
-        ids = np.concatenate([np.asarray(sequence, np.int32) for sequence in cut])
-        writer.add(ids, end_mask(cut), None, where, labels)
-        report.num_targets += len(cut)
+        ids = np.concatenate(cut)
+        writer.add(ids, learned, None, where, group.labels, None if group.learned is None else ends)
+        report.num_targets += int(np.count_nonzero(learned))
         report.num_tokens += len(ids)
     report.samples = len(writer)
     return writer.build(list(files), report)
 
 
-def _cut(sequence: list[int], encoder: Encoder) -> list[int]:
-    """What is kept of a sequence, nothing when its row is deleted. Its last token, where it is read, stays."""
-    limit = encoder.max_length
-    if limit is None or len(sequence) <= limit:
-        return sequence
+def _kept(length: int, encoder: Encoder, *, is_read: bool) -> np.ndarray:
+    """The places of a sequence that are kept, none when its row is deleted; the last one, where it is read."""
+    places, limit = np.arange(length), encoder.max_length
+    if limit is None or length <= limit:
+        return places
     if encoder.truncation == "left":
-        return sequence[-limit:]
-    return [*sequence[: limit - 1], sequence[-1]] if encoder.truncation == "right" else []
+        return places[-limit:]
+    if encoder.truncation == "right":
+        return np.append(places[: limit - 1], length - 1) if is_read else places[:limit]
+    return places[:0]
 
 
 def _encode(

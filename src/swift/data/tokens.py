@@ -21,7 +21,14 @@ class TokenDataset:
         once.
             Default: all, in order.
         report: what became of the rows; default: the reports of the stores added up.
+
+    Attributes:
+        reference: log-probabilities of the answers of each sample under a reference, [n, sequences]; None without.
+        mismatched: batches also hold each question with the answer to another one (KTO).
     """
+
+    reference: np.ndarray | None = None
+    mismatched: bool = False
 
     def __init__(
         self,
@@ -80,13 +87,27 @@ class TokenDataset:
         """Labels of a sample when samples are groups of sequences (see ``swift.data.groups``); else 0."""
         return max((store.labels.shape[1] for store in self.stores if store.labels is not None), default=0)
 
-    def group(self, i: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """(ids int32 of each sequence, labels float32 [K]) of a sample that is a group."""
+    def group(self, i: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """([(ids int32 [t], targets int64 [t]) of each sequence], labels float32 [K]) of a sample that is a group.
+
+        Targets are those of `swift.data.layout`: the next token where the answer is learned, else one at the end.
+        """
         store, number = self._locate(i)
         assert store.labels is not None
         start, end = store.offsets[number], store.offsets[number + 1]
-        ends = np.flatnonzero(store.learned[start:end]) + 1
-        return np.split(store.ids[start:end], ends[:-1]), store.labels[number]
+        learned = store.learned[start:end]
+        ends = learned if store.ends is None else store.ends[start:end]
+        borders = np.flatnonzero(ends)[:-1] + 1
+        ids = np.split(store.ids[start:end], borders)
+        parts = []
+        for tokens, mask in zip(ids, np.split(learned, borders), strict=True):
+            targets = np.full(len(tokens), IGNORE, np.int64)
+            if store.ends is None:
+                targets[-1] = 0
+            else:
+                targets[:-1] = np.where(mask[1:], tokens[1:], IGNORE)
+            parts.append((tokens, targets))
+        return parts, store.labels[number]
 
     @property
     def num_tokens(self) -> int:

@@ -16,9 +16,9 @@ from typing import Any
 from urllib.parse import quote
 
 from swift.core.errors import SwiftError, UsageError
-from swift.core.process import ProcessIdentity
+from swift.core.process import ProcessIdentity, send_signal
 from swift.experiments.home import Home
-from swift.experiments.processes import TOKEN_VARIABLE, send_signal
+from swift.experiments.processes import TOKEN_VARIABLE
 from swift.experiments.runner import log_tail
 from swift.experiments.submission import Submission
 from swift.experiments.supervisor import EXIT_LOCKED

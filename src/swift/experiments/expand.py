@@ -28,6 +28,7 @@ from swift.experiments.option_layers import (
     option_name,
     snapshot,
 )
+from swift.experiments.outcome import ANSWER_METRICS
 from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.stages import check_name, known_command
 from swift.experiments.types import TRAINING, Dependency, JobSpec
@@ -37,11 +38,11 @@ from swift.runs.status import read_status
 
 __all__ = ["expand", "single", "trial_specs"]
 
+_ANSWER_METRICS = tuple(name for name in ANSWER_METRICS if name != "loss")
 _METRICS = ("loss", "eval_loss", "eval_token_accuracy", "eval_perplexity")
 _LIGHT = ("config", "doctor", "plan")
 _LIGHT_BYTES = 1 << 30
 """Commands that load no model, and twice what their imports take (see ``plan.analytic.FRAMEWORK_BYTES``)."""
-_ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity")
 
 
 def expand(
@@ -238,15 +239,18 @@ def _check_metric(sweep: Sweep, bound: BoundJob) -> None:
     assert bound.resolved is not None
     data = bound.resolved.config.data
     metric = sweep.metric
-    if not metric.startswith("eval_") and metric not in (*_METRICS, *_ANSWER_METRICS):
+    # A task's is written task.metric, a user's own evaluation.metric.
+    of_answers = metric in _ANSWER_METRICS or "." in metric
+    if not metric.startswith("eval_") and metric not in _METRICS and not of_answers:
         known = (*_METRICS, *_ANSWER_METRICS)
         why = f"known: {', '.join(known)}"
         raise fail(f"unknown metric {metric!r}", place, "metric", why=why, fix=suggest(metric, known))
-    if metric != "loss" and not data.val_dataset and not data.split_dataset_ratio:
+    tasks = bound.resolved.config.evaluation.eval_tasks
+    if metric != "loss" and not of_answers and not (data.val_dataset or data.split_dataset_ratio or tasks):
         raise fail(
             f"{metric} needs validation data", place, "metric", fix="val_dataset: [FILE], or metric: loss"
         )
-    if metric in _ANSWER_METRICS:
+    if of_answers:
         if sweep.early_stop is not None:
             raise fail(f"{metric} is known after training only, too late for early_stop", place, "metric")
         if not any(stage.kind == "evaluate" for stage in stages_of(bound).values()):

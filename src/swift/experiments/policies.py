@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from swift.config.sections.rlhf import RlhfSection
 from swift.config.sections.task import TaskSection
 from swift.core.format import format_bytes, format_duration
 from swift.experiments.runner import Exit
@@ -247,13 +248,18 @@ def _smaller(
         wanted = min(2 * held, math.floor(0.94 * largest_bytes))
         change = f"memory {format_bytes(held)} -> {format_bytes(wanted)}"
         return _retry(job, failure, f"out of memory: {change}", change, memory_bytes=wanted)
-    note = f" ({options['loss_type']} with a smaller micro-batch is another loss)" if in_batch else ""
+    loss = options.get("loss_type") or " and ".join(options.get("rlhf_loss_type", []))
+    note = f" ({loss} with a smaller micro-batch is another loss)" if in_batch else ""
     return Action(False, f"{failure}; there is nothing smaller to try{note}")
 
 
 def _is_in_batch(options: Mapping[str, Any]) -> bool:
-    known = ("loss_type", "infonce_use_batch")
-    return TaskSection(**{name: options[name] for name in known if options.get(name) is not None}).is_in_batch
+    """Whether the loss compares the rows of a micro-batch."""
+    sections = (TaskSection, ("loss_type", "infonce_use_batch")), (RlhfSection, ("rlhf_loss_type",))
+    return any(
+        section(**{name: options[name] for name in known if options.get(name) is not None}).is_in_batch
+        for section, known in sections
+    )
 
 
 def is_stalled(

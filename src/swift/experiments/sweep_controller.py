@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
+from swift.evaluate.results import RESULTS
 from swift.experiments.expand import trial_specs
 from swift.experiments.file import ExperimentFile, parse_experiments
+from swift.experiments.outcome import RESULT_FOLDER
 from swift.experiments.progress import read_json
 from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.types import JobSpec
@@ -224,7 +226,7 @@ class SweepController:
 
 
 def metric_of(run_dir: str | Path, metric: str) -> float | None:
-    """The value that judges a trial: the last in the run's metrics, or that of its ``evaluation.json``.
+    """The value that judges a trial: the last in the run's metrics, or that of its evaluation.
 
     None when it is not there (yet), or not finite.
     """
@@ -237,7 +239,8 @@ def metric_of(run_dir: str | Path, metric: str) -> float | None:
         ]
         value = values[-1] if values else None
     else:
-        value = read_json(folder / "evaluation.json").get(metric)
+        results = read_json(folder / RESULT_FOLDER / RESULTS)
+        value = results.get("metrics", {}).get(metric.removeprefix("evaluation."))
     return float(value) if value is not None and math.isfinite(value) else None
 
 

@@ -44,9 +44,8 @@ class InferenceContext:
         pretraining: True when the run was ``pt``: plain text unless ``use_chat_template`` says otherwise.
         run: the run folder that all this comes from, or None.
         quantization: how the base is quantised when loaded: as in the run, unless the command line says otherwise.
-        head: the score head of an adapter that was trained for a classifier.
-        task: what the run was for.
-        answers: the two words whose difference is the score of a ``generative_reranker``.
+        head: the score head of a classifier, or of an adapter that was trained for one.
+        task_options: what the run was for.
         chosen_last: True when a run folder was named, and its last checkpoint taken.
         unpack: the adapter belongs to a rounded base (LoftQ) that is wanted in full precision: it is quantised when
             loaded, and its rounded values are unpacked then.
@@ -61,15 +60,27 @@ class InferenceContext:
     quantization: QuantizationSection = field(default_factory=QuantizationSection)
     unpack: bool = False
     head: ClassifierHead | None = None
-    task: str = "causal_lm"
-    answers: tuple[str, str] = ("yes", "no")
+    task_options: TaskSection = field(default_factory=TaskSection)
+
+    @property
+    def task(self) -> str:
+        """What the model was trained for (``task_type``)."""
+        return self.task_options.task_type
 
     @property
     def writes_text(self) -> bool:
         """False for models that score or embed texts."""
-        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
-        names = config.get("architectures") or []
-        return self.task == "causal_lm" and self.head is None and not any(map(is_classifier_name, names))
+        return self.task == "causal_lm" and self.head is None
+
+    def check_writes_text(self) -> None:
+        """Raise ModelError for models that read texts and write none."""
+        if not self.writes_text:
+            raise ModelError(
+                "this model scores or embeds texts; it writes none",
+                where=str(self.adapter or self.model),
+                why="it has a score head" if self.task == "causal_lm" else f"task_type {self.task}",
+                fix="swift infer --val_dataset FILE gives the scores or vectors of its rows",
+            )
 
     def describe(self) -> str:
         """Model, adapter and system prompt in one line."""
@@ -133,9 +144,8 @@ def find_context(resolved: Resolved) -> InferenceContext:
         model = _base_model(adapter, recorded, section)
     elif section.model is not None and recorded is None:
         derive_chat_template(resolved, section.model, model)
-    head = _score_head(adapter, recorded) if adapter else None
-    task = recorded.config.task.task_type if recorded else "causal_lm"
-    context = InferenceContext(
+    head = _score_head(adapter, recorded) if adapter else _stored_head(model)
+    return InferenceContext(
         model=model,
         adapter=adapter,
         template=_template(resolved, recorded),
@@ -145,10 +155,8 @@ def find_context(resolved: Resolved) -> InferenceContext:
         quantization=quantization,
         unpack=unpack,
         head=head,
-        task=task,
-        answers=_answers(recorded),
+        task_options=recorded.config.task if recorded else TaskSection(),
     )
-    return context
 
 
 def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
@@ -176,11 +184,6 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
     return bundle
 
 
-def _answers(recorded: Resolved | None) -> tuple[str, str]:
-    task = recorded.config.task if recorded else TaskSection()
-    return task.generative_reranker_positive_token, task.generative_reranker_negative_token
-
-
 def _score_head(adapter: Path, recorded: Resolved | None) -> ClassifierHead | None:
     """The score head that an adapter was trained with, None for adapters of a model that writes text."""
     config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -191,6 +194,15 @@ def _score_head(adapter: Path, recorded: Resolved | None) -> ClassifierHead | No
     if shape is None:
         raise ModelError("the adapter of a classifier has no score.weight", where=str(adapter))
     return ClassifierHead(shape[0], recorded.config.task.problem_type if recorded else None)
+
+
+def _stored_head(model: Path) -> ClassifierHead | None:
+    """The score head of a whole model, None where it writes text."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if not any(map(is_classifier_name, config.get("architectures") or [])):
+        return None
+    num_labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)  # transformers' default
+    return ClassifierHead(num_labels, config.get("problem_type"))
 
 
 def _is_run(name: str | None) -> bool:
@@ -260,10 +272,10 @@ def _quantization(
 ) -> tuple[QuantizationSection, bool]:
     """How the base is quantised, and whether it is unpacked again.
 
-    Commands that take no such options (merge-lora) want the base in full precision.
+    Commands that take no such options (merge-lora), or quantise themselves (export), want it in full precision.
     """
     asked = any(resolved.is_explicit(name) for name in ("quant_method", "quant_bits"))
-    if "quant_method" not in COMMANDS[resolved.command].options():
+    if resolved.command == "export" or "quant_method" not in COMMANDS[resolved.command].options():
         section = QuantizationSection()
     else:
         section = resolved.config.quantization if recorded is None or asked else recorded.config.quantization

@@ -135,10 +135,13 @@ class Template:
         ]
 
     def encode_prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids up to where the assistant's answer begins."""
-        text = self.render(messages, tools, add_generation_prompt=True)
+        """Token ids up to where the assistant's answer begins; ``variables`` are for the chat template."""
+        text = self.render(messages, tools, add_generation_prompt=True, variables=variables)
         add_special = self.chat is None and not self._begins_with_bos(text)
         ids = self._encoder.encode([text], add_special)[0].ids
         if add_special and ids and ids[-1] == self.tokenizer.eos_token_id:
@@ -179,13 +182,14 @@ class Template:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text, as the model sees it."""
         messages, tools = self._with_tools(messages, tools)
         conversation = self._read(messages)
         if self.chat is None:
             return "".join(message["content"] for message in conversation.messages)
-        return self.chat.render(conversation.messages, tools, add_generation_prompt)
+        return self.chat.render(conversation.messages, tools, add_generation_prompt, variables)
 
     @property
     def fingerprint(self) -> str:

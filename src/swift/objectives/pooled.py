@@ -18,11 +18,13 @@ class LossTerms(NamedTuple):
 
     Attributes:
         losses: ``[num_terms]``, differentiable.
-        num_correct: how many of the terms decide as their label says; None where nothing is decided.
+        num_correct: which of the terms decide as their label says; None where nothing is decided.
+        metrics: ``[names, 2]`` float64, sum and number of each of the loss's ``metric_names``.
     """
 
     losses: Tensor
     num_correct: Tensor | None = None
+    metrics: Tensor | None = None
 
 
 class PooledLoss(Protocol):
@@ -52,6 +54,7 @@ class PooledObjective:
     def __init__(self, loss: PooledLoss) -> None:
         self.loss = loss
         self.accuracy = "accuracy" if loss.decides else None
+        self.metric_names: tuple[str, ...] = getattr(loss, "metric_names", ())
 
     def denominators(self, batches: Sequence[GroupBatch]) -> Denominators:
         count = sum(self.loss.num_terms(*_labels_of(batch)) for batch in batches)
@@ -60,11 +63,13 @@ class PooledObjective:
     def __call__(
         self, outputs: PooledOutputs, batch: GroupBatch, denominators: Denominators
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, correct = self.loss(outputs.values, *_labels_of(batch))
+        losses, correct, measured = self.loss(outputs.values, *_labels_of(batch))
         # An empty micro-batch still has a graph: its backward pass gives zeros.
         loss_sum = losses.sum() if len(losses) else outputs.values.sum() * 0
         count = torch.zeros((), device=loss_sum.device) if correct is None else correct.sum()
         metrics = {"loss_sum": loss_sum.detach(), "num_correct": count}
+        if measured is not None:
+            metrics["groups"] = measured.T
         return loss_sum / denominators.target_weight, metrics
 
 

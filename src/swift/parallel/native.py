@@ -122,6 +122,13 @@ class NativeEngine:
         loss, sums = objective(self._outputs(batch), batch, objective.denominators([batch]))
         return StepOutput(loss, dict(sums))
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        self.model.eval()
+        self.settle()
+        with self._precision():
+            yield self.model
+
     def clip(self) -> dict[str, Tensor]:
         norms = {}
         for name, group in self.parameter_sets.items():
@@ -195,8 +202,8 @@ class NativeEngine:
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
-        """What the objective reads at the batch's targets, in the mode the model is in: log-probabilities ``[n]``."""
-        return self._outputs(batch).logprobs
+        """What the model says at the batch's targets, in the mode it is in: log-probabilities ``[n]``."""
+        return self.token_outputs(batch).logprobs
 
     def _run(self, batch: Batch) -> Any:
         """The outputs of the backbone, or of the whole model when its head cannot be told apart."""
@@ -206,6 +213,10 @@ class NativeEngine:
         return self._forward(**inputs, use_cache=False)
 
     def _outputs(self, batch: Batch) -> TokenOutputs:
+        """What the objective reads."""
+        return self.token_outputs(batch)
+
+    def token_outputs(self, batch: Batch) -> TokenOutputs:
         """Log-probabilities of the batch's targets, in row-major order."""
         learned = batch.targets != -100
         targets = batch.targets[learned]

@@ -86,7 +86,7 @@ def plan_rows(
 
     What cannot be found or read becomes a warning: a plan may be made on another machine than the run.
     """
-    task = task_format(resolved.config.task)
+    task = task_format(resolved.config)
     plan = RowPlan(is_cut=task is not None)
     teaching = TeachingReport(all_learned=resolved.config.template.loss_scale == "all")
     sizes: list[int] = []
@@ -125,7 +125,7 @@ def plan_rows(
 def known_rows(resolved: Resolved, lengths: Sequence[int]) -> RowPlan:
     """The same of data that is tokenised already: nothing is estimated."""
     datasets: list[dict[str, object]] = [{"name": text} for text in resolved.config.data.dataset]
-    is_cut = resolved.config.task.task_type != "causal_lm"
+    is_cut = task_format(resolved.config) is not None
     return RowPlan(len(lengths), True, list(lengths), len(lengths), datasets, is_cut=is_cut)
 
 
@@ -193,7 +193,7 @@ def _sample_groups(
     from swift.data.tokenise import Encoder, encode_rows
 
     section = resolved.config.data
-    task = task_format(resolved.config.task)
+    task = task_format(resolved.config)
     store = encode_rows(rows, Encoder(template, section.max_length, section.truncation_strategy, task))
     plan.sampled += len(rows)
     plan.lengths += (store.offsets[1:] - store.offsets[:-1]).tolist()

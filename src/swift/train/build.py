@@ -17,12 +17,15 @@ from swift.core.format import format_bytes
 from swift.data.collate import collate
 from swift.data.loader import BatchLoader
 from swift.data.stream import StreamLoader
+from swift.data.tokens import TokenDataset
 from swift.models.classifier import SCORE
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
 from swift.models.quantised import stored_weights
 from swift.objectives.base import Objective
+from swift.objectives.pooled import PooledObjective
 from swift.objectives.sft import SftObjective
+from swift.parallel.answers import AnswerEngine
 from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
 from swift.parallel.native import NativeEngine
@@ -33,7 +36,7 @@ from swift.train.callbacks.base import Callback
 from swift.train.callbacks.lisa import LisaCallback
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
 from swift.train.config_record import recorded_dataset
-from swift.train.evaluation import Evaluator, LossEvaluator
+from swift.train.evaluation import Evaluator, Evaluators, LossEvaluator
 from swift.train.inspection import inspection_report
 from swift.train.loop import Trainer
 from swift.train.low_precision import train_in_float8, train_quantisation_aware
@@ -42,6 +45,7 @@ from swift.train.optimizers import build_optimizer
 from swift.train.precision import param_dtype
 from swift.train.preflight import check_tuner_options
 from swift.train.prepare import Prepared
+from swift.train.reference import precompute, reference_options
 from swift.train.schedules import learning_rate_schedule
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
@@ -64,18 +68,26 @@ def build(
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
     closing: contextlib.ExitStack,
+    evaluators: Sequence[Callable[[Prepared], Evaluator]] = (),
 ) -> Trainer:
-    """Model, engine and trainer, ready for the next step; ``closing`` gets what must be closed in the end."""
+    """Model, engine and trainer, ready for the next step.
+
+    ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss.
+    """
     resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
     pad_token_id: int = tokenizer.pad_token_id
     tuned = _tune(_load_weights(prepared), prepared)
-    engine = _engine(prepared, tuned)
+    reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
+    engine = _engine(prepared, tuned, reference)
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
     if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
         start_from_data(engine, prepared.data.train, resolved, pad_token_id)
     state = _restored(prepared, tuned, engine)
+    if config.rlhf.precompute_ref_log_probs:
+        assert isinstance(engine, AnswerEngine)
+        precompute(prepared, engine, say)
     _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
     if config.training.neftune_noise_alpha:
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
@@ -105,8 +117,8 @@ def build(
         metrics=metrics,
         status=status,
         device=prepared.device,
-        evaluator=_evaluator(prepared, pad_token_id),
-        group_names=_group_names(prepared),
+        evaluator=_evaluator(prepared, pad_token_id, [make(prepared) for make in evaluators]),
+        group_names=_metric_names(prepared, objective),
         callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
     )
 
@@ -275,7 +287,7 @@ def _recompute(model: Any, num_layers: int | None) -> None:
         layer.gradient_checkpointing = False
 
 
-def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
+def _engine(prepared: Prepared, tuned: TunedModel, reference: dict[str, Any]) -> NativeEngine:
     training = prepared.resolved.config.training
     assert training.learning_rate is not None
     total = prepared.plan.total_steps
@@ -303,7 +315,7 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
     ]
     if tuned.other is not None:
         sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
-    make = engine_of(prepared.resolved.config.task, tuned.model, prepared.template.tokenizer)
+    make = engine_of(prepared.resolved.config, tuned.model, prepared.template.tokenizer)
     return make(
         tuned.model,
         sets,
@@ -313,6 +325,7 @@ def _engine(prepared: Prepared, tuned: TunedModel) -> NativeEngine:
         compile_model=training.torch_compile,
         penalty=tuned.other.penalty if tuned.other else None,
         offload_activations=training.activation_cpu_offload,
+        **reference,
     )
 
 
@@ -323,29 +336,34 @@ def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
     return hook
 
 
-def _evaluator(prepared: Prepared, pad_token_id: int) -> Evaluator | None:
-    config, dataset = prepared.resolved.config, prepared.data.validation
-    if dataset is None:
-        return None
+def _evaluator(prepared: Prepared, pad_token_id: int, others: Sequence[Evaluator]) -> Evaluator | None:
+    if prepared.data.validation is None:
+        return Evaluators(others) if others else None
+    own = _validation(prepared, prepared.data.validation, pad_token_id)
+    return Evaluators([own, *others]) if others else own
+
+
+def _validation(prepared: Prepared, dataset: TokenDataset, pad_token_id: int) -> Evaluator:
+    config = prepared.resolved.config
     size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
-    if config.task.task_type != "causal_lm":
-        return TaskEvaluator(
-            dataset, batch_size=size, pad_token_id=pad_token_id, objective=pooled_objective(config.task)
-        )
+    objective = _objective(prepared, validation=True)
+    if isinstance(objective, PooledObjective):
+        return TaskEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id, objective=objective)
     return LossEvaluator(
         dataset,
         batch_size=size,
         pad_token_id=pad_token_id,
-        objective=_objective(prepared, validation=True),
-        group_names=_group_names(prepared),
+        objective=objective,
+        group_names=_metric_names(prepared, objective),
     )
 
 
 def _objective(prepared: Prepared, *, validation: bool) -> Objective:
     """Dynamic weights are for learning only: what is measured stays the cross-entropy."""
     config = prepared.resolved.config
-    if config.task.task_type != "causal_lm":
-        return pooled_objective(config.task)
+    pooled = pooled_objective(config)
+    if pooled is not None:
+        return pooled
     dynamic = config.training.enable_dft_loss and not validation
     if not prepared.data.channels:
         return SftObjective(dynamic=dynamic)
@@ -353,8 +371,11 @@ def _objective(prepared: Prepared, *, validation: bool) -> Objective:
     return SftObjective(dynamic=dynamic, groups=channels.of_targets, num_groups=len(channels.names))
 
 
-def _group_names(prepared: Prepared) -> tuple[str, ...]:
-    return prepared.data.channels[0].names if prepared.data.channels else ()
+def _metric_names(prepared: Prepared, objective: Objective) -> tuple[str, ...]:
+    """Of the sums that the objective gives beside its loss."""
+    if isinstance(objective, PooledObjective):
+        return objective.metric_names
+    return tuple(f"loss_{name}" for name in prepared.data.channels[0].names) if prepared.data.channels else ()
 
 
 def _cursor_fingerprint(prepared: Prepared) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from swift.config.schema import Resolved
+from swift.config.schema import Config, Resolved
 from swift.core.devices import pick_device, pick_dtype
 from swift.core.errors import ConfigError
 from swift.data.batching import BatchSchedule
@@ -86,9 +86,10 @@ def prepare(resolved: Resolved) -> Prepared:
         ),
     )
     order_batch_size, split = _data_order(resolved, checkpoint)
-    if split > 1 and config.task.is_in_batch:
+    if split > 1 and (config.task.is_in_batch or config.rlhf.is_in_batch):
+        loss = config.task.loss_type or " and ".join(config.rlhf.rlhf_loss_type)
         raise ConfigError(
-            f"{config.task.loss_type} compares the rows of a micro-batch: smaller ones make another loss",
+            f"{loss} compares the rows of a micro-batch: smaller ones make another loss",
             where="--per_device_train_batch_size",
             fix=f"--per_device_train_batch_size {order_batch_size}, with a smaller --max_length if memory runs out",
         )
@@ -104,7 +105,8 @@ def prepare(resolved: Resolved) -> Prepared:
             batch_size=order_batch_size,
             split=split,
             mode=batch_mode(config.data),
-            max_length=config.data.max_length,
+            # A pair of answers is two sequences, each of which may be that long.
+            max_length=config.data.max_length * (2 if _is_paired(config) else 1),
             group_by_length=config.data.group_by_length,
             shuffle=config.data.dataset_shuffle,
             seed=config.data.data_seed or 0,
@@ -124,6 +126,10 @@ def prepare(resolved: Resolved) -> Prepared:
         plan,
         stream,
     )
+
+
+def _is_paired(config: Config) -> bool:
+    return config.rlhf.rlhf_type not in (None, "kto")
 
 
 def _settle_cpu(resolved: Resolved) -> None:

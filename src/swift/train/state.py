@@ -18,7 +18,7 @@ class LogWindow:
     num_correct: float = 0.0
     num_targets: float = 0.0
     groups: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Channel -> (sum of losses, sum of target weights)."""
+    """Metric -> (sum, sum of weights): the losses of channels, and what a loss measures beside itself."""
 
     def add_groups(self, names: Sequence[str], sums: Sequence[Sequence[float]]) -> None:
         """Add one step's sums, [2, names]."""
@@ -28,8 +28,8 @@ class LogWindow:
 
     @property
     def group_losses(self) -> dict[str, float]:
-        """``loss_CHANNEL`` -> mean loss, of the channels that had targets."""
-        return {f"loss_{name}": loss / weight for name, (loss, weight) in self.groups.items() if weight}
+        """Metric -> mean, of those that had a weight."""
+        return {name: loss / weight for name, (loss, weight) in self.groups.items() if weight}
 
     @property
     def loss(self) -> float:

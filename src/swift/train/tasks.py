@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from swift.config.schema import Resolved
+from swift.config.schema import Config, Resolved
+from swift.config.sections.rlhf import DPO_TYPES, RlhfSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError
@@ -16,8 +17,12 @@ from swift.data.tokens import TokenDataset
 from swift.models.classifier import SCORE, ClassifierHead
 from swift.objectives.classification import MultiLabelLoss, RegressionLoss, SingleLabelLoss
 from swift.objectives.embedding import InfonceLoss, MatryoshkaLoss, PairLoss
+from swift.objectives.knobs import knobs_of
 from swift.objectives.pooled import PooledLoss, PooledObjective
+from swift.objectives.preference.losses import PREFERENCE_LOSSES
+from swift.objectives.preference.objective import KtoLoss, PreferenceLoss, RewardLoss
 from swift.objectives.ranking import ListwiseLoss, PointwiseLoss
+from swift.parallel.answers import AnswerEngine
 from swift.parallel.native import NativeEngine
 from swift.parallel.pooled import (
     PooledEngine,
@@ -46,9 +51,38 @@ def tuner_of(resolved: Resolved) -> TunerSection:
     return tuner.model_copy(update={"modules_to_save": [*tuner.modules_to_save, SCORE]})
 
 
-def pooled_objective(task: TaskSection) -> PooledObjective:
-    """The loss of a task over whole sequences."""
-    return PooledObjective(_loss_of(task))
+def pooled_objective(config: Config) -> PooledObjective | None:
+    """The loss of a task over whole sequences; None where every token is a target of its own."""
+    if config.rlhf.rlhf_type is not None:
+        return PooledObjective(_preference_loss(config.rlhf))
+    return None if config.task.task_type == "causal_lm" else PooledObjective(_loss_of(config.task))
+
+
+def _preference_loss(rlhf: RlhfSection) -> PooledLoss:
+    if rlhf.rlhf_type == "rm":
+        return RewardLoss(rlhf.center_rewards_coefficient)
+    assert rlhf.beta is not None
+    kinds = rlhf.rlhf_loss_type
+    if rlhf.rlhf_type == "kto":
+        return KtoLoss(rlhf.beta, rlhf.desirable_weight, rlhf.undesirable_weight, kinds[0])
+    options = {
+        "label_smoothing": rlhf.label_smoothing,
+        "discopop_tau": rlhf.discopop_tau,
+        "cpo_alpha": rlhf.cpo_alpha,
+        "simpo_gamma": rlhf.simpo_gamma,
+    }
+    return PreferenceLoss(
+        kinds=dict(zip(kinds, rlhf.loss_weights or [1.0] * len(kinds), strict=True)),
+        beta=rlhf.beta,
+        knobs={
+            kind: {name: options[name] for name in knobs_of(PREFERENCE_LOSSES[kind]) if name in options}
+            for kind in kinds
+        },
+        rpo_alpha=rlhf.rpo_alpha or 0.0,
+        divergence=(rlhf.f_divergence_type, rlhf.f_alpha_divergence_coef),
+        has_reference=rlhf.rlhf_type in DPO_TYPES and not rlhf.reference_free,
+        average=rlhf.rlhf_type in ("orpo", "simpo"),
+    )
 
 
 def _loss_of(task: TaskSection) -> PooledLoss:
@@ -75,11 +109,14 @@ def _loss_of(task: TaskSection) -> PooledLoss:
     return MatryoshkaLoss(loss, tuple(task.mrl_dims)) if task.mrl_dims else loss
 
 
-def engine_of(task: TaskSection, model: Any, tokenizer: Any) -> Callable[..., NativeEngine]:
+def engine_of(config: Config, model: Any, tokenizer: Any) -> Callable[..., NativeEngine]:
     """The engine that reads what the task needs.
 
     Raises ConfigError for answers that are not one token each, and vectors shorter than ``mrl_dims``.
     """
+    task, rlhf = config.task, config.rlhf
+    if rlhf.rlhf_type is not None and not task.has_score_head:
+        return partial(AnswerEngine, ld_alpha=rlhf.ld_alpha, mismatched=rlhf.rlhf_type == "kto")
     if task.task_type == "causal_lm":
         return NativeEngine
     if task.has_score_head:

@@ -19,6 +19,7 @@ from typing import Any
 
 from swift.config.schema import Resolved
 from swift.config.sections.engine import EngineSection
+from swift.config.sections.task import TaskSection
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.logging import get_logger
 from swift.inference.context import InferenceContext, load_context
@@ -41,7 +42,7 @@ class EmbeddedEngine:
     Args:
         load: makes the model; called in the engine's thread by `start`.
         options: limits.
-        task, answers: as for `EmbeddedCore`.
+        task: what the model was trained for; default: to write text.
     """
 
     def __init__(
@@ -49,11 +50,9 @@ class EmbeddedEngine:
         load: Callable[[], ModelBundle],
         options: EngineSection | None = None,
         *,
-        task: str = "causal_lm",
-        answers: tuple[str, str] = ("yes", "no"),
+        task: TaskSection | None = None,
     ) -> None:
-        self._load, self._options = load, options or EngineSection()
-        self._task, self._answers = task, answers
+        self._load, self._options, self._task = load, options or EngineSection(), task
         self._core: EmbeddedCore | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
@@ -186,7 +185,7 @@ class EmbeddedEngine:
 
     def _work(self) -> None:
         try:
-            self._core = EmbeddedCore(self._load(), self._options, task=self._task, answers=self._answers)
+            self._core = EmbeddedCore(self._load(), self._options, task=self._task)
         except BaseException as error:  # handed over to `start`, which raises it
             self._ready.set_exception(error)
             return
@@ -319,4 +318,4 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
 def make(context: InferenceContext, resolved: Resolved) -> EmbeddedEngine:
     """For the table of engines: the model of a context."""
     load = partial(load_context, context, resolved)
-    return EmbeddedEngine(load, resolved.config.engine, task=context.task, answers=context.answers)
+    return EmbeddedEngine(load, resolved.config.engine, task=context.task_options)

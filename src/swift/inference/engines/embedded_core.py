@@ -8,8 +8,7 @@ back to the queue and is computed again later; its answer stays the same.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +17,11 @@ import torch
 from torch import Tensor
 
 from swift.config.sections.engine import EngineSection
+from swift.config.sections.task import TaskSection
 from swift.core.errors import ConfigError
 from swift.core.logging import get_logger
 from swift.inference.engines.base import Delta, EngineBusy, EngineStats, FinishReason, Request, TokenInfo
+from swift.inference.engines.blocking import Completion
 from swift.inference.engines.embedded_adapters import Adapters
 from swift.inference.engines.embedded_cache import SlotCache
 from swift.inference.engines.embedded_checks import check_prompt, check_sampling, most_tokens
@@ -33,7 +34,7 @@ from swift.inference.engines.embedded_sampler import Sampler, token_infos
 from swift.models.classifier import is_classifier
 from swift.models.load import ModelBundle
 
-__all__ = ["Completion", "EmbeddedCore", "Event"]
+__all__ = ["EmbeddedCore", "Event"]
 
 logger = get_logger(__name__)
 
@@ -48,32 +49,13 @@ class Event(NamedTuple):
     delta: Delta
 
 
-@dataclass
-class Completion:
-    """A whole answer: all deltas of a request together."""
-
-    tokens: list[int] = field(default_factory=list)
-    infos: list[TokenInfo] = field(default_factory=list)
-    prompt_infos: tuple[TokenInfo, ...] = ()
-    finish_reason: FinishReason = "abort"
-    error: str | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.tokens += delta.tokens
-        self.infos += delta.infos
-        self.prompt_infos = self.prompt_infos or delta.prompt_infos
-        if delta.finish_reason is not None:
-            self.finish_reason, self.error = delta.finish_reason, delta.error
-
-
 class EmbeddedCore:
     """Continuous batching over one loaded model. Not for several threads at once.
 
     Args:
         bundle: model, tokenizer and template; an adapter on it acts where a request names none.
         options: limits.
-        task: what the model was trained for (``task_type``).
-        answers: the two words of a ``generative_reranker``.
+        task: what the model was trained for; default: to write text.
 
     Raises:
         ModelError: the model cannot write text step by step.
@@ -81,12 +63,7 @@ class EmbeddedCore:
     """
 
     def __init__(
-        self,
-        bundle: ModelBundle,
-        options: EngineSection | None = None,
-        *,
-        task: str = "causal_lm",
-        answers: tuple[str, str] = ("yes", "no"),
+        self, bundle: ModelBundle, options: EngineSection | None = None, *, task: TaskSection | None = None
     ) -> None:
         self.bundle, self.options = bundle, options or EngineSection()
         self.model = bundle.model.eval()
@@ -95,7 +72,7 @@ class EmbeddedCore:
         self.writes_text = not is_classifier(self.model)
         self.cache = SlotCache(2**62, 3, self.max_model_len)
         self._adapters = Adapters(self.model)
-        self._pooler = make_pooler(bundle, task, answers)
+        self._pooler = make_pooler(bundle, task or TaskSection())
         if self.writes_text:
             self._prepare_writing()
         self._waiting: deque[Row] = deque()
@@ -195,6 +172,31 @@ class EmbeddedCore:
             self._events.clear()
             self.model.train(was_training)
         return results
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """One answer as it comes; closing the iterator early cancels it.
+
+        For callers that have the engine to themselves. Raises as `add`.
+        """
+        self.add(request)
+        try:
+            while request.id in self._by_id:
+                for request_id, delta in self.step():
+                    if request_id == request.id:
+                        yield delta
+        finally:
+            self.abort(request.id)
+            self._events.clear()
+            if not self._by_id:
+                self._runner.free()
+
+    def close(self) -> None:
+        """End everything that goes on and free the cache."""
+        for request_id in list(self._by_id):
+            self.abort(request_id)
+        self._events.clear()
+        if self.writes_text:
+            self._runner.free()
 
     # -- adapters, other tasks, figures ------------------------------------------------------------------------
 

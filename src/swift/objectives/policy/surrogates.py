@@ -67,13 +67,18 @@ def cispo(terms: PolicyTerms, *, cap: float = 5.0, floor: float | None = None) -
     return SurrogateLoss(-bounded * terms.advantages * terms.logprobs, bounded != weights)
 
 
+def _by_sign(positive: Tensor, first: float, second: float, like: Tensor) -> Tensor:
+    """``torch.where`` of two numbers in the precision of ``like`` (of its own it makes float32)."""
+    return torch.where(positive, like.new_tensor(first), like.new_tensor(second))
+
+
 def sapo(terms: PolicyTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> SurrogateLoss:
     """``-A sigmoid(tau (r - 1)) 4 / tau`` with a temperature by the sign of A (SAPO, arXiv 2511.20347).
 
     At r = 1 the gradient is REINFORCE's for every tau; the value there is ``-2 A / tau``.
     """
     advantages = terms.advantages
-    tau = torch.where(advantages > 0, tau_pos, tau_neg).to(advantages.dtype)
+    tau = _by_sign(advantages > 0, tau_pos, tau_neg, advantages)
     gate = torch.sigmoid(tau * (terms.level_log_ratio.exp() - 1)) * 4 / tau
     return SurrogateLoss(-gate * advantages)
 
@@ -128,10 +133,10 @@ def vespo(
     drift = terms.log_ratio if terms.log_mismatch is None else terms.log_ratio + terms.log_mismatch
     log_weight = drift.detach().sum(-1, keepdim=True)
     positive = terms.advantages >= 0
-    k = torch.where(positive, k_pos, k_neg)
-    lam = torch.where(positive, lam_pos, lam_neg)
+    k = _by_sign(positive, k_pos, k_neg, log_weight)
+    lam = _by_sign(positive, lam_pos, lam_neg, log_weight)
     phi = (lam + k * log_weight - lam * log_weight.exp()).exp()
-    return SurrogateLoss(-phi.to(terms.advantages.dtype) * terms.advantages * terms.logprobs)
+    return SurrogateLoss(-phi * terms.advantages * terms.logprobs)
 
 
 def real(terms: PolicyTerms, *, real_tau: float = 0.5) -> SurrogateLoss:

@@ -1,0 +1,123 @@
+"""The native engine for preferences: what is read of a sequence is the log-probability of its answer.
+
+The logits of a few tokens exist at a time, as in supervised fine-tuning; of the reference nothing is kept but one
+number for each answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from swift.data.collate import Batch
+from swift.objectives.base import PooledOutputs
+from swift.parallel.native import NativeEngine
+
+__all__ = ["AnswerEngine", "other_weights"]
+
+Reference = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class AnswerEngine(NativeEngine):
+    """Values of answers, ``[num_sequences, 4 or 5]``, see ``objectives/preference/objective.py``.
+
+    Args:
+        reference: a context in which the model is the reference; None: there is none, or the batches bring its
+            log-probabilities.
+        reference_engine: an engine of a reference model of its own, instead.
+        ld_alpha: weight of the tokens of a pair's longer answer behind the length of the shorter one (LD-DPO).
+        mismatched: add the column of mismatched pairs (KTO).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        reference: Reference | None = None,
+        reference_engine: NativeEngine | None = None,
+        ld_alpha: float | None = None,
+        mismatched: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self.reference, self.reference_engine = reference, reference_engine
+        self.ld_alpha, self.mismatched = ld_alpha, mismatched
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> PooledOutputs:
+        """The values of a batch, in evaluation mode."""
+        self.model.eval()
+        self._average(True)
+        return self._outputs(batch.to(self.device))
+
+    @torch.no_grad()
+    def reference_sums(self, batch: Batch) -> Tensor:
+        """``[num_sequences]``: log-probabilities of the answers under the reference; 0 without one."""
+        if batch.reference is not None:
+            return batch.reference
+        if self.reference_engine is not None:
+            self.reference_engine.model.eval()
+            logprobs = self.reference_engine.token_outputs(batch).logprobs
+        elif self.reference is not None:
+            training = self.model.training
+            self.model.eval()  # no dropout
+            try:
+                with self.reference():
+                    logprobs = self.token_outputs(batch).logprobs
+            finally:
+                self.model.train(training)
+        else:
+            return torch.zeros(len(batch.target_counts or []), device=self.device)
+        return self._sums(logprobs, batch, self.ld_alpha)
+
+    def _outputs(self, batch: Batch) -> PooledOutputs:  # type: ignore[override]
+        mismatched = self._mismatched_ratios(batch) if self.mismatched else None
+        reference = self.reference_sums(batch)
+        logprobs = self.token_outputs(batch).logprobs
+        plain = self._sums(logprobs, batch, None)
+        policy = plain if self.ld_alpha is None else self._sums(logprobs, batch, self.ld_alpha)
+        lengths = torch.tensor(batch.target_counts or [], device=self.device)
+        columns = [policy, reference.to(policy.dtype), lengths.to(policy.dtype), plain]
+        if mismatched is not None:
+            columns.append(mismatched.to(policy.dtype))
+        return PooledOutputs(torch.stack(columns, 1))
+
+    @torch.no_grad()
+    def _mismatched_ratios(self, batch: Batch) -> Tensor:
+        """Log-ratios of questions with answers to others, ``[num_sequences]``; 0 where a batch has one sequence."""
+        other = batch.mismatched
+        if other is None:
+            return torch.zeros(len(batch.target_counts or []), device=self.device)
+        policy = self._sums(self.token_outputs(other).logprobs, other, None)
+        return policy - self.reference_sums(other)
+
+    @staticmethod
+    def _sums(logprobs: Tensor, batch: Batch, ld_alpha: float | None) -> Tensor:
+        """Sums over the targets of each sequence; sequences 2i and 2i + 1 are a pair where ``ld_alpha`` is given."""
+        counts = batch.target_counts or []
+        if not counts:
+            return logprobs.sum()[None][:0]
+        # Not index_add, whose order of additions is not the same every time on a GPU.
+        table = pad_sequence(list(logprobs.split(counts)), batch_first=True)
+        if ld_alpha is not None:
+            shared = torch.tensor([min(counts[at & ~1], counts[at | 1]) for at in range(len(counts))])
+            behind = torch.arange(table.shape[1])[None] >= shared[:, None]
+            table = torch.where(behind.to(table.device), table * ld_alpha, table)
+        return table.sum(1)
+
+
+@contextlib.contextmanager
+def other_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the parameters have other values within the block; for passes without gradients."""
+    kept = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = weights[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = kept[name]
