@@ -11,13 +11,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Several threads per process only slow tiny models down (and each other).
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-slow test-extras check format bench clean
+.PHONY: help demo test test-slow test-extras test-vllm check format bench clean
 
 help:
-	@echo "make demo       watch a tiny model learn a task (under 3 minutes after installation)"
+	@echo "make demo       train, compare, quantise and serve tiny models (under 4 minutes after installation)"
 	@echo "make test       fast tests"
 	@echo "make test-slow  end-to-end and long tests"
 	@echo "make test-extras  tests of torchao, in an environment of its own"
+	@echo "make test-vllm  tests of vLLM, in its toolchain (installs it: 3 GB)"
 	@echo "make check      format, lint, types, import rules, reference page"
 	@echo "make bench      measure against TRL on the same work (some 15 minutes)"
 	@echo "make format     format the code and apply safe lint fixes"
@@ -30,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		echo "error: $(PYTHON) cannot make virtual environments"; \
 		echo "  fix: install its venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 	@echo "Installing into $(VENV) (once, a few minutes)..."
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[bnb]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -57,6 +58,10 @@ test-extras:
 	@.venv-extras/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[dev,torchao]'
 	@$(ONE_THREAD) .venv-extras/bin/python -m pytest tests/extras
+
+test-vllm: $(VENV)/.installed-dev
+	@$(BIN)/swift toolchain install vllm
+	@$(ONE_THREAD) $(BIN)/python -m pytest tests/vllm
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

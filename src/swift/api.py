@@ -62,7 +62,13 @@ class SwiftTrainer:
         from swift.train.callbacks.progress import ProgressLine
         from swift.train.run import train as run_training
 
-        return run_training(self.resolved, callbacks=[ProgressLine(), *self.callbacks])
+        evaluators = None
+        if self.resolved.config.evaluation.eval_tasks is not None:
+            from swift.evaluate.training import suite_evaluators
+
+            evaluators = suite_evaluators(self.resolved)
+        callbacks = [ProgressLine(), *self.callbacks]
+        return run_training(self.resolved, callbacks=callbacks, evaluators=evaluators)
 
 
 def train(

@@ -88,9 +88,9 @@ def test_debug_shows_the_traceback(error: Exception, command) -> None:
         (["sftt"], "error: unknown command 'sftt'\n  fix: did you mean swift sft?\n"),
         (["merge-lore"], "error: unknown command 'merge-lore'\n  fix: did you mean swift merge-lora?\n"),
         (
-            ["deploy"],
-            "error: swift deploy comes with a later version\n"
-            "  fix: use swift infer (swift plan deploy ... plans it)\n",
+            ["app"],
+            "error: swift app comes with a later version\n"
+            "  fix: use swift deploy (swift plan app ... plans it)\n",
         ),
         (
             ["web_ui"],

@@ -278,7 +278,8 @@ def test_python_values_are_bound_like_a_file(tmp_path: Path) -> None:
         ),
         (
             ("--temperature", "1"),
-            "--temperature: not used by swift sft\n  fix: leave it out (temperature is an option of rlhf, infer)",
+            "--temperature: not used by swift sft\n"
+            "  fix: leave it out (temperature is an option of rlhf, infer, deploy, eval)",
         ),
     ],
 )

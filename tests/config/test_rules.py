@@ -283,7 +283,7 @@ def test_derivations_only_name_options() -> None:
             ["--val_dataset", "v", "--metric_for_best_model", "eval_rouge"],
             "--metric_for_best_model: there is no metric 'eval_rouge'\n"
             "  cause: built in: eval_loss, eval_token_accuracy, eval_perplexity\n"
-            "  fix: name one of these, or the file that adds it: --callbacks FILE.py",
+            "  fix: name one of these, or what adds it: --eval_tasks SUITE.yaml or --callbacks FILE.py",
         ),
         (
             ["--device", "cuda:x"],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,18 +20,33 @@ from swift.config.sections.template import TemplateSection
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, DataError, SwiftError
 from swift.data.sources import parse_dataset_spec
-from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
+from swift.evaluate.answers import Task, answer_limit, answer_tasks, summarize
+from swift.evaluate.evaluators import find_evaluators
+from swift.evaluate.questions import Question, Questions, read_questions
 from swift.evaluate.results import ResultFile
+from swift.evaluate.subjects import LocalModel
 from swift.inference.generate import Generator
 from swift.models.load import load_bundle, load_model
 from swift.tuners.apply import apply_tuner
 from swift.tuners.peft_format import save_adapter
 
-OPTIONS = GenerationSection(max_new_tokens=6, max_batch_size=2, metric=["exact_match", "rouge", "loss"])
+OPTIONS = GenerationSection(max_new_tokens=6, metric=["exact_match", "rouge", "loss"])
 
 
 def specs(names):
     return [parse_dataset_spec(name) for name in names]
+
+
+def answer_questions(
+    generator: Generator,
+    questions: list[Question],
+    options: GenerationSection,
+    path: Path,
+    identity: tuple[str, ...] = (),
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
+    task = Task("", Questions(questions), find_evaluators(options.metric, {}), options, answers=True)
+    return answer_tasks(LocalModel(generator, identity, 2), [task], path, on_progress=on_progress)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +94,7 @@ def test_results_hold_answers_and_metrics(generator: Generator, data: Path, tmp_
     questions = read_questions(specs([str(data)]), {}).good
     done: list[int] = []
     results = answer_questions(generator, questions, OPTIONS, tmp_path / "out.jsonl", on_progress=done.append)
-    assert done == [0, 2, 4, 6]
+    assert done == [0, 6]
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == results
     assert [r["response"] for r in results] == generator.batch([q.messages for q in questions], OPTIONS)
     assert results[1]["extra"] == {"level": 1} and results[1]["reference"] == "2"
@@ -257,6 +274,6 @@ def test_merge_lora(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_merge_lora_needs_room(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_command, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr("swift.quantize.merge.free_bytes", lambda path: 1000)
     with pytest.raises(SwiftError, match="1000 B are free"):
         merge_command.run(["--adapters", str(adapter), "--device", "cpu"])

@@ -23,6 +23,7 @@ from swift.experiments.store import Store
 from swift.experiments.types import Dependency, Job, JobSpec, Placement
 
 MakeRun = Callable[..., Path]
+SAMPLES = "eval/evaluate/samples.jsonl"
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             json.dumps({"steps": 10 * len(losses), "train_seconds": 7.5, "peak_memory_gib": 0.5})
         )
         if answers is not None:
-            write_answers(folder / "evaluation.jsonl", answers)
+            write_answers(folder / SAMPLES, answers)
         (folder / "checkpoint-20").mkdir()
         (folder / "checkpoint-20" / "state.json").write_text("{}")
         (folder / "last").symlink_to("checkpoint-20")
@@ -77,6 +78,7 @@ def write_answers(path: Path, scores: list[float]) -> None:
         }
         for index, score in enumerate(scores)
     ]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -184,9 +186,11 @@ def test_many_experiments_keep_what_decides(make_run: MakeRun) -> None:
 
 def test_cut_answers_are_told(make_run: MakeRun) -> None:
     run = make_run("a", answers=[1.0, 0.0, 0.0, 0.0])
-    text = (run / "evaluation.jsonl").read_text().replace('"stop"', '"length"', 1)
-    (run / "evaluation.jsonl").write_text(text)
-    (run / "evaluation.json").write_text(json.dumps({"max_new_tokens": 22, "cut_off": 0.25}))
+    text = (run / SAMPLES).read_text().replace('"stop"', '"length"', 1)
+    (run / SAMPLES).write_text(text)
+    (run / "eval/evaluate/results.json").write_text(
+        json.dumps({"metrics": {"max_new_tokens": 22, "cut_off": 0.25}})
+    )
     comparison = collect([job("a", run)])
     assert "answers cut off at 22 tokens (max_new_tokens): a 25%" in comparison.notes
     assert "max_new_tokens" not in comparison.rows[0].metrics()
@@ -217,8 +221,8 @@ def test_running_jobs_with_missing_and_cut_files(make_run: MakeRun, tmp_path: Pa
     (running / "summary.json").unlink()
     with (running / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "los')
-    write_answers(running / "evaluation.jsonl", [1.0, 1.0, 0.0])
-    with (running / "evaluation.jsonl").open("a") as file:
+    write_answers(running / SAMPLES, [1.0, 1.0, 0.0])
+    with (running / SAMPLES).open("a") as file:
         file.write('{"index": 3, "resp')
     done = make_run("done", eval_loss=2.0)
     comparison = collect(
@@ -245,11 +249,12 @@ def test_broken_files_are_named_and_stop_nothing(make_run: MakeRun) -> None:
     run = make_run("a")
     (run / "metrics.jsonl").write_text("what?\n")
     (run / "config.yaml").write_text("a: [")
-    (run / "evaluation.jsonl").write_text('{"index": 0}\n')
+    write_answers(run / SAMPLES, [])
+    (run / SAMPLES).write_text('{"index": 0}\n')
     (row,) = collect([job("a", run)]).rows
-    assert [
-        name in " ".join(row.problems) for name in ("metrics.jsonl", "config.yaml", "evaluation.jsonl")
-    ] == [True] * 3
+    assert [name in " ".join(row.problems) for name in ("metrics.jsonl", "config.yaml", "samples.jsonl")] == [
+        True
+    ] * 3
 
 
 def test_a_failed_run_does_not_win(make_run: MakeRun) -> None:

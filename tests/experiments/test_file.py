@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from swift.config.bind import resolve
 from swift.core.errors import ConfigError, SwiftError, UsageError
+from swift.core.process import ProcessIdentity
 from swift.experiments.estimator import changed_data
 from swift.experiments.expand import expand, single
 from swift.experiments.fields import parse_duration, parse_size
@@ -175,7 +177,7 @@ def test_later_edits_change_nothing_and_changed_data_is_found(work: Path) -> Non
         ("experiments:\n  a: {needs: b}\n  b: {needs: c}\n  c: {needs: b}", 3, "circle: b -> c -> b", "remove"),
         ("experiments:\n  alpha: {}\n  b: {needs: alpa}", 3, "needs alpa", "did you mean alpha?"),
         ("experiments:\n  a: {command: sfft}", 2, "unknown command 'sfft'", "did you mean sft?"),
-        ("experiments:\n  a: {command: deploy}", 2, "comes with a later version", "infer"),
+        ("experiments:\n  a: {command: rlhf}", 2, "comes with a later version", "sft"),
         ("experiments:\n  a: {command: data, lora_rank: 8}", 2, "takes words, not options", "words:"),
         ("experiments:\n  a: {words: [x]}", 2, "takes options, not words", "NAME: value"),
         ("experiments: {a: {}}\nresources:\n  memory: lots", 3, "'lots' is not a size", "8GiB"),
@@ -221,6 +223,31 @@ def test_a_folder_with_a_run_is_refused_and_only_noted_when_planning(work: Path)
     problems = expand(file, work, planning=True)[0].estimate["problems"]
     assert any("already holds a run" in problem for problem in problems)
     assert any("gone" in problem for problem in problems)
+
+
+def test_an_extended_file_runs_only_what_is_new(work: Path) -> None:
+    def begun(name: str, state: str) -> None:
+        folder = work / "out" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("command: sft\n")
+        record = {**ProcessIdentity.of().to_dict(), "host": "here", "state": state, "heartbeat_time": 0.0}
+        (folder / "status.json").write_text(json.dumps(record))
+
+    experiments = {"a": {"lora_rank": 4}, "b": {"lora_rank": 8, "needs": ["a"]}, "c": {"lora_rank": 16}}
+    file = parse_experiments({"defaults": DEFAULTS, "experiments": experiments, "after": ["merge"]})
+    begun("a", "succeeded")
+    specs = expand(file, work, new_only=True)
+    assert [spec.name for spec in specs] == ["b", "b/merge", "c", "c/merge"]
+    assert specs[0].after == [] and specs[0].parameters == {"lora_rank": 8}
+    begun("c", "failed")
+    assert [spec.experiment for spec in expand(file, work, new_only=True)] == ["b", "b"]
+    begun("b", "succeeded")
+    with pytest.raises(UsageError, match="has a run already"):
+        expand(file, work, new_only=True)
+    shutil.rmtree(work / "out" / "b")
+    (work / "out" / "a" / "status.json").unlink()
+    with pytest.raises(ConfigError, match="b needs a, which did not succeed"):
+        expand(file, work, new_only=True)
 
 
 def test_two_experiments_with_one_run_folder(work: Path) -> None:

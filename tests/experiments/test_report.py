@@ -59,7 +59,8 @@ def experiment(folder: Path, name: str, loss: float, text: str = "fine", **field
     answer = {"messages": [{"role": "user", "content": f"question {text}"}], "reference": text,
               "response": f"{name} says {text}", "exact_match": 0.0}  # fmt: skip
     other = {**answer, "messages": [{"role": "user", "content": "another"}], "response": "same"}
-    (run / "evaluation.jsonl").write_text(json.dumps(other) + "\n" + json.dumps(answer) + "\n")
+    (run / "eval/evaluate").mkdir(parents=True)
+    (run / "eval/evaluate/samples.jsonl").write_text(json.dumps(other) + "\n" + json.dumps(answer) + "\n")
     spec = JobSpec(
         name, name, "sft", run_dir=str(run), parameters={"lora_rank": int(loss * 10), "kind": text}
     )

@@ -47,12 +47,12 @@ def test_evaluation_follows_by_itself(work: Path) -> None:
     assert list(jobs) == ["a", "a/evaluate"]
     job = jobs["a/evaluate"]
     run = str(work / "out" / "a")
-    assert (job.command, job.experiment, job.run_dir, needs(job)) == ("infer", "a", None, [("a", "success")])
+    assert (job.command, job.experiment, job.run_dir, needs(job)) == ("eval", "a", None, [("a", "success")])
     assert job.options["adapters"] == [run]
-    assert job.options["result_path"] == f"{run}/evaluation.jsonl"
+    assert job.options["eval_output_dir"] == f"{run}/eval/evaluate"
     assert job.options["metric"] == ["exact_match", "rouge", "loss"]
     assert job.estimate["memory_bytes"] > jobs["a"].estimate["parameters"] * 4
-    resolve("infer", values=job.options)
+    resolve("eval", values=job.options)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,30 @@ def test_a_graph(work: Path) -> None:
         resolve(jobs[name].command, values=jobs[name].options)
 
 
+def test_export_follows_the_run_or_what_was_merged(work: Path) -> None:
+    after = {
+        "merge": {"needs": "evaluate"},
+        "export": {"quant_method": "bnb", "needs": "merge", "model": "{merged}"},
+        "evaluate": {},
+        "small": {"command": "export", "quant_method": "gptq", "parity_dataset": "val.jsonl"},
+        "ask": {"command": "infer", "model": "{exported}", "needs": "export"},
+    }
+    jobs = jobs_of(
+        work, after=after, experiments={"a": {}, "full": {"tuner_type": "full", "after": {"merge": False}}}
+    )
+    run = work / "out" / "a"
+    job = jobs["a/export"]
+    assert (job.command, needs(job)) == ("export", [("a/merge", "success")])
+    assert job.options["model"] == str(run / "merged") and job.options["output_dir"] == str(run / "exported")
+    assert job.estimate["memory_bytes"] > jobs["a"].estimate["parameters"] * 4
+    small = jobs["a/small"].options
+    assert small["adapters"] == [str(run)] and small["output_dir"] == str(run / "small")
+    assert small["parity_dataset"] == [str(work / "val.jsonl")]
+    assert jobs["a/ask"].options["model"] == str(run / "exported")
+    for name in ("a/export", "a/small", "a/ask"):
+        resolve(jobs[name].command, values=jobs[name].options)
+
+
 def test_training_after_training_has_a_run_of_its_own(work: Path) -> None:
     stage = {
         "name": "more",
@@ -136,8 +160,13 @@ def test_an_experiment_changes_and_drops_stages(work: Path) -> None:
     [
         ([["merge"]], "is not a stage", None),
         (["evalute"], "unknown stage 'evalute'", "did you mean evaluate?"),
-        (["export"], "the stage export comes with a later version", "leave it out"),
-        (["deploy"], "the stage deploy comes with a later version", "leave it out"),
+        (["export"], "stage export: nothing to do", "--quant_method"),
+        (
+            [{"export": {"quant_method": "gptq", "quant_bits": 3}}],
+            "gptq stores 4 or 8 bits, not 3",
+            "quant_bits",
+        ),
+        (["rollout"], "the stage rollout comes with a later version", "leave it out"),
         (["merge", "merge"], "two stages are called merge", "name"),
         ([{"evaluate": {"needs": "merg"}}, "merge"], "needs merg, which is no stage", "did you mean merge?"),
         (
@@ -160,7 +189,7 @@ def test_complaints(work: Path, after: Any, says: str, fix: str | None) -> None:
 
 
 def test_evaluation_asked_for_needs_data(work: Path) -> None:
-    with pytest.raises(ConfigError, match="a, stage evaluate: has no data"):
+    with pytest.raises(ConfigError, match="a, stage evaluate: missing"):
         jobs_of(work, after=["evaluate"], more={"val_dataset": []})
 
 

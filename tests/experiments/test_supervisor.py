@@ -12,9 +12,9 @@ import pytest
 from tests.experiments.supervised import Jobs, wait_for
 
 from swift.core.errors import SwiftError
-from swift.core.process import ProcessIdentity
+from swift.core.process import ProcessIdentity, send_signal
 from swift.experiments.limits import ControlGroup, resident_bytes
-from swift.experiments.processes import TOKEN_VARIABLE, send_signal
+from swift.experiments.processes import TOKEN_VARIABLE
 from swift.experiments.runner import AlreadyRunning, Observation, launch, stop
 from swift.experiments.supervisor import EXIT_LOCKED
 

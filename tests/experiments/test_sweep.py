@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from swift.core.errors import ConfigError, SwiftError
-from swift.evaluate.results import write_metrics
 from swift.experiments.expand import expand
 from swift.experiments.file import ExperimentFile, parse_experiments
 from swift.experiments.search_space import candidates
@@ -204,14 +203,20 @@ def test_other_pruners_stop_the_worst(work: Path, early: Any) -> None:
     assert "trial-01" not in stopped and len(stopped) >= 4
 
 
+def write_results(run: Path, metrics: dict[str, float]) -> None:
+    (run / "eval" / "evaluate").mkdir(parents=True)
+    (run / "eval" / "evaluate" / "results.json").write_text(json.dumps({"metrics": metrics}))
+
+
 def test_where_the_metric_comes_from(work: Path) -> None:
     run = work / "run"
     run.mkdir()
     assert metric_of(run, "eval_loss") is None and metric_of(run, "rougeL") is None
     rows = [{"step": 1, "eval_loss": 2.0}, {"step": 2, "loss": 0.1}, {"step": 3, "eval_loss": 1.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "evaluation.json").write_text(json.dumps({"rougeL": 0.25, "loss": 9.0}))
+    write_results(run, {"rougeL": 0.25, "loss": 9.0})
     assert [metric_of(run, name) for name in ("eval_loss", "loss", "rougeL")] == [1.5, 0.1, 0.25]
+    assert metric_of(run, "evaluation.loss") == 9.0
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
@@ -220,7 +225,7 @@ def test_a_metric_that_is_not_finite_is_none(work: Path, number: float) -> None:
         log.append({"step": 1, "loss": 2.0, "eval_loss": 1.0})
         log.append({"step": 2, "loss": 1.5, "eval_loss": number})
         log.append({"step": 3, "loss": None})
-    (work / "evaluation.json").write_text(json.dumps({"rougeL": number, "bleu": 0.5}))
+    write_results(work, {"rougeL": number, "bleu": 0.5})
     found = [metric_of(work, name) for name in ("eval_loss", "rougeL", "loss", "bleu")]
     assert found == [None, None, 1.5, 0.5]
     (work / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_loss": number}) + "\n")
@@ -242,11 +247,3 @@ def test_missing_optuna_is_said_at_submit(work: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="needs Optuna"):
         expand(file_of(method="tpe", trials=3), work)
     assert len(expand(file_of({"lora_rank": [2, 4]}), work)) == 2
-
-
-def test_batch_inference_writes_its_summary_for_programs(tmp_path: Path) -> None:
-    path = write_metrics(tmp_path / "evaluation.jsonl", {"rougeL": 0.5, "loss": float("nan"), "num_rows": 2})
-    assert path == tmp_path / "evaluation.json"
-    assert metric_of(tmp_path, "rougeL") == 0.5 and metric_of(tmp_path, "perplexity") is None
-    assert json.loads(path.read_text())["loss"] is None
-    assert write_metrics(tmp_path / "out.json", {}) == tmp_path / "out.summary.json"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from swift.config.sections.engine import EngineSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.template import TemplateSection
-from swift.core.errors import DataError
+from swift.core.errors import DataError, SwiftError
 from swift.inference.chat import Chat
-from swift.inference.generate import Generator, _Pieces
+from swift.inference.generate import Generator
 from swift.inference.losses import answer_losses
 from swift.inference.text import StopWords, decode
 from swift.models.load import load_bundle
@@ -74,8 +73,8 @@ def test_greedy_equals_transformers_token_by_token(generator: Generator) -> None
 def test_a_batch_equals_single_answers_and_keeps_the_order(generator: Generator) -> None:
     single = [generator.batch([messages], GREEDY)[0] for messages in CONVERSATIONS]
     for size in (2, 3, 8):
-        options = GREEDY.model_copy(update={"max_batch_size": size})
-        assert generator.batch(CONVERSATIONS, options) == single
+        other = Generator(generator.bundle, options=EngineSection(max_num_seqs=size))
+        assert other.batch(CONVERSATIONS, GREEDY) == single
     assert len(set(single)) == len(single)
 
 
@@ -132,7 +131,7 @@ def test_sampling_follows_its_seed_and_leaves_the_generator_alone(generator: Gen
     )
 
 
-def test_options_reach_transformers_and_nothing_comes_from_the_models_defaults(generator: Generator) -> None:
+def test_options_reach_the_engine_and_nothing_comes_from_the_models_defaults(generator: Generator) -> None:
     defaults = generator.model.generation_config
     before = (defaults.repetition_penalty, defaults.top_k)
     expected = generator.batch(CONVERSATIONS[:1], GREEDY)
@@ -147,29 +146,41 @@ def test_options_reach_transformers_and_nothing_comes_from_the_models_defaults(g
     assert generator.batch(CONVERSATIONS[:1], narrow, seed=1) == expected
 
 
-def test_leaving_a_stream_stops_the_thread(generator: Generator) -> None:
+def test_seeds_belong_to_rows_not_to_batches(generator: Generator) -> None:
+    """The same question with other numbers gets other answers, and each is the same in any company."""
+    options = GREEDY.model_copy(update={"temperature": 1.5})
+    prompt = generator.template.encode_prompt(CONVERSATIONS[1])
+    three = generator.answers([prompt] * 3, options, seed=1)
+    assert len({tuple(answer.token_ids) for answer in three}) == 3
+    (again,) = generator.answers([prompt], options, seed=1, numbers=[2])
+    assert again == three[2]
+
+
+def test_leaving_a_stream_stops_generation(generator: Generator) -> None:
     stream = generator.stream(CONVERSATIONS[1], GREEDY.model_copy(update={"max_new_tokens": 400}))
     next(stream)
+    before = generator.engine.stats()
+    assert before.running == 1
     stream.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "swift-generate"]
+    after = generator.engine.stats()
+    assert (after.running, after.waiting) == (0, 0)
+    assert after.generated_tokens_total == before.generated_tokens_total < 400 + GREEDY.max_new_tokens * 100
 
 
-def test_ctrl_c_stops_the_thread_and_reaches_the_caller(
+def test_ctrl_c_stops_generation_and_reaches_the_caller(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 0
-    wait = _Pieces.next
+    step = generator.engine.step
 
-    def wait_or_interrupt(self: _Pieces, worker: threading.Thread) -> list[int] | None:
+    def step_or_interrupt() -> object:
         nonlocal count
         count += 1
         if count == 4:
             signal.raise_signal(signal.SIGINT)
-        return wait(self, worker)
+        return step()
 
-    monkeypatch.setattr(_Pieces, "next", wait_or_interrupt)
-    # Slower than the reader, who would otherwise find the whole text in fewer than four pieces.
-    slow = generator.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    monkeypatch.setattr(generator.engine, "step", step_or_interrupt)
     out = io.StringIO()
     chat = Chat(generator, GREEDY.model_copy(update={"max_new_tokens": 400}), out=out)
     # A test run in the background of a script has inherited an ignored SIGINT.
@@ -178,21 +189,23 @@ def test_ctrl_c_stops_the_thread_and_reaches_the_caller(
         assert chat.handle("Reverse the letters: a b c d e.")
     finally:
         signal.signal(signal.SIGINT, before)
-        slow.remove()
     assert out.getvalue().endswith(" … (stopped)\n") and count == 4
-    assert not [thread for thread in threading.enumerate() if thread.name == "swift-generate"]
+    assert generator.engine.stats().running == 0
     assert len(chat.messages) == 2
 
 
-def test_an_error_in_the_thread_reaches_the_caller(
+def test_an_error_of_the_engine_reaches_the_caller(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
-        raise ArithmeticError("no logits today")
+        raise RuntimeError("no logits today")
 
-    monkeypatch.setattr(generator.model, "generate", fail)
-    with pytest.raises(ArithmeticError, match="no logits today"):
+    monkeypatch.setattr(generator.engine._runner, "run", fail)
+    with pytest.raises(SwiftError, match="could not answer") as caught:
         list(generator.stream(CONVERSATIONS[0], GREEDY))
+    assert "no logits today" in (caught.value.why or "")
+    with pytest.raises(SwiftError, match="could not answer"):
+        generator.batch(CONVERSATIONS, GREEDY)
 
 
 def test_answers_end_at_the_models_last_position(generator: Generator) -> None:

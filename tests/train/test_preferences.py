@@ -28,7 +28,7 @@ def answered(question, answer):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Answers of colours are better than those of animals; all are of one length, which would tell as well."""
+    """Whatever is asked, answers of colours are better than those of animals; of one length."""
     generator = random.Random(0)
     rows = [
         {
@@ -110,7 +110,7 @@ def test_pairs_are_told_apart(prefer, options):
 
 
 def test_cpo_widens_the_margin(prefer):
-    """Without a reference, sums of log-probabilities begin with the answers' lengths in tokens: only the change counts."""
+    """Without a reference the sums begin with the lengths of the answers in tokens: only the change counts."""
     run = prefer(rlhf_type="cpo", beta=1.0)
     margins = [line["rewards/margins"] for line in lines(run) if "loss" in line]
     assert margins[-1] > margins[0] + 5

@@ -204,7 +204,8 @@ def _show(arguments: Namespace) -> int:
     for sample, one in zip(samples, encoded, strict=True):
         _print_sample(console, sample, one, tokenizer, arguments.max_length)
     if encoded and encoded[0] is not None:
-        console.print(_legend(console), markup=False, style="dim")
+        legend = "green: learned, dim: not learned" if console.is_terminal else "[[...]]: learned"
+        console.print(legend, markup=False, style="dim")
     return 0
 
 
@@ -328,7 +329,3 @@ def _message_text(message: dict[str, Any]) -> str:
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     others = {key: value for key, value in message.items() if key not in ("role", "content")}
     return f"{text} {json.dumps(others, ensure_ascii=False, default=str)}" if others else text
-
-
-def _legend(console: Console) -> str:
-    return "green: learned, dim: not learned" if console.is_terminal else "[[...]]: learned"

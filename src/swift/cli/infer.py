@@ -16,7 +16,6 @@ from swift.core.errors import ConfigError
 if TYPE_CHECKING:
     from swift.inference.chat import Chat
     from swift.inference.context import InferenceContext
-    from swift.inference.generate import Generator
 
 
 def run(argv: list[str]) -> int:
@@ -61,37 +60,38 @@ def infer(resolved: Resolved) -> dict[str, Any]:
 def _answer_rows(
     resolved: Resolved, context: InferenceContext, path: Path, identity: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    from swift.data.persona import dataset_specs
-    from swift.evaluate.answers import answer_limit, answer_questions, read_questions, summarize
+    from swift.cli.progress import AnswerProgress
+    from swift.evaluate.answers import answer_tasks, summarize
+    from swift.evaluate.evaluation import limited, load_generator
+    from swift.evaluate.subjects import LocalModel
+    from swift.evaluate.suite import read_tasks, task_specs
 
-    data, options = resolved.config.data, resolved.config.generation
-    questions = read_questions(dataset_specs(data, data.val_dataset), data.columns, data.on_bad_rows)
-    generator = _generator(resolved, context)
-    if context.run is not None and not resolved.is_explicit("max_new_tokens"):
-        limit = answer_limit(questions.good, generator.tokenizer, options.max_new_tokens)
-        options = options.model_copy(update={"max_new_tokens": limit})
-    seed = resolved.config.training.seed if options.temperature > 0 else None
+    (task,) = read_tasks(resolved, task_specs(resolved), answers=True)
+    generator = load_generator(resolved, context, losses=task.needs("loss") or task.needs("choice"))
+    if context.run is not None and not task.fixed_length:
+        limited(task, generator.tokenizer)
+    seed = resolved.config.training.seed if task.options.temperature > 0 else None
+    subject = LocalModel(generator, identity)
     try:
-        with _Progress(len(questions.good), path) as progress:
-            results = answer_questions(
-                generator,
-                questions.good,
-                options,
-                path,
-                identity=identity,
-                seed=seed,
-                on_progress=progress.update,
-            )
+        with AnswerProgress(_go_on(path), len(task.questions.good)) as progress:
+            results = answer_tasks(subject, [task], path, seed=seed, on_progress=progress.update)
     finally:
         generator.engine.close()
-    return {**summarize(results), "max_new_tokens": options.max_new_tokens}, questions.bad
+    summary = {**summarize(results, task.evaluators), "max_new_tokens": task.options.max_new_tokens}
+    return summary, task.questions.bad
+
+
+def _go_on(path: Path) -> str:
+    return f"the same command with --result_path {path} goes on"
 
 
 def _value_rows(
     resolved: Resolved, context: InferenceContext, path: Path, identity: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Vectors or scores of the rows, by a model that reads texts."""
+    from swift.cli.progress import AnswerProgress
     from swift.data.persona import dataset_specs
+    from swift.evaluate.evaluation import set_threads
     from swift.evaluate.values import read_rows_of_texts, value_texts
     from swift.inference.context import load_context
     from swift.inference.engines.embedded_core import EmbeddedCore
@@ -106,10 +106,10 @@ def _value_rows(
     rows, bad = read_rows_of_texts(
         dataset_specs(data, data.val_dataset), data.columns, context.task, data.on_bad_rows
     )
-    _set_threads(resolved)
+    set_threads(resolved)
     bundle = load_context(context, resolved)
     core = EmbeddedCore(bundle, engine, task=context.task_options)
-    with _Progress(len(rows), path) as progress:
+    with AnswerProgress(_go_on(path), len(rows)) as progress:
         results = value_texts(
             core, bundle.template, rows, context.task, path, identity=identity, on_progress=progress.update
         )
@@ -130,45 +130,13 @@ def _result_path(resolved: Resolved, context: InferenceContext) -> Path:
     return context.run / name if context.run is not None else context.home.resolve().parent / name
 
 
-def _set_threads(resolved: Resolved) -> None:
-    import torch
-
-    if resolved.config.training.num_threads is not None:
-        torch.set_num_threads(resolved.config.training.num_threads)
-
-
-def _generator(resolved: Resolved, context: InferenceContext) -> Generator:
-    from swift.inference.context import load_context
-    from swift.inference.engines.blocking import BlockingEngine
-    from swift.inference.engines.table import make_engine
-    from swift.inference.generate import Generator
-    from swift.models.load import load_unloaded
-
-    context.check_writes_text()
-    _set_threads(resolved)
-    if resolved.config.engine.infer_backend == "transformers":
-        return Generator(load_context(context, resolved), options=resolved.config.engine)
-    if resolved.config.data.val_dataset and "loss" in resolved.config.generation.metric:
-        raise ConfigError(
-            "the loss of given answers is computed by the embedded engine",
-            where=f"--infer_backend {resolved.config.engine.infer_backend}",
-            fix="leave loss out of --metric, or --infer_backend transformers",
-        )
-    bundle = load_unloaded(
-        context.model,
-        context.template,
-        context.pretraining,
-        trust_remote_code=resolved.config.model.trust_remote_code,
-    )
-    return Generator(bundle, BlockingEngine(make_engine(context, resolved)))
-
-
 def _chat(resolved: Resolved) -> None:
+    from swift.evaluate.evaluation import load_generator
     from swift.inference.context import find_context
 
     context = find_context(resolved)
     _say_note(context)
-    generator = _generator(resolved, context)
+    generator = load_generator(resolved, context)
 
     from swift.inference.chat import Chat
 
@@ -205,32 +173,6 @@ def _converse(chat: Chat, context: InferenceContext) -> None:
         interrupted = False
         if not chat.handle(text):
             return
-
-
-class _Progress:
-    """A progress line on a terminal, nothing elsewhere; on Ctrl-C it says how to go on."""
-
-    def __init__(self, total: int, path: Path) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("answering", total=total)
-        self._path = path
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def update(self, done: int) -> None:
-        self._bar.update(self._task, completed=done)
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._bar.stop()
-        if kind is KeyboardInterrupt:
-            print(f"stopped; the same command with --result_path {self._path} goes on", file=sys.stderr)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

@@ -27,12 +27,15 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--inline", action="store_true", help="run in this process, without a service")
     parser.add_argument("--wait", action="store_true", help="queue jobs that this machine cannot run now")
     parser.add_argument("--cold", action="store_true", help="a fresh process for each job, no warm workers")
+    parser.add_argument("--new", action="store_true", help="only experiments that have no run yet")
     options = parser.parse(argv)
     from swift.experiments.home import Home
     from swift.experiments.inventory import take_inventory
     from swift.experiments.submission import check_machine, from_file
 
-    submission = from_file(options.file, Path.cwd(), wait=options.wait, cold=options.cold)
+    submission = from_file(
+        options.file, Path.cwd(), wait=options.wait, cold=options.cold, new_only=options.new
+    )
     for problem in check_machine(submission, take_inventory()):
         print(f"warning: {problem}", file=sys.stderr)
     home = Home.find()

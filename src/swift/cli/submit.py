@@ -29,6 +29,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--name", help="name of the job (for a command)")
     parser.add_argument("--wait", action="store_true", help="queue jobs that this machine cannot run now")
     parser.add_argument("--cold", action="store_true", help="a fresh process for each job, no warm workers")
+    parser.add_argument("--new", action="store_true", help="only experiments that have no run yet")
     parser.add_argument("--priority", help="larger goes first (for a command)")
     parser.add_argument("--devices", help="devices of the job (for a command)")
     parser.add_argument("--memory", help="memory on each device, such as 8GiB (for a command)")
@@ -47,6 +48,8 @@ def run(argv: list[str]) -> int:
     if bool(words) == bool(options.file):
         raise UsageError("what shall be queued?", fix=USAGE)
     if words:
+        if options.new:
+            raise UsageError("is for a file of experiments", where="--new", fix="leave it out")
         submission = from_words(
             words, Path.cwd(), name=options.name, resources=wanted or None, wait=options.wait
         )
@@ -55,7 +58,9 @@ def run(argv: list[str]) -> int:
             raise UsageError(
                 "name and resources of experiments stand in their file", fix="name: and resources: there"
             )
-        submission = from_file(options.file, Path.cwd(), wait=options.wait, cold=options.cold)
+        submission = from_file(
+            options.file, Path.cwd(), wait=options.wait, cold=options.cold, new_only=options.new
+        )
     for problem in check_machine(submission, take_inventory()):
         print(f"warning: {problem}", file=sys.stderr)
     answer = Client(Home.find()).submit(submission)

@@ -89,6 +89,7 @@ class UnsupportedValue:
 
     say: str
     fix: str
+    able: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class AliasTable:
         values: option -> other word -> the option's word.
         unsupported: name -> known option that cannot be had.
         unneeded: name -> known option that has nothing to switch here.
-        unsupported_values: (option, word) -> why not.
+        unsupported_values: (option, word) -> why not; ``able`` names commands that can.
         value_needs: (option, other word) -> the options of which one belongs to the word.
         mistakes: words of other tools that are no options -> what to do instead.
     """
@@ -133,7 +134,9 @@ def alias_table() -> AliasTable:
     unneeded = _read_unsupported(raw["unneeded"] + later["unneeded"])
     sections = {name: section for section, names in raw["sections"].items() for name in names}
     refused = {
-        (option, str(word).lower()): UnsupportedValue(group["say"], group["fix"])
+        (option, str(word).lower()): UnsupportedValue(
+            group["say"], group["fix"], tuple(group.get("except", ()))
+        )
         for group in raw["unsupported_values"]
         for option in group["options"]
         for word in group["values"]

@@ -14,6 +14,7 @@ from swift.config.memory_rules import FULL_TRAINING_OPTIMIZERS, LOW_RANK_OPTIONS
 from swift.config.rlhf_rules import RLHF_OPTIONS
 from swift.config.schema import Resolved
 from swift.config.sections.optimizer import OptimizerSection
+from swift.config.sections.vllm import VllmSection
 from swift.config.task_rules import TASK_OPTIONS
 from swift.config.tuner_rules import TUNER_OPTIONS
 from swift.core.errors import ConfigError
@@ -57,6 +58,8 @@ ONLY_WITH: tuple[OnlyWith, ...] = (
     OnlyWith(("shuffle_buffer_size", "stopping_strategy"), "streaming", (True,)),
     OnlyWith(("split_dataset_ratio",), "streaming", (False,)),
     OnlyWith(("eval_steps",), "eval_strategy", ("steps", "no")),
+    OnlyWith(tuple(VllmSection.model_fields), "infer_backend", ("vllm",)),
+    OnlyWith(("max_cache_tokens", "prefill_chunk", "attn_impl"), "infer_backend", ("transformers",)),
 )
 
 EXCLUSIVE: tuple[tuple[str, str, str], ...] = (

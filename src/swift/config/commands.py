@@ -71,6 +71,16 @@ _DRY_RUN = {
     "json": "With dry_run: print the plan as one JSON object.",
 }
 
+_READING = (
+    "columns",
+    "on_bad_rows",
+    "model_name",
+    "model_author",
+    "dataset_num_proc",
+    "load_from_cache_file",
+)
+"""How the rows of data files are read."""
+
 _OF_FULL_TRAINING = ("qat_bits", "qat_activation_bits", "qat_group_size", "fp8")
 
 COMMANDS: dict[str, Command] = {
@@ -112,7 +122,7 @@ COMMANDS: dict[str, Command] = {
             "infer",
             "swift.cli.infer",
             "Chat with a model, or answer the rows of a file.",
-            sections=("model", "template", "quantization", "generation", "engine"),
+            sections=("model", "template", "quantization", "generation", "engine", "vllm"),
             extra=(
                 "val_dataset",
                 "columns",
@@ -124,6 +134,42 @@ COMMANDS: dict[str, Command] = {
             ),
             without=("param_dtype", *_OF_FULL_TRAINING),
             required=(("model", "adapters"),),
+        ),
+        Command(
+            "deploy",
+            "swift.cli.deploy",
+            "Serve a model and adapters on it, as OpenAI's API does.",
+            sections=("model", "template", "quantization", "generation", "engine", "serving"),
+            extra=("num_threads",),
+            without=(
+                "param_dtype",
+                "stream",
+                "result_path",
+                "metric",
+                "metric_args",
+                "num_samples",
+                *_OF_FULL_TRAINING,
+            ),
+            required=(("model", "adapters"),),
+        ),
+        Command(
+            "eval",
+            "swift.cli.eval",
+            "Measure a model on data of yours or on benchmarks; show and compare results.",
+            sections=("model", "template", "quantization", "generation", "engine", "suite"),
+            extra=(
+                "val_dataset",
+                "columns",
+                "on_bad_rows",
+                "model_name",
+                "model_author",
+                "seed",
+                "num_threads",
+                "eval_tasks",
+            ),
+            without=("param_dtype", "stream", "result_path", *_OF_FULL_TRAINING),
+            required=(("model", "adapters", "eval_url"), ("val_dataset", "eval_tasks", "eval_dataset")),
+            usage="[FILE.yaml ...] [--option value ...] | show RESULTS | compare A B",
         ),
         Command(
             "merge-lora",
@@ -140,8 +186,24 @@ COMMANDS: dict[str, Command] = {
                 "trust_remote_code",
                 "output_dir",
                 "num_threads",
+                "parity_dataset",
+                "parity_tokens",
+                "max_perplexity_increase",
+                "max_kl",
+                "min_agreement",
+                *_READING,
             ),
             required=(("adapters",),),
+        ),
+        Command(
+            "export",
+            "swift.cli.export",
+            "Quantise a model (an adapter is merged first), and report what that costs.",
+            sections=("model", "quantization", "template", "export"),
+            extra=("dataset", "max_length", "output_dir", "seed", "num_threads", *_READING),
+            without=("param_dtype", "attn_impl", *_OF_FULL_TRAINING),
+            required=(("model", "adapters"),),
+            switches=_DRY_RUN,
         ),
         Command(
             "plan",
@@ -186,6 +248,13 @@ COMMANDS: dict[str, Command] = {
             own_arguments=True,
         ),
         Command(
+            "toolchain",
+            "swift.cli.toolchain",
+            "Install, list, test and delete environments of vLLM, GPTQModel, EvalScope...",
+            usage="{install,ls,doctor,rm} [...]",
+            own_arguments=True,
+        ),
+        Command(
             "demo",
             "swift.cli.demo",
             "Train a tiny model here and now, and watch it learn.",
@@ -203,7 +272,7 @@ COMMANDS: dict[str, Command] = {
             "run",
             "swift.cli.run",
             "Run a file of experiments and follow it.",
-            usage="FILE.yaml [--inline] [--wait] [--cold]",
+            usage="FILE.yaml [--inline] [--wait] [--cold] [--new]",
             own_arguments=True,
         ),
         Command(
@@ -303,14 +372,7 @@ LATER_COMMANDS: dict[str, Command] = {
                 instead=instead,
             )
             for name, text, instead in (
-                (
-                    "export",
-                    "Quantise, merge or convert a model.",
-                    "swift merge-lora writes a merged model folder",
-                ),
-                ("deploy", "Serve a model.", "use swift infer"),
-                ("app", "Serve a model with a web page.", "use swift infer"),
-                ("eval", "Evaluation suites.", "swift infer --val_dataset FILE computes metrics"),
+                ("app", "Serve a model with a web page.", "use swift deploy"),
                 ("rollout", "Serve samples for reinforcement learning.", "use swift infer"),
                 ("sample", "Rejection sampling.", "use swift infer"),
             )

@@ -103,7 +103,8 @@ def _sections(shown: list[Option], with_spellings: bool) -> list[str]:
     for option in shown:
         if option.section != section:
             section = option.section
-            lines += ["", *textwrap.wrap(f"{section.capitalize()} - {_first_line(section)}", _width())]
+            about = (SECTIONS[section].__doc__ or "").strip().splitlines()[0].rstrip(".")
+            lines += ["", *textwrap.wrap(f"{section.capitalize()} - {about}", _width())]
         text = option.help
         if option.unit and option.unit not in text.lower():
             text += f" In {option.unit}."
@@ -121,10 +122,6 @@ def _also(option: Option) -> str:
 
     spellings = alias_table().spellings_of(option.name)
     return f" Also: {', '.join('--' + name for name in spellings)}." if spellings else ""
-
-
-def _first_line(section: str) -> str:
-    return (SECTIONS[section].__doc__ or "").strip().splitlines()[0].rstrip(".")
 
 
 def _metavar(option: Option) -> str:

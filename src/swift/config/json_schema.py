@@ -85,7 +85,8 @@ def _kind_schema(kind: Kind, info: FieldInfo, name: str) -> dict[str, Any]:
         item = _kind_schema(kind.item, info, name)
         schema = {"anyOf": [{"type": "array", "items": item}, item]}
     elif kind.base == "dict":
-        schema = {"type": "object", "additionalProperties": {"type": "string"}}
+        inner = {} if kind.item is not None and kind.item.base == "any" else {"type": "string"}
+        schema = {"type": "object", "additionalProperties": inner}
     else:
         types = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
         schema = {"type": types[kind.base]}

@@ -25,7 +25,7 @@ class Kind:
     """The shape of an option's values.
 
     Attributes:
-        base: bool, int, float, str, choice, list or dict.
+        base: bool, int, float, str, choice, list, dict or any (whatever JSON can say).
         choices: the allowed words of a choice.
         item: the kind of a list's items or of a dict's values.
         optional: None is allowed ("derived" or "not used").
@@ -51,7 +51,9 @@ class Kind:
             return "|".join(self.choices)
         if self.base == "list" and self.item is not None:
             return f"{self.item.describe()}..."
-        return {"bool": "BOOL", "int": "INT", "float": "FLOAT", "str": "TEXT", "dict": "JSON"}[self.base]
+        return {"any": "JSON", "bool": "BOOL", "int": "INT", "float": "FLOAT", "str": "TEXT", "dict": "JSON"}[
+            self.base
+        ]
 
 
 def kind_of(annotation: Any) -> Kind:
@@ -69,6 +71,8 @@ def kind_of(annotation: Any) -> Kind:
         return Kind("list", item=kind_of(get_args(annotation)[0]))
     if origin is dict:
         return Kind("dict", item=kind_of(get_args(annotation)[1]))
+    if annotation is Any:
+        return Kind("any")
     for python_type, base in ((bool, "bool"), (int, "int"), (float, "float"), (str, "str")):
         if annotation is python_type:
             return Kind(base)
@@ -158,6 +162,8 @@ def _one(kind: Kind, info: FieldInfo, value: Any, where: str) -> Any:
         return _limited(_number(value, where), info, where)
     if kind.base == "choice":
         return _choice(kind, value, where)
+    if kind.base == "any":
+        return value
     if not isinstance(value, str):
         raise ConfigError(f"{value!r} is not a text", where=where)
     return value

@@ -243,7 +243,7 @@ class Binder:
             return False
         for part in word.split("+"):
             refused = alias_table().unsupported_values.get((name, part.lower()))
-            if refused:
+            if refused and self.command.name not in refused.able:
                 self.refused.append(_Refused(where, f"{word}: {refused.say}", refused.fix))
                 return True
         return False
@@ -258,7 +258,11 @@ class Binder:
             return
         before = layer.entries.get(name)
         # A flag may be repeated (scripts append "$@"); in a file a second mention is a mistake.
-        repeated = layer.kind == "flag" and before is not None and _same_key(before.key, key)
+        repeated = (
+            layer.kind == "flag"
+            and before is not None
+            and before.key.replace("-", "_") == key.replace("-", "_")
+        )
         repeated = repeated or (before is not None and _is_cached(before.key) != _is_cached(key))
         if before is not None and not repeated:
             if before.value != entry.value:
@@ -364,10 +368,6 @@ _REFUSED: Any = object()
 def _names_method(value: Any) -> bool:
     word = value.lower() if isinstance(value, str) else ""
     return word != "rlhf" and TRAIN_TYPES.get(word) == "rlhf"
-
-
-def _same_key(first: str, second: str) -> bool:
-    return first.replace("-", "_") == second.replace("-", "_")
 
 
 def _is_cached(key: str) -> bool:

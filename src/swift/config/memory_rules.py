@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from swift.config.export_rules import METHODS
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
 
@@ -22,7 +23,8 @@ def quant_method(resolved: Resolved) -> str | None:
 
 def quant_bits(resolved: Resolved) -> int | None:
     """What a method means without a number of bits."""
-    return {"bnb": 4, "torchao": 8}.get(resolved.config.quantization.quant_method or "")
+    method = resolved.config.quantization.quant_method or ""
+    return {"torchao": 8, **{name: entry.bits[0] for name, entry in METHODS.items()}}.get(method)
 
 
 def check_memory(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
@@ -35,6 +37,8 @@ def check_memory(resolved: Resolved, where: Callable[[Resolved, str], str]) -> N
 
 def _check_quantization(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
     section = resolved.config.quantization
+    if resolved.command == "export":  # it has rules of its own
+        return
     if not section.is_active:
         if section.quant_bits is not None and section.quant_bits not in _OFF:
             raise ConfigError("needs a method", where=where(resolved, "quant_bits"), fix="--quant_method bnb")

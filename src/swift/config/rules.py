@@ -14,9 +14,11 @@ from typing import Any
 
 from swift.config.combinations import check_combinations
 from swift.config.commands import Command
+from swift.config.export_rules import check_export
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
 from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
+from swift.config.sections.generation import METRICS
 from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
 from swift.config.tuner_rules import check_tuner, derived_dropout
 from swift.core.errors import ConfigError
@@ -47,10 +49,6 @@ class Derivation:
         return Source("derived", f"derived from {', '.join(changed or self.inputs[:1])}")
 
 
-def _learning_rate(resolved: Resolved) -> float:
-    return 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4
-
-
 def _accumulation(resolved: Resolved) -> int:
     wanted = PACKED_ROWS_PER_STEP if resolved.config.data.packing else SAMPLES_PER_STEP
     at_once = _samples_at_once(resolved)
@@ -70,7 +68,12 @@ def _min_lr_ratio(resolved: Resolved) -> float | None:
 
 
 def has_validation(resolved: Resolved) -> bool:
-    """True when the configuration names validation data, or sets some aside."""
+    """True when the configuration names validation data, sets some aside, or has tasks to measure."""
+    return has_validation_rows(resolved) or resolved.config.evaluation.eval_tasks is not None
+
+
+def has_validation_rows(resolved: Resolved) -> bool:
+    """True when there will be a loss on validation data."""
     data = resolved.config.data
     return bool(data.val_dataset) or data.split_dataset_ratio > 0
 
@@ -92,19 +95,19 @@ def _greater_is_better(resolved: Resolved) -> bool:
     )
 
 
-def _scheduler(resolved: Resolved) -> str | None:
-    return "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None
-
-
 def _loss_scale(resolved: Resolved) -> str | None:
     """What a preference is about is the last answer; those before it are the same in both."""
     return {"pt": "all", "rlhf": "last_round"}.get(resolved.command)
 
 
-_VALIDATION = ("val_dataset", "split_dataset_ratio")
+_VALIDATION = ("val_dataset", "split_dataset_ratio", "eval_tasks")
 
 DERIVATIONS: tuple[Derivation, ...] = (
-    Derivation("learning_rate", ("tuner_type",), _learning_rate),
+    Derivation(
+        "learning_rate",
+        ("tuner_type",),
+        lambda resolved: 1e-5 if resolved.config.tuner.tuner_type == "full" else 1e-4,
+    ),
     Derivation(
         "gradient_accumulation_steps",
         ("global_batch_size", "per_device_train_batch_size", "packing", "data_parallel_size"),
@@ -123,7 +126,11 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("greater_is_better", ("metric_for_best_model",), _greater_is_better),
     Derivation("quant_method", ("quant_bits",), quant_method),
     Derivation("quant_bits", ("quant_method",), quant_bits),
-    Derivation("lr_scheduler_type", ("optim",), _scheduler),
+    Derivation(
+        "lr_scheduler_type",
+        ("optim",),
+        lambda resolved: "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None,
+    ),
     *(Derivation(*row) for row in (*RLHF_DERIVATIONS, *TASK_DERIVATIONS)),
     Derivation("loss_scale", ("command",), _loss_scale),
 )
@@ -150,6 +157,7 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
     check_rlhf(resolved, _where, planning)
     if not partial:
         check_memory(resolved, _where)
+        check_export(resolved, _where, planning)
     _check_devices(resolved)
     _check_parallel(resolved, planning)
     if not partial and "tensor_parallel_size" in taken:
@@ -206,12 +214,19 @@ def _check_evaluation(resolved: Resolved) -> None:
             where=_where(resolved, "metric_for_best_model"),
             fix=f"did you mean {near}?" if near else f"built in: {', '.join(known)}",
         )
-    if metric not in known and not resolved.config.report.callbacks:
+    of_tasks = evaluation.eval_tasks is not None
+    if of_tasks and metric in known and not has_validation_rows(resolved):
+        raise ConfigError(
+            f"{metric} needs validation data; the tasks alone have no such metric",
+            where=_where(resolved, "metric_for_best_model"),
+            fix="--metric_for_best_model eval_TASK_METRIC, or add --val_dataset FILE",
+        )
+    if metric not in known and not resolved.config.report.callbacks and not of_tasks:
         raise ConfigError(
             f"there is no metric {metric!r}",
             where=_where(resolved, "metric_for_best_model"),
             why=f"built in: {', '.join(known)}",
-            fix="name one of these, or the file that adds it: --callbacks FILE.py",
+            fix="name one of these, or what adds it: --eval_tasks SUITE.yaml or --callbacks FILE.py",
         )
     if not has_validation(resolved):
         wanted = [
@@ -238,6 +253,26 @@ def _check_evaluation(resolved: Resolved) -> None:
                     where=_where(resolved, name),
                     fix="set --eval_strategy steps or epoch",
                 )
+
+
+def _check_metrics(resolved: Resolved) -> None:
+    """Found here, not when a job that waits for a training starts."""
+    names = resolved.config.generation.metric
+    for name in names:
+        if name not in METRICS and ".py:" not in name:
+            near = closest(name, METRICS)
+            raise ConfigError(
+                f"there is no metric {name!r}",
+                where=_where(resolved, "metric"),
+                why=f"known: {', '.join(METRICS)}; your own: FILE.py:function",
+                fix=f"did you mean {near}?" if near else None,
+            )
+    for name in resolved.config.generation.metric_args:
+        if name not in names:
+            fix = f"--metric {name}"
+            raise ConfigError(
+                f"{name} is not among the metrics", where=_where(resolved, "metric_args"), fix=fix
+            )
 
 
 def _check_data(resolved: Resolved) -> None:
@@ -371,6 +406,7 @@ _CHECKS: tuple[Callable[[Resolved], None], ...] = (
     _check_data,
     _check_streaming,
     _check_evaluation,
+    _check_metrics,
     _check_checkpoint,
     _check_training,
     _check_generation,

@@ -15,6 +15,7 @@ from swift.config.sections.checkpoint import CheckpointSection
 from swift.config.sections.data import DataSection
 from swift.config.sections.engine import EngineSection
 from swift.config.sections.evaluation import EvaluationSection
+from swift.config.sections.export import ExportSection
 from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
 from swift.config.sections.optimizer import OptimizerSection
@@ -22,10 +23,13 @@ from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
 from swift.config.sections.rlhf import RlhfSection
+from swift.config.sections.serving import ServingSection
+from swift.config.sections.suite import SuiteSection
 from swift.config.sections.task import TaskSection
 from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
 from swift.config.sections.tuner import TunerSection
+from swift.config.sections.vllm import VllmSection
 
 __all__ = ["SECTIONS", "Config", "Option", "Resolved", "Source", "options"]
 
@@ -44,7 +48,11 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "report": ReportSection,
     "generation": GenerationSection,
+    "suite": SuiteSection,
     "engine": EngineSection,
+    "export": ExportSection,
+    "serving": ServingSection,
+    "vllm": VllmSection,
 }
 
 
@@ -67,7 +75,11 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     report: ReportSection = Field(default_factory=ReportSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    suite: SuiteSection = Field(default_factory=SuiteSection)
     engine: EngineSection = Field(default_factory=EngineSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    serving: ServingSection = Field(default_factory=ServingSection)
+    vllm: VllmSection = Field(default_factory=VllmSection)
 
 
 @dataclass(frozen=True)

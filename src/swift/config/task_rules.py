@@ -34,7 +34,14 @@ TASK_OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("max_positive_samples", "max_negative_samples"), "task_type", _RERANKERS),
     (_ANSWERS, "task_type", ("generative_reranker",)),
     (
-        ("loss_scale", "use_loss_scale", "use_liger_kernel", "enable_channel_loss", "enable_dft_loss"),
+        (
+            "loss_scale",
+            "use_loss_scale",
+            "use_liger_kernel",
+            "enable_channel_loss",
+            "enable_dft_loss",
+            "eval_tasks",
+        ),
         "task_type",
         ("causal_lm",),
     ),

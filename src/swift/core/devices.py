@@ -6,6 +6,8 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ __all__ = [
     "describe_cpu",
     "describe_devices",
     "memory_in_use",
+    "nvidia_memory",
     "peak_memory",
     "pick_device",
     "pick_dtype",
@@ -33,6 +36,8 @@ ACCELERATORS = ("cuda", "npu", "xpu", "mps")
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 """CPU features that decide how fast linear algebra runs, by the names of /proc/cpuinfo."""
+
+_NVIDIA_SMI_SECONDS = 5.0
 
 
 def cpu_count() -> int:
@@ -192,3 +197,38 @@ def describe_devices() -> list[dict[str, Any]]:
                 entry["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(index))
             devices.append(entry)
     return [*devices, describe_cpu()]
+
+
+def nvidia_memory() -> list[int]:
+    """Bytes of each NVIDIA device, asked without torch; empty where there is none, or no driver to ask."""
+    try:
+        import pynvml
+    except ImportError:
+        return _ask_nvidia_smi()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        handles: list[Any] = [
+            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
+        ]
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _ask_nvidia_smi() -> list[int]:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True
+        )
+        return [int(line) << 20 for line in answer.stdout.split()]
+    except (OSError, subprocess.SubprocessError, ValueError):  # a driver that does not answer counts as none
+        return []

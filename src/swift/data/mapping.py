@@ -138,10 +138,6 @@ def _glaive(text: str) -> list[dict[str, str]]:
     return messages
 
 
-def _exchanges(pairs: list[Mapping[str, str]]) -> list[dict[str, str]]:
-    return _turns([text for pair in pairs for text in (pair["input"], pair["output"])])
-
-
 def _turns(texts: list[str]) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
@@ -160,7 +156,7 @@ FILTERS: Mapping[str, Callable[[Any], Any]] = {
     "hashes": lambda text: _split(text, {"### Human:": "user", "### Assistant:": "assistant"}),
     "glaive": _glaive,
     "turns": _turns,
-    "exchanges": _exchanges,
+    "exchanges": lambda pairs: _turns([text for pair in pairs for text in (pair["input"], pair["output"])]),
     "calls": _calls,
     "user": lambda text: [{"role": "user", "content": text}],
     "users": lambda texts: [[{"role": "user", "content": text}] for text in _list(texts)],

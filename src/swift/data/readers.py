@@ -211,10 +211,6 @@ def _header_fault(header: list[str]) -> str | None:
     return None
 
 
-def _read_tsv(file: BinaryIO, name: str) -> Iterator[_Lazy]:
-    return _read_csv(file, name, "\t")
-
-
 def _read_parquet(file: BinaryIO, name: str) -> Iterator[_Lazy]:
     import pyarrow
     import pyarrow.parquet
@@ -261,7 +257,7 @@ READERS: dict[str, _Reader] = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }

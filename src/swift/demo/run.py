@@ -17,9 +17,10 @@ import yaml
 from swift.config.bind import resolve
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_text
-from swift.data.persona import dataset_specs
 from swift.demo.task import TOKENIZER_TEXTS, write_task
-from swift.evaluate.answers import answer_questions, read_questions
+from swift.evaluate.answers import answer_tasks
+from swift.evaluate.subjects import LocalModel
+from swift.evaluate.suite import read_tasks, task_specs
 from swift.inference.context import find_context, load_context
 from swift.inference.generate import Generator
 from swift.models.tiny import make_tiny_model
@@ -55,7 +56,7 @@ class DemoResult:
 
     Attributes:
         run: the run folder.
-        before, after: answers to the held-out rows, see `swift.evaluate.answers.answer_questions`.
+        before, after: answers to the held-out rows, see `swift.evaluate.answers.answer_tasks`.
         losses: the training loss as logged.
         num_parameters: of the model, all of them trained.
     """
@@ -154,8 +155,8 @@ def _answers(model: Path, heldout: Path, path: Path) -> list[dict[str, Any]]:
     values = {"model": str(model), "device": "cpu", "max_new_tokens": 8, "max_num_seqs": 100}
     resolved = resolve("infer", values={**values, "val_dataset": [str(heldout)], "metric": ["exact_match"]})
     generator = Generator(load_context(find_context(resolved), resolved), options=resolved.config.engine)
-    questions = read_questions(dataset_specs(resolved.config.data, resolved.config.data.val_dataset), {}).good
-    return answer_questions(generator, questions, resolved.config.generation, path)
+    subject = LocalModel(generator, [])
+    return answer_tasks(subject, read_tasks(resolved, task_specs(resolved)), path)
 
 
 def _accuracy(answers: Sequence[dict[str, Any]]) -> float:

@@ -36,7 +36,7 @@ def answer_table(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
     """Lines with question, wanted answer, and the answers before and after training.
 
     Args:
-        before, after: results of `swift.evaluate.answers.answer_questions` for the same rows.
+        before, after: results of `swift.evaluate.answers.answer_tasks` for the same rows.
     """
     rows: list[tuple[str, ...]] = [("question", "wanted", "before", "after", "")]
     for old, new in zip(before, after, strict=True):

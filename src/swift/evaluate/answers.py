@@ -1,103 +1,69 @@
-"""Answer the rows of data files with a model, compare with the data's own answers, and store the results."""
+"""Ask a model the questions of tasks, score the answers, and store every row with its scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from swift.config.sections.generation import GenerationSection
-from swift.core.errors import DataError
-from swift.data.formats import RowError, to_sample
-from swift.data.sources import DatasetSpec, find_files, read_rows
-from swift.evaluate.metrics import exact_match, rouge
-from swift.evaluate.results import ResultFile, row_key
-from swift.inference.generate import Answer, Generator
-from swift.inference.losses import answer_losses
+from swift.core.errors import ConfigError, DataError
+from swift.evaluate.evaluators import Case, ChosenEvaluator
+from swift.evaluate.questions import Question, Questions
+from swift.evaluate.results import ResultFile, row_key, row_metrics
+from swift.evaluate.statistics import Interval, bootstrap
+from swift.evaluate.subjects import Reply, Subject
 
-__all__ = ["Question", "Questions", "answer_limit", "answer_questions", "read_questions", "summarize"]
-
-_WRITTEN_TOGETHER = 16
-"""Answers between two writes to disk; as many may be lost when the machine goes down."""
+__all__ = ["Task", "answer_limit", "answer_tasks", "intervals", "score_rows", "summarize"]
 
 
-@dataclass(frozen=True)
-class Question:
-    """One row to answer.
-
-    Attributes:
-        index: its place among the good rows, from 0.
-        location: ``file:line``.
-        messages: the conversation up to where the answer begins.
-        reference: the data's own answer; None when the row ends with a question.
-        tools: OpenAI function descriptions.
-        extra: the other columns.
-    """
-
-    index: int
-    location: str
-    messages: list[dict[str, Any]]
-    reference: str | None
-    tools: list[dict[str, Any]] | None
-    extra: dict[str, Any]
+_TOGETHER = 16
+"""Rows scored and written at once: an interrupted run loses so many at most."""
 
 
 @dataclass
-class Questions:
-    """The rows to answer, and the bad ones left out (``file:line: reason``)."""
+class Task:
+    """Questions, how they are answered, and what is measured.
 
-    good: list[Question] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-
-
-def read_questions(
-    specs: Sequence[DatasetSpec], columns: Mapping[str, str], on_bad_rows: Literal["error", "skip"] = "error"
-) -> Questions:
-    """The rows of data sets, in order (of ``FILE#N`` the first N).
-
-    Raises:
-        DataError: a file is missing, or a row is bad and ``on_bad_rows`` is ``error``.
+    Attributes:
+        name: "" for the only task of a command without a suite.
+        questions: the rows.
+        evaluators: what is measured.
+        options: sampling; ``num_samples`` answers for each question.
+        answers: generate answers also when no evaluator asks for them.
+        fixed_length: somebody set ``max_new_tokens``.
     """
-    questions = Questions()
-    for spec in specs:
-        taken = 0
-        for row in (
-            row for file in find_files(spec) for row in read_rows(file, columns, mapping=spec.mapping)
-        ):
-            if spec.num_rows is not None and taken >= spec.num_rows:
-                break
-            taken += 1
-            try:
-                sample = to_sample(row)
-                messages, reference = _question(sample.messages, row.location)
-            except RowError as error:
-                if on_bad_rows == "error":
-                    raise
-                questions.bad.append(f"{error.location}: {error.reason}")
-                continue
-            questions.good.append(
-                Question(len(questions.good), row.location, messages, reference, sample.tools, sample.extra)
+
+    name: str
+    questions: Questions
+    evaluators: Sequence[ChosenEvaluator]
+    options: GenerationSection
+    answers: bool = False
+    fixed_length: bool = False
+
+    def needs(self, what: str) -> bool:
+        """Whether an evaluator needs an ``answer``, a ``loss`` or a ``choice``."""
+        return any(entry.row.needs == what for entry in self.evaluators)
+
+    def check(self) -> None:
+        """Raise when a metric will have no row to measure."""
+        rows = self.questions.good
+        where = f"task {self.name}" if self.name else "--val_dataset"
+        if self.needs("choice") and not any(row.choices and row.correct is not None for row in rows):
+            raise DataError(
+                "the metric choice finds no row to measure",
+                where=where,
+                why="no row has choices and says in answer which is right",
+                fix='{"question": "...", "choices": ["...", "..."], "answer": 0}',
             )
-    if not questions.good:
-        raise DataError("there is no row to answer", where=", ".join(spec.text for spec in specs))
-    return questions
-
-
-def _question(messages: list[dict[str, Any]], location: str) -> tuple[list[dict[str, Any]], str | None]:
-    """(prompt, reference): a last assistant message is the reference."""
-    if messages[-1]["role"] != "assistant":
-        return messages, None
-    if len(messages) == 1:
-        raise RowError(location, "there is no question before the answer")
-    return messages[:-1], _text(messages[-1]["content"])
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content or ())
+        if self.options.num_samples > 1 and self.options.temperature == 0:
+            raise ConfigError(
+                "several samples of the likeliest answer are all the same",
+                where="--num_samples",
+                fix="--temperature 0.8",
+            )
 
 
 def answer_limit(questions: Sequence[Question], tokenizer: Any, most: int) -> int:
@@ -113,132 +79,215 @@ def answer_limit(questions: Sequence[Question], tokenizer: Any, most: int) -> in
     return min(most, 2 * longest + 16)
 
 
-def answer_questions(
-    generator: Generator,
-    questions: Sequence[Question],
-    options: GenerationSection,
+def answer_tasks(
+    subject: Subject,
+    tasks: Sequence[Task],
     path: Path,
     *,
-    identity: Sequence[str] = (),
     seed: int | None = None,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """Answer all questions that ``path`` does not hold yet; returns all results in order.
 
-    A result has ``index``, ``key``, ``location``, ``messages``, ``response``, ``finish_reason``, ``num_tokens``,
-    the row's other columns under ``extra`` and, where the data has an answer, ``reference`` and the metrics.
+    A result has ``index``, ``key``, ``location``, ``messages`` and what the task asks for: ``response``,
+    ``finish_reason``, ``num_tokens`` (with several samples also ``responses``), the other columns under ``extra``, and,
+    where the data has an answer, ``reference`` and the metrics. With a suite, ``task``.
 
     Args:
-        generator: the model.
-        questions: what to answer.
-        options: sampling, batch size and metrics.
+        subject: the model.
+        tasks: what to answer.
         path: the result file; gone on with when it exists.
-        identity: what else the answers depend on (model and adapter folders).
         seed: for sampling; an answer depends on it and on the number of its row.
         on_progress: called with the number of rows done so far.
     """
-    fixed = options.model_dump(exclude={"result_path", "metric", "stream"})
-    metrics = sorted(options.metric)
-    keys = {
-        question.index: row_key(
-            question.messages, question.tools, question.reference, fixed, metrics, list(identity), seed
-        )
-        for question in questions
-    }
+    entries = list(_entries(tasks))
+    keys = {number: _key(subject, task, question, seed) for number, task, question in entries}
     file = ResultFile(path)
     file.check(keys)
     on_progress(len(file.results))
-    waiting = [question for question in questions if question.index not in file.results]
-    prompts = [generator.template.encode_prompt(question.messages, question.tools) for question in waiting]
-    done: list[tuple[Question, Answer]] = []
-
-    def write() -> None:
-        losses = _losses(generator, [question for question, _ in done]) if "loss" in options.metric else {}
-        file.append([_result(*pair, options, keys, losses) for pair in done])
-        done.clear()
-        on_progress(len(file.results))
-
-    def keep(place: int, answer: Answer) -> None:
-        done.append((waiting[place], answer))
-        if len(done) == _WRITTEN_TOGETHER:
-            write()
-
     try:
-        generator.answers(
-            prompts, options, seed=seed, numbers=[question.index for question in waiting], on_answer=keep
-        )
-        if done:
-            write()
+        for task in tasks:
+            waiting = [
+                (number, question)
+                for number, owner, question in entries
+                if owner is task and number not in file.results
+            ]
+
+            def write(rows: list[tuple[int, dict[str, Any]]], name: str = task.name) -> None:
+                own = {"task": name} if name else {}
+                file.append([{"index": number, "key": keys[number], **own, **row} for number, row in rows])
+                on_progress(len(file.results))
+
+            score_rows(subject, task, waiting, seed, write)
     finally:
         file.close()
-    return [file.results[question.index] for question in questions]
+    return [file.results[number] for number, _, _ in entries]
 
 
-def _result(
-    question: Question,
-    answer: Answer,
-    options: GenerationSection,
-    keys: Mapping[int, str],
-    losses: Mapping[int, dict[str, Any]],
-) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "index": question.index,
-        "key": keys[question.index],
-        "location": question.location,
-        "messages": question.messages,
-        "response": answer.text,
-        "finish_reason": answer.finish_reason,
-        "num_tokens": len(answer.token_ids),
-    }
-    if question.extra:
-        result["extra"] = question.extra
-    if question.reference is not None:
-        result["reference"] = question.reference
-        if "exact_match" in options.metric:
-            result["exact_match"] = exact_match(answer.text, question.reference)
-        if "rouge" in options.metric:
-            result.update(rouge(answer.text, question.reference))
-        result.update(losses.get(question.index, {}))
-    return result
+def _entries(tasks: Sequence[Task]) -> Iterator[tuple[int, Task, Question]]:
+    number = 0
+    for task in tasks:
+        for question in task.questions.good:
+            yield number, task, question
+            number += 1
 
 
-def _losses(generator: Generator, batch: Sequence[Question]) -> dict[int, dict[str, Any]]:
-    """Index -> mean loss and number of tokens of the data's own answer (only the last turn counts)."""
-    chosen = [question for question in batch if question.reference is not None]
-    prompts = [generator.template.encode_prompt(question.messages, question.tools) for question in chosen]
-    samples = [
-        generator.template.encode(
-            [*question.messages, {"role": "assistant", "content": question.reference}], question.tools
-        )
-        for question in chosen
-    ]
-    for sample, prompt in zip(samples, prompts, strict=True):
-        size = min(len(prompt), len(sample.labels))
-        sample.labels[:size] = [-100] * size
-    losses = answer_losses(generator.bundle, samples)
-    return {
-        question.index: {"loss": loss.total / max(loss.num_tokens, 1), "num_loss_tokens": loss.num_tokens}
-        for question, loss in zip(chosen, losses, strict=True)
-    }
+def _key(subject: Subject, task: Task, question: Question, seed: int | None) -> str:
+    fixed = task.options.model_dump(exclude={"result_path", "metric", "metric_args", "stream"})
+    measured = sorted([entry.name, dict(entry.options)] for entry in task.evaluators)
+    parts = [question.messages, question.tools, question.reference, question.choices, fixed, measured]
+    return row_key(*parts, list(subject.identity), seed)
 
 
-def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the rows that have a reference; ``loss`` is the mean over all their tokens.
+def score_rows(
+    subject: Subject,
+    task: Task,
+    questions: Sequence[tuple[int, Question]],
+    seed: int | None,
+    on_rows: Callable[[list[tuple[int, dict[str, Any]]]], None],
+) -> None:
+    """Answer and score (number, question) pairs; ``on_rows`` gets (number, result) pairs as they are ready, a few at a
+    time, in the order in which their answers came.
 
-    ``num_rows``, ``num_references`` and the share of answers cut off by ``max_new_tokens`` are always there.
+    A number decides, with the seed, what is sampled for its question.
     """
+    if not (task.answers or task.needs("answer")):
+        for start in range(0, len(questions), _TOGETHER):
+            part = questions[start : start + _TOGETHER]
+            on_rows(_scored(subject, task, part, [[] for _ in part]))
+        return
+    samples = task.options.num_samples
+    replies: list[dict[int, Reply]] = [{} for _ in questions]
+    ready: list[int] = []
+
+    def write() -> None:
+        found = [[replies[place][sample] for sample in range(samples)] for place in ready]
+        on_rows(_scored(subject, task, [questions[place] for place in ready], found))
+        ready.clear()
+
+    def keep(index: int, reply: Reply) -> None:
+        place, sample = divmod(index, samples)
+        replies[place][sample] = reply
+        if len(replies[place]) == samples:
+            ready.append(place)
+        if len(ready) >= _TOGETHER:
+            write()
+
+    asked = [question for _, question in questions for _ in range(samples)]
+    numbers = [number * samples + sample for number, _ in questions for sample in range(samples)]
+    if asked:
+        subject.answers(asked, task.options, seed=seed, numbers=numbers, on_reply=keep)
+    if ready:
+        write()
+
+
+def _scored(
+    subject: Subject, task: Task, questions: Sequence[tuple[int, Question]], replies: Sequence[list[Reply]]
+) -> list[tuple[int, dict[str, Any]]]:
+    """(number, what the result file says of it) of answered questions."""
+    cases = [
+        Case(question, [reply.text for reply in found])
+        for (_, question), found in zip(questions, replies, strict=True)
+    ]
+    _add_losses(subject, task, cases)
+    rows = [_row(case, found) for case, found in zip(cases, replies, strict=True)]
+    for evaluator in task.evaluators:
+        chosen = [number for number, case in enumerate(cases) if _applies(evaluator, case)]
+        if not chosen:
+            continue
+        scores = evaluator.score([cases[number] for number in chosen])
+        for number, score in zip(chosen, scores, strict=True):
+            rows[number].update(score)
+    for row in rows:
+        if "response" not in row and "chosen" in row:
+            row["response"] = row["chosen"]
+    return [(number, row) for (number, _), row in zip(questions, rows, strict=True)]
+
+
+def _add_losses(subject: Subject, task: Task, cases: Sequence[Case]) -> None:
+    if task.needs("loss"):
+        chosen = [case for case in cases if case.question.reference is not None]
+        losses = subject.losses([(c.question, c.question.reference or "") for c in chosen], end=True)
+        for case, loss in zip(chosen, losses, strict=True):
+            case.loss = loss
+    if task.needs("choice"):
+        chosen = [case for case in cases if case.question.correct is not None]
+        pairs = [(case.question, choice) for case in chosen for choice in case.question.choices]
+        sums = iter(subject.losses(pairs, end=False) if pairs else [])
+        for case in chosen:
+            case.choices = [-next(sums)[0] for _ in case.question.choices]
+
+
+def _applies(evaluator: ChosenEvaluator, case: Case) -> bool:
+    if evaluator.row.needs == "loss":
+        return case.loss is not None
+    if evaluator.row.needs == "choice":
+        return case.choices is not None
+    return not evaluator.row.reference or case.question.reference is not None
+
+
+def _row(case: Case, replies: Sequence[Reply]) -> dict[str, Any]:
+    question = case.question
+    row: dict[str, Any] = {"location": question.location, "messages": question.messages}
+    if replies:
+        row |= {"response": replies[0].text, "finish_reason": replies[0].finish_reason}
+        if replies[0].num_tokens is not None:
+            row["num_tokens"] = replies[0].num_tokens
+    if len(replies) > 1:
+        row["responses"] = [reply.text for reply in replies]
+    if question.extra:
+        row["extra"] = question.extra
+    if question.reference is not None:
+        row["reference"] = question.reference
+    if question.choices:
+        row["choices"] = list(question.choices)
+    return row
+
+
+def intervals(results: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
+    """Metric -> mean over the rows that have it (``loss``: over all their tokens), with its interval.
+
+    One row has no interval: its ends are the value itself.
+    """
+    found: dict[str, Interval] = {}
+    measured = [(row_metrics(row), float(row.get("num_loss_tokens") or 0)) for row in results]
+    for name in dict.fromkeys(name for metrics, _ in measured for name in metrics):
+        rows = [(metrics[name], tokens) for metrics, tokens in measured if name in metrics]
+        values, tokens = [value for value, _ in rows], [count for _, count in rows]
+        if name == "loss" and not sum(tokens):
+            continue
+        interval = bootstrap(values, tokens if name == "loss" else None)
+        found[name] = interval or Interval(values[0], values[0], values[0], 1)
+    return found
+
+
+def summarize(
+    results: Sequence[Mapping[str, Any]], evaluators: Sequence[ChosenEvaluator] = ()
+) -> dict[str, float]:
+    """Means over the rows that have a metric; ``loss`` is the mean over all their tokens.
+
+    ``num_rows`` and ``num_references`` are always there, and ``cut_off``, the share of answers that ``max_new_tokens``
+    ended, where some were generated; rows in
+    which something failed are counted under ``judge_failures``.
+    """
+    generated = [result for result in results if "finish_reason" in result]
     summary: dict[str, float] = {
         "num_rows": len(results),
         "num_references": sum("reference" in result for result in results),
-        "cut_off": sum(result["finish_reason"] == "length" for result in results) / max(len(results), 1),
     }
-    for name in ("exact_match", "rouge1", "rouge2", "rougeL"):
-        values = [result[name] for result in results if name in result]
-        if values:
-            summary[name] = sum(values) / len(values)
-    num_tokens = sum(result.get("num_loss_tokens", 0) for result in results)
-    if num_tokens:
-        total = sum(result["loss"] * result["num_loss_tokens"] for result in results if "loss" in result)
-        summary["loss"] = total / num_tokens
+    if generated:
+        cut = sum(result["finish_reason"] == "length" for result in generated)
+        summary["cut_off"] = cut / len(generated)
+    failures = sum(int(result.get("judge_failures") or 0) for result in results)
+    if failures:
+        summary["judge_failures"] = failures
+    for evaluator in evaluators:
+        pairs = [(r["response"], r["reference"]) for r in generated if "reference" in r]
+        if evaluator.row.corpus is not None and pairs:
+            answers, references = zip(*pairs, strict=True)
+            summary.update(evaluator.row.corpus(list(answers), list(references), **evaluator.options))
+    for name, interval in intervals(results).items():
+        summary[name] = interval.mean
+    if "loss" in summary:
         summary["perplexity"] = math.exp(min(summary["loss"], 700.0))
     return summary

@@ -1,30 +1,84 @@
-"""How alike an answer and its reference are: exact match and ROUGE.
+"""How good one answer is: pure functions of texts.
 
-ROUGE is our own: the usual package (rouge-score) pulls in nltk and absl and drops every character outside a-z and
-0-9, so that Chinese text has no tokens at all. For English text without stemming the numbers are those of
-rouge-score: lower case, words of letters and digits, F1.
+ROUGE is our own (docs/decisions/022-evaluators.md); rouge-score is the reference it is tested against.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["exact_match", "rouge", "rouge_tokens"]
+__all__ = [
+    "exact_match",
+    "is_cjk",
+    "last_number",
+    "normalised",
+    "pass_at_k",
+    "read_json",
+    "rouge",
+    "rouge_tokens",
+]
 
 _CJK = "぀-ヿ㐀-䶿一-鿿가-힯豈-﫿\U00020000-\U0003ffff"
 # Each CJK character is a token of its own; elsewhere a run of letters, digits and combining marks is one.
 _TOKEN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_FENCE = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
+_ARTICLES = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 
 
 def exact_match(answer: str, reference: str) -> float:
     """1.0 when both are the same text, else 0.0.
 
     White space at both ends does not count, and every run of white space inside counts as one space. Case and
-    punctuation count.
+    punctuation count (`normalised` takes them away).
     """
     return float(answer.split() == reference.split())
+
+
+def normalised(text: str, *, case: bool = True, punctuation: bool = True, articles: bool = True) -> str:
+    """The text without what is False: differences of case, punctuation, English articles.
+
+    With all three False this is the normalisation of SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250), for punctuation
+    of any script.
+    """
+    if not case:
+        text = text.casefold()
+    if not punctuation:
+        text = "".join(char for char in text if not unicodedata.category(char).startswith("P"))
+    if not articles:
+        text = _ARTICLES.sub(" ", text)
+    return " ".join(text.split())
+
+
+def is_cjk(text: str) -> bool:
+    """True when a character of it is Chinese, Japanese or Korean."""
+    return re.search(rf"[{_CJK}]", text) is not None
+
+
+def last_number(text: str) -> float | None:
+    """The number that stands last in a text; ``1,234`` and ``1e3`` are one each. None without any."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def read_json(text: str) -> Any:
+    """The JSON value that an answer is: the text itself, or its only block in backticks. ValueError for none."""
+    blocks = _FENCE.findall(text)
+    return json.loads(blocks[0] if len(blocks) == 1 else text)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Chance that one of ``k`` samples passes, estimated without bias from ``num_samples`` >= k of which
+    ``num_correct`` passed: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
+    if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
+        raise ValueError(f"{num_correct} right of {num_samples} samples, k {k}")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def rouge_tokens(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The result file of batch inference: one JSON line per answered row, safe against being cut off."""
+"""The result file of batch inference and evaluation: one JSON line per answered row, safe against being cut off."""
 
 from __future__ import annotations
 
@@ -10,17 +10,50 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from swift.core.errors import ConfigError, SwiftError
+from swift.core.errors import ConfigError, DataError, SwiftError
 from swift.core.files import atomic_write_json
-from swift.runs.metrics import finite
+from swift.evaluate.statistics import is_number
+from swift.runs.metrics import finite, read_metrics
 
-__all__ = ["ResultFile", "row_key", "write_metrics"]
+__all__ = [
+    "RESULTS",
+    "ROW_KEYS",
+    "SAMPLES",
+    "ResultFile",
+    "read_results",
+    "row_key",
+    "row_metrics",
+    "write_metrics",
+]
+
+SAMPLES, RESULTS = "samples.jsonl", "results.json"
+"""What a folder of results holds."""
+
+ROW_KEYS = frozenset(
+    ("index", "key", "task", "location", "messages", "response", "responses", "finish_reason", "num_tokens", "extra",
+     "reference", "choices", "num_loss_tokens", "choice_logprobs", "chosen", "passed", "failure", "judge_says",
+     "judge_error", "judge_failures")
+)  # fmt: skip
+"""What a row holds beside its metrics."""
 
 
 def row_key(*parts: Any) -> str:
     """Short hash of everything an answer depends on."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def row_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a result: its numbers that are nothing else."""
+    return {name: float(value) for name, value in result.items() if name not in ROW_KEYS and is_number(value)}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result file, in the order of the data. Raises DataError when there are none."""
+    rows = [row for row in read_metrics(path) if "index" in row and "messages" in row]
+    if not rows:
+        raise DataError("there are no results", where=str(path))
+    return sorted(rows, key=lambda row: row["index"])
 
 
 def write_metrics(path: Path, summary: Mapping[str, Any]) -> Path:

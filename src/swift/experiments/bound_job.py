@@ -14,6 +14,7 @@ from swift.core.errors import ConfigError, SwiftError
 from swift.experiments.fields import NOWHERE, fail, mapping
 from swift.experiments.file import Experiment, Resources, read_resources
 from swift.experiments.option_layers import about, bind, make_absolute
+from swift.experiments.serving import SERVING
 from swift.experiments.stages import Stage
 from swift.experiments.types import TRAINING, Dependency
 
@@ -74,7 +75,7 @@ def stages_of(bound: BoundJob) -> dict[str, Stage]:
     # Pre-training data has no questions; its run reports the loss on val_dataset itself.
     wanted = bound.command == "sft" and bound.experiment.evaluate and bool(resolved.config.data.val_dataset)
     if wanted and not has_evaluation and "evaluate" not in stages:
-        stages = {"evaluate": Stage("evaluate", "evaluate", "infer", NOWHERE), **stages}
+        stages = {"evaluate": Stage("evaluate", "evaluate", "eval", NOWHERE), **stages}
     if not resolved.config.tuner.can_merge:
         _leave_out_merges(stages, bound)
     return stages
@@ -100,6 +101,10 @@ def bind_stages(bound: BoundJob, cwd: Path, planning: bool) -> list[BoundJob]:
         try:
             made.append(_bind_stage(bound, stage, cwd, planning))
         except SwiftError as error:
+            if (
+                error.where == f"swift {stage.command}"
+            ):  # what the whole command lacks stands nowhere in the file
+                error.where = f"{stage.written.place}: {stage.name}"
             raise about(error, f"{bound.name}, stage {stage.name}") from None
     return made
 
@@ -108,13 +113,17 @@ def _bind_stage(bound: BoundJob, stage: Stage, cwd: Path, planning: bool) -> Bou
     needs = [f"{bound.name}/{need}" for need in stage.needs] or [bound.name]
     words = {"{name}": bound.name, "{stage}": stage.name}
     if bound.run_dir is not None:
-        words |= {"{run}": str(bound.run_dir), "{merged}": str(bound.run_dir / "merged")}
+        words |= {f"{{{name}}}": str(bound.run_dir / name) for name in ("merged", "exported")}
+        words["{run}"] = str(bound.run_dir)
+    resources = bound.experiment.resources
+    if stage.command in SERVING:  # it keeps its place for long, so everything else goes first
+        resources = replace(resources, priority=resources.priority - 1, cold=True)
     made = BoundJob(
         experiment=bound.experiment,
         name=f"{bound.name}/{stage.name}",
         command=stage.command,
         resolved=None,
-        resources=read_resources(stage.resources, bound.experiment.resources),
+        resources=read_resources(stage.resources, resources),
         after=[Dependency(need, stage.when) for need in needs],
         words=[_filled(word, words) for word in stage.words],
         environment={**bound.environment, **stage.environment},
@@ -153,15 +162,21 @@ def _stage_defaults(bound: BoundJob, stage: Stage, options: Written) -> dict[str
         values |= {"model": str(run)} if whole else {"adapters": [str(run)]}
     if stage.command == "merge-lora":
         values["output_dir"] = str(run / "merged")
+    elif stage.command == "export":
+        values["output_dir"] = str(run / ("exported" if stage.kind == "export" else stage.name))
     elif "result_path" in taken:
-        values["result_path"] = str(run / f"{'evaluation' if stage.name == 'evaluate' else stage.name}.jsonl")
+        values["result_path"] = str(run / f"{stage.name}.jsonl")
+    if "eval_output_dir" in taken:
+        values["eval_output_dir"] = str(run / "eval" / stage.name)
+    if stage.command in SERVING and "port" not in named:
+        values["port"] = 0  # every experiment of the file serves at a port of its own
     if stage.kind == "evaluate":
         values["metric"] = ["exact_match", "rouge", "loss"]
     return values
 
 
 def _check_stage(bound: BoundJob, stage: Stage, resolved: Resolved) -> None:
-    if stage.kind in ("evaluate", "infer") and not resolved.config.data.val_dataset:
+    if stage.kind == "infer" and not resolved.config.data.val_dataset:
         raise fail(
             "has no data", stage.written, stage.name, fix="val_dataset: [FILE], here or in the experiment"
         )
@@ -174,7 +189,7 @@ def _filled(text: str, words: Mapping[str, str]) -> str:
 
 
 def _filled_mapping(written: Written, words: Mapping[str, str]) -> Written:
-    """``{run}``, ``{merged}``, ``{name}`` and ``{stage}`` in every text of a mapping."""
+    """``{run}``, ``{merged}``, ``{exported}``, ``{name}`` and ``{stage}`` in every text of a mapping."""
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):

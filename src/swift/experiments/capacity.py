@@ -203,7 +203,7 @@ class Accelerators:
             if len(fitting) >= request.devices and (not best or fitting[0].free < best[0].free):
                 best = fitting[: request.devices]
         best = sorted(best, key=lambda slot: slot.device.index)
-        return best, f"has {_names(best)} to itself" if best else ""
+        return best, f"has {', '.join(slot.name for slot in best)} to itself" if best else ""
 
     def _place_shared(self, request: Request, wanted: int) -> tuple[list[_Slot], str]:
         fitting = [slot for slot in self._slots if slot.fits(request, self._limit)]
@@ -374,10 +374,6 @@ class Host:
 
 def _total_bytes(use: Use) -> int:
     return use.placement.memory_bytes * max(1, len(use.placement.devices))
-
-
-def _names(slots: Iterable[_Slot]) -> str:
-    return ", ".join(slot.name for slot in slots)
 
 
 def _devices(count: int) -> str:

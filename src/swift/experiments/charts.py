@@ -103,7 +103,8 @@ def _axes(
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_number(y)}</text>')
     for x in x_ticks:
-        at, text = scale_x(x), _number(x) if names is None else _short(names[int(x)])
+        at, text = scale_x(x), _number(x) if names is None else names[int(x)]
+        text = text if len(text) <= 14 else text[:13] + "…"
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
         parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(text)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
@@ -152,7 +153,3 @@ def _number(value: float) -> str:
             base = 1e3 if letter == "K" else limit
             return f"{value / base:.4g}{letter}"
     return f"{value:.4g}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 14 else text[:13] + "…"

@@ -16,17 +16,17 @@ from typing import Any
 from urllib.parse import quote
 
 from swift.core.errors import SwiftError, UsageError
-from swift.core.process import ProcessIdentity
+from swift.core.process import ProcessIdentity, send_signal
 from swift.experiments.home import Home
-from swift.experiments.processes import send_signal
+from swift.experiments.processes import TOKEN_VARIABLE
 from swift.experiments.runner import log_tail
 from swift.experiments.submission import Submission
+from swift.experiments.supervisor import EXIT_LOCKED
 
 __all__ = ["Client", "find_service", "stop_service"]
 
 START_SECONDS = 30.0
 ANSWER_SECONDS = 60.0
-_EXIT_LOCKED = 75
 
 
 def find_service(home: Home) -> dict[str, Any] | None:
@@ -131,12 +131,7 @@ def _start(home: Home) -> dict[str, Any]:
     try:
         log = home.service_log.open("ab")
     except OSError as error:
-        raise SwiftError(
-            "the service cannot be started: its home cannot be written",
-            where=str(home.root),
-            why=error.strerror,
-            fix="SWIFT_HOME=/a/folder/you/may/write",
-        ) from error
+        raise home.unusable("the service cannot be started: its home cannot be written", error) from error
     with log:
         before = log.seek(0, os.SEEK_END)
         process = subprocess.Popen(
@@ -145,14 +140,14 @@ def _start(home: Home) -> dict[str, Any]:
             stdout=log,
             stderr=log,
             cwd=home.root,
-            env=_environment(),
+            env={name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
             start_new_session=True,
         )
     deadline = time.monotonic() + START_SECONDS
     while (record := find_service(home)) is None:
         code = process.poll()
         # Another client may have started one at the same moment: then ours gives up and theirs will do.
-        if code is not None and code != _EXIT_LOCKED:
+        if code is not None and code != EXIT_LOCKED:
             raise _not_started(home.service_log, log_tail(home.service_log, 8, before) or "")
         if time.monotonic() > deadline:
             raise SwiftError(
@@ -174,8 +169,3 @@ def _not_started(log: Path, said: str) -> SwiftError:
         why=" ".join(why.replace("\n  cause: ", "; ").split()) or None,
         fix=" ".join(fix.split()) or "swift service start, once that is mended",
     )
-
-
-def _environment() -> dict[str, str]:
-    """Ours, without what belongs to this one command."""
-    return {name: value for name, value in os.environ.items() if name != "SWIFT_ATTEMPT_TOKEN"}

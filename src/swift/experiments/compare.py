@@ -17,16 +17,17 @@ from typing import Any
 
 from swift.core.errors import UsageError
 from swift.core.registry import closest
+from swift.evaluate.statistics import Interval, paired_bootstrap
 from swift.experiments.home import Home
-from swift.experiments.outcome import ANSWER_METRICS, Outcome, checkpoint_of, read_outcome
-from swift.experiments.statistics import Importance, Interval, paired_bootstrap, parameter_importance
+from swift.experiments.importance import Importance, parameter_importance
+from swift.experiments.outcome import ANSWER_METRICS, Outcome, checkpoint_of, is_loss, read_outcome
 from swift.experiments.types import Job
 
 __all__ = ["TRAINING_METRICS", "Comparison", "Winner", "collect", "smaller_is_better"]
 
 _DEFAULT_METRICS = ("eval_loss", "evaluation.loss", "loss")
 TRAINING_METRICS = ("eval_loss", "best_eval_loss", "eval_token_accuracy", "eval_perplexity")
-_NAMES_OF_RUNS = ("run_name", "output_dir", "resume_from_checkpoint", "result_path")
+_NAMES_OF_RUNS = ("run_name", "output_dir", "resume_from_checkpoint", "result_path", "eval_output_dir")
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _differences(row: Outcome, best: Outcome) -> dict[str, Interval]:
     """Metric -> the row's mean minus the best one's, over the rows of data that both have answered."""
     theirs = {answer.key: answer for answer in best.answers}
     found = {}
-    for name in ANSWER_METRICS:
+    for name in best.intervals:
         pairs = [
             (answer, theirs[answer.key])
             for answer in row.answers
@@ -284,8 +285,8 @@ def _differences(row: Outcome, best: Outcome) -> dict[str, Interval]:
         interval = paired_bootstrap(
             [ours.metrics[name] for ours, _ in pairs],
             [other.metrics[name] for _, other in pairs],
-            [float(ours.num_loss_tokens) for ours, _ in pairs] if name == "loss" else None,
-            [float(other.num_loss_tokens) for _, other in pairs] if name == "loss" else None,
+            [float(ours.num_loss_tokens) for ours, _ in pairs] if is_loss(name) else None,
+            [float(other.num_loss_tokens) for _, other in pairs] if is_loss(name) else None,
         )
         if interval is not None:
             found[name] = interval

@@ -27,7 +27,7 @@ from swift.runs.folder import RunFolder
 __all__ = ["Control", "intent_of"]
 
 _WAITING: tuple[State, ...] = ("queued", "waiting", "paused")
-_OUTPUTS = ("result_path", "output_dir")
+_OUTPUTS = ("result_path", "output_dir", "eval_output_dir")
 """Options of commands without a run folder that name what they write."""
 _ATTEMPTS = 10
 """A job may change its state while it is being changed; so often it is looked at again."""

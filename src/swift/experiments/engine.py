@@ -36,9 +36,10 @@ from swift.experiments.monitor import Monitor
 from swift.experiments.open_sweeps import OpenSweeps
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
 from swift.experiments.preemption import Preemption, preempt
-from swift.experiments.progress import OUTPUT_LOG, median_step_seconds
+from swift.experiments.progress import OUTPUT_LOG, median_step_seconds, read_json
 from swift.experiments.runner import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.scheduler import Decision, Policy, decide
+from swift.experiments.serving import serving_line
 from swift.experiments.store import StateConflict, Store
 from swift.experiments.types import ACTIVE, Inventory, Job, Launch, Placement
 
@@ -192,6 +193,8 @@ class Engine(Control):
                     self.runner.stop(job.id, job.attempt, self.grace_seconds)
             if seen.state == "running" and job.state == "starting":
                 self._move(job, "running", f"on {_place(job.placement)}")
+            elif (line := serving_line(self.home, job)) is not None and line != job.reason:
+                self.store.update(job.id, reason=line)
             return
         self._unwatch(job)
         try:
@@ -446,13 +449,7 @@ class Engine(Control):
 
 def _device_peak(job: Job) -> int | None:
     """Peak device memory of a finished training, from its summary."""
-    import json
-
-    try:
-        summary = json.loads((Path(job.spec.run_dir or "") / "summary.json").read_text())
-        peak = summary.get("peak_memory_gib")
-    except (OSError, ValueError):
-        return None
+    peak = read_json(Path(job.spec.run_dir or "") / "summary.json").get("peak_memory_gib")
     return round(peak * 2**30) if peak else None
 
 

@@ -28,22 +28,26 @@ from swift.experiments.option_layers import (
     option_name,
     snapshot,
 )
+from swift.experiments.outcome import ANSWER_METRICS
 from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.stages import check_name, known_command
 from swift.experiments.types import TRAINING, Dependency, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.record import code_version
+from swift.runs.status import read_status
 
 __all__ = ["expand", "single", "trial_specs"]
 
+_ANSWER_METRICS = tuple(name for name in ANSWER_METRICS if name != "loss")
 _METRICS = ("loss", "eval_loss", "eval_token_accuracy", "eval_perplexity")
 _LIGHT = ("config", "doctor", "plan")
 _LIGHT_BYTES = 1 << 30
 """Commands that load no model, and twice what their imports take (see ``plan.analytic.FRAMEWORK_BYTES``)."""
-_ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity")
 
 
-def expand(file: ExperimentFile, cwd: str | Path, *, planning: bool = False) -> list[JobSpec]:
+def expand(
+    file: ExperimentFile, cwd: str | Path, *, planning: bool = False, new_only: bool = False
+) -> list[JobSpec]:
     """All jobs that can be known before anything ran: experiments, grid and random trials, and their stages.
 
     Trials of a sweep that depend on results (``file.sweep.is_controlled``) come from ``SweepController``; here their
@@ -51,6 +55,7 @@ def expand(file: ExperimentFile, cwd: str | Path, *, planning: bool = False) -> 
 
     Args:
         cwd: what relative paths are relative to.
+        new_only: leave out experiments whose run folder holds a run already.
         planning: only to look: a run folder that is taken, or a missing model, becomes ``estimate["problems"]``.
 
     Raises SwiftError that names experiment, file and line.
@@ -60,6 +65,11 @@ def expand(file: ExperimentFile, cwd: str | Path, *, planning: bool = False) -> 
     sweep = file.sweep
     if sweep is not None:
         _check_sweep(file, sweep, cwd, planning)
+        if new_only and sweep.is_controlled:
+            why = "it learns from its trials, so they make a whole"
+            raise fail(
+                "cannot go on from other trials", sweep.written, "sweep", why=why, fix="leave out --new"
+            )
         points: Iterable[Mapping[str, Any]] = () if sweep.is_controlled else candidates(sweep)
         if sweep.is_controlled and planning:
             points = [{entry.name: _largest(entry) for entry in sweep.parameters}] * sweep.trials
@@ -67,12 +77,12 @@ def expand(file: ExperimentFile, cwd: str | Path, *, planning: bool = False) -> 
             _bind_experiment(file, _trial(file, sweep, number), cwd, values, planning)
             for number, values in enumerate(points)
         ]
-        specs = _specs(file, bound + trials, cwd, planning)
+        specs = _specs(file, bound + trials, cwd, planning, new_only)
         if not sweep.is_controlled:
             return specs
         names, limit = {trial.name for trial in trials}, sweep.limit(file.resources.max_parallel)
         return [replace(spec, max_parallel=limit) if spec.experiment in names else spec for spec in specs]
-    return _specs(file, bound, cwd, planning)
+    return _specs(file, bound, cwd, planning, new_only)
 
 
 def trial_specs(
@@ -229,15 +239,18 @@ def _check_metric(sweep: Sweep, bound: BoundJob) -> None:
     assert bound.resolved is not None
     data = bound.resolved.config.data
     metric = sweep.metric
-    if not metric.startswith("eval_") and metric not in (*_METRICS, *_ANSWER_METRICS):
+    # A task's is written task.metric, a user's own evaluation.metric.
+    of_answers = metric in _ANSWER_METRICS or "." in metric
+    if not metric.startswith("eval_") and metric not in _METRICS and not of_answers:
         known = (*_METRICS, *_ANSWER_METRICS)
         why = f"known: {', '.join(known)}"
         raise fail(f"unknown metric {metric!r}", place, "metric", why=why, fix=suggest(metric, known))
-    if metric != "loss" and not data.val_dataset and not data.split_dataset_ratio:
+    tasks = bound.resolved.config.evaluation.eval_tasks
+    if metric != "loss" and not of_answers and not (data.val_dataset or data.split_dataset_ratio or tasks):
         raise fail(
             f"{metric} needs validation data", place, "metric", fix="val_dataset: [FILE], or metric: loss"
         )
-    if metric in _ANSWER_METRICS:
+    if of_answers:
         if sweep.early_stop is not None:
             raise fail(f"{metric} is known after training only, too late for early_stop", place, "metric")
         if not any(stage.kind == "evaluate" for stage in stages_of(bound).values()):
@@ -247,9 +260,13 @@ def _check_metric(sweep: Sweep, bound: BoundJob) -> None:
 # Jobs
 
 
-def _specs(file: ExperimentFile, bound: list[BoundJob], cwd: Path, planning: bool) -> list[JobSpec]:
+def _specs(
+    file: ExperimentFile, bound: list[BoundJob], cwd: Path, planning: bool, new_only: bool = False
+) -> list[JobSpec]:
     """Experiments and stages as jobs, in the order of the file."""
     differences = _differences(bound)
+    if new_only:
+        bound = _without_runs(bound)
     everything: list[BoundJob] = []
     for experiment in bound:
         everything += [experiment, *bind_stages(experiment, cwd, planning)]
@@ -291,6 +308,25 @@ def _differences(bound: Sequence[BoundJob]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _without_runs(bound: Sequence[BoundJob]) -> list[BoundJob]:
+    """The experiments that have no run yet. Raises ConfigError when one of them needs a run that did not succeed."""
+    there = {job.name: job.run_dir for job in bound if job.run_dir and RunFolder(job.run_dir).holds_run()}
+    left = [job for job in bound if job.name not in there]
+    for job in left:
+        for name in [need.job for need in job.after if need.job in there]:
+            if (read_status(there[name]) or {}).get("state") != "succeeded":
+                raise ConfigError(
+                    f"{job.name} needs {name}, which did not succeed",
+                    where=job.place or None,
+                    why=f"its run is in {there[name]}",
+                    fix="swift resume goes on with it",
+                )
+        job.after = [need for need in job.after if need.job not in there]
+    if not left:
+        raise UsageError("every experiment of this file has a run already", fix="swift compare shows them")
+    return left
+
+
 def _check_folders(jobs: Iterable[BoundJob], planning: bool) -> None:
     """Refuse two jobs with one run folder, and a folder that holds a run already."""
     owners: dict[str, str] = {}
@@ -309,7 +345,8 @@ def _check_folders(jobs: Iterable[BoundJob], planning: bool) -> None:
             raise ConfigError(
                 f"experiment {job.name}: {job.run_dir} already holds a run",
                 where=job.place or None,
-                fix="choose another output_dir or name; swift resume goes on with the run that is there",
+                fix="choose another output_dir or name; swift resume goes on with the run that is there; "
+                "swift run FILE --new leaves out what has a run",
             )
 
 

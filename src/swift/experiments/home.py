@@ -27,13 +27,13 @@ class Home:
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise SwiftError(
-                "the home of the experiment service cannot be made",
-                where=str(root),
-                why=error.strerror,
-                fix="SWIFT_HOME=/a/folder/you/may/write",
-            ) from error
+            raise cls(root).unusable("the home of the experiment service cannot be made", error) from error
         return cls(root)
+
+    def unusable(self, message: str, error: OSError) -> SwiftError:
+        """The error for a home that cannot be used because of ``error``."""
+        fix = "SWIFT_HOME=/a/folder/you/may/write"
+        return SwiftError(message, where=str(self.root), why=error.strerror, fix=fix)
 
     @property
     def store(self) -> Path:

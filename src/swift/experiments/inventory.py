@@ -45,6 +45,7 @@ _HINTS = {
 }
 _NO_DEVICES = ("", "-1", "none", "NoDevFiles")
 _log = get_logger(__name__)
+_cpu = functools.lru_cache(maxsize=1)(describe_cpu)
 
 
 def take_inventory(
@@ -70,7 +71,7 @@ def take_inventory(
     cores = cpu_count()
     if not devices:
         slots = max(1, min(cpu_slots or cores, cores))
-        name = _cpu_name()
+        name = str(_cpu()["name"])
         devices = [Device("cpu", index, name, total // slots, free // slots) for index in range(slots)]
     return Inventory(tuple(devices), cores, total)
 
@@ -115,11 +116,6 @@ def _resident_bytes(pid: int) -> int:
         return 0
     # Pages shared between processes (libraries, the warm template's memory) must not count once for each.
     return int(memory.rss - getattr(memory, "shared", 0))
-
-
-@functools.lru_cache(maxsize=1)
-def _cpu_name() -> str:
-    return str(describe_cpu()["name"])
 
 
 def _nvidia_devices(
@@ -205,7 +201,8 @@ def _probed_devices(reserved: Mapping[tuple[str, int], int], env: Mapping[str, s
     variables = tuple(sorted((name, env[name]) for name in VISIBLE_VARIABLES.values() if name in env))
     devices = []
     for entry in _ask_torch(variables):
-        kind = _kind(entry["kind"], hints)
+        # AMD's devices call themselves cuda in torch; they have a visible-devices variable of their own.
+        kind = "rocm" if entry["kind"] == "cuda" and "rocm" in hints else entry["kind"]
         index = _physical_index(kind, entry["index"], env)
         total = int(entry["memory_bytes"])
         used = _rocm_used(index) if kind == "rocm" else None
@@ -214,11 +211,6 @@ def _probed_devices(reserved: Mapping[tuple[str, int], int], env: Mapping[str, s
         )
         devices.append(Device(kind, index, str(entry["name"]), total, free, foreign))
     return devices
-
-
-def _kind(torch_kind: str, hints: Collection[str]) -> str:
-    """AMD's devices call themselves cuda in torch; they have a visible-devices variable of their own."""
-    return "rocm" if torch_kind == "cuda" and "rocm" in hints else torch_kind
 
 
 def _physical_index(kind: str, index: int, env: Mapping[str, str]) -> int:
@@ -249,14 +241,11 @@ def _ask_torch(variables: tuple[tuple[str, str], ...]) -> tuple[dict[str, Any], 
 
 def _rocm_used(index: int) -> int | None:
     """Bytes in use on an AMD device, from the kernel driver; None where it does not tell."""
-    cards = sorted(Path("/sys/class/drm").glob("card[0-9]*/device/mem_info_vram_used"), key=_pci_address)
+    files = Path("/sys/class/drm").glob("card[0-9]*/device/mem_info_vram_used")
+    cards = sorted(files, key=lambda file: file.parent.resolve().name)  # by address on the bus, as HIP counts
     if index >= len(cards):
         return None
     try:
         return int(cards[index].read_text())
     except (OSError, ValueError):
         return None
-
-
-def _pci_address(path: Path) -> str:
-    return path.parent.resolve().name

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.config import combinations
+from swift.config.adapter_names import split_name
 from swift.config.aliases import alias_table
 from swift.config.commands import COMMANDS
 from swift.config.flags import read_flags
@@ -34,9 +35,12 @@ __all__ = [
     "snapshot",
 ]
 
-_PATHS = ("model", "output_dir", "resume_from_checkpoint", "result_path")
-_PATH_LISTS = ("adapters", "dataset", "val_dataset")
-_MADE_HERE = ("output_dir", "result_path")
+_PATHS = (
+    "model", "output_dir", "resume_from_checkpoint", "result_path", "ready_file", "ssl_keyfile", "ssl_certfile",
+    "eval_tasks", "eval_output_dir",
+)  # fmt: skip
+_PATH_LISTS = ("adapters", "dataset", "val_dataset", "parity_dataset")
+_MADE_HERE = ("output_dir", "result_path", "ready_file", "eval_output_dir")
 """Paths of what a job writes: they need not exist."""
 
 
@@ -170,6 +174,9 @@ def make_absolute(resolved: Resolved, cwd: Path) -> None:
 
 def _absolute(text: str, cwd: Path, name: str) -> str:
     path = cwd / Path(text).expanduser()
+    label, folder = split_name(text) if name == "adapters" and not path.exists() else (None, text)
+    if label is not None:
+        return f"{label}={_absolute(folder, cwd, name)}"
     if name in _MADE_HERE or path.exists():
         return str(path)
     rows = re.fullmatch(r"(.+)(#\d+)", text) if name in ("dataset", "val_dataset") else None

@@ -10,18 +10,32 @@ from typing import Any
 
 import yaml
 
+from swift.config.sections.generation import METRICS
 from swift.core.errors import DataError
+from swift.evaluate.results import RESULTS, SAMPLES, row_metrics
+from swift.evaluate.statistics import Interval, bootstrap, is_number
 from swift.experiments.home import Home
 from swift.experiments.progress import read_json
-from swift.experiments.statistics import Interval, bootstrap, is_number
 from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.metrics import read_metrics
 from swift.runs.status import read_status
 
-__all__ = ["Answer", "Outcome", "Point", "job_of_folder", "read_outcome"]
+__all__ = [
+    "ANSWER_METRICS",
+    "RESULT_FOLDER",
+    "Answer",
+    "Outcome",
+    "Point",
+    "is_loss",
+    "job_of_folder",
+    "read_outcome",
+]
 
-ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "loss")
+ANSWER_METRICS = tuple(name for names in METRICS.values() for name in names if "{" not in name)
+"""What the built-in evaluators measure."""
+RESULT_FOLDER = Path("eval") / "evaluate"
+"""Where the stage evaluate leaves its results in the run folder."""
 _GIB = 1 << 30
 _FOLDER_STATES = {
     "starting": "running", "running": "running", "saving": "running", "stopped": "paused", "lost": "failed",
@@ -121,13 +135,20 @@ class Outcome:
     def metrics(self) -> list[str]:
         """Names that ``value`` knows now."""
         own = [name for name in ("loss", "best_loss") if self.value(name) is not None]
-        answers = [name for name in self.evaluation if name not in ("loss", *_COUNTS)]
+        answers = [
+            name for name in self.evaluation if name != "loss" and name.rpartition(".")[2] not in _COUNTS
+        ]
         return [
             *own, *self.training, *answers, *(["evaluation.loss"] if "loss" in self.evaluation else [])
         ]  # fmt: skip
 
 
-_COUNTS = ("num_rows", "num_references", "num_bad_rows", "max_new_tokens")
+_COUNTS = ("num_rows", "num_references", "num_bad_rows", "max_new_tokens", "judge_failures")
+
+
+def is_loss(metric: str) -> bool:
+    """A mean over tokens, not over rows: ``loss`` and ``TASK.loss``."""
+    return metric.rpartition(".")[2] == "loss"
 
 
 def job_of_folder(path: Path) -> Job:
@@ -277,13 +298,19 @@ def _read_curves(outcome: Outcome, rows: Iterable[dict[str, Any]]) -> None:
 def _evaluation_files(main: Job, jobs: Iterable[Job]) -> list[Path]:
     """Where the answers of this experiment may lie: its evaluate stage's file first, then those of other stages."""
     stages = sorted(jobs, key=lambda job: job.spec.name != f"{main.spec.experiment}/evaluate")
-    files = [
-        Path(job.spec.cwd) / job.spec.options["result_path"]
-        for job in stages
-        if job.spec.options.get("result_path")
-    ]
-    run = [Path(main.spec.cwd) / main.spec.run_dir / "evaluation.jsonl"] if main.spec.run_dir else []
-    return files[:1] + run + files[1:]
+    files = []
+    for job in stages:
+        options = job.spec.options
+        if options.get("eval_output_dir"):
+            files.append(Path(job.spec.cwd) / options["eval_output_dir"] / SAMPLES)
+        elif options.get("result_path"):
+            files.append(Path(job.spec.cwd) / options["result_path"])
+    if main.spec.run_dir is None:
+        return files
+    run = Path(main.spec.cwd) / main.spec.run_dir
+    others = [file for file in run.glob(f"eval/*/{SAMPLES}") if file.parent != run / RESULT_FOLDER]
+    newest = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
+    return [*files[:1], run / RESULT_FOLDER / SAMPLES, *files[1:], *newest]
 
 
 def _read_evaluation(outcome: Outcome, path: Path) -> None:
@@ -293,14 +320,20 @@ def _read_evaluation(outcome: Outcome, path: Path) -> None:
     except (DataError, OSError, KeyError, TypeError) as error:
         outcome.problems.append(f"{path} cannot be read: {error}")
         return
-    for name in ANSWER_METRICS:
+    for name in dict.fromkeys(name for answer in outcome.answers for name in answer.metrics):
         chosen = [answer for answer in outcome.answers if name in answer.metrics]
-        weights = [float(answer.num_loss_tokens) for answer in chosen] if name == "loss" else None
+        weights = [float(answer.num_loss_tokens) for answer in chosen] if is_loss(name) else None
         interval = bootstrap([answer.metrics[name] for answer in chosen], weights)
         if interval is not None and is_number(interval.mean):
             outcome.intervals[name] = interval
             outcome.evaluation[name] = interval.mean
-    summary = read_json(path.with_suffix(".json"))  # absent while rows are still being answered
+    # Absent while rows are still being answered.
+    in_folder = path.name == SAMPLES
+    summary = (
+        read_json(path.parent / RESULTS).get("metrics", {})
+        if in_folder
+        else read_json(path.with_suffix(".json"))
+    )
     outcome.evaluation |= {name: value for name, value in summary.items() if is_number(value)}
     outcome.evaluation["num_rows"] = len(results)
 
@@ -310,15 +343,17 @@ def _answers(results: Sequence[dict[str, Any]]) -> list[Answer]:
     answers = []
     for result in results:
         # Not the file's own key, which depends on the model.
-        text = json.dumps([result["messages"], result.get("reference")], ensure_ascii=False, sort_keys=True)
+        task = f"{result['task']}." if result.get("task") else ""
+        row = [task, result["messages"], result.get("reference"), result.get("choices")]
+        text = json.dumps(row, ensure_ascii=False, sort_keys=True)
         seen[text] = seen.get(text, 0) + 1
         answers.append(
             Answer(
                 key=f"{text}#{seen[text]}",
                 question=_text(result["messages"][-1].get("content")),
                 reference=result.get("reference"),
-                response=result["response"],
-                metrics={name: result[name] for name in ANSWER_METRICS if is_number(result.get(name))},
+                response=result.get("response", ""),
+                metrics={task + name: value for name, value in row_metrics(result).items()},
                 num_loss_tokens=int(result.get("num_loss_tokens") or 0),
                 is_cut=result.get("finish_reason") == "length",
             )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
+from swift.evaluate.statistics import Interval, is_number
 from swift.experiments.charts import PALETTE, Series, line_chart, point_chart
 from swift.experiments.compare import TRAINING_METRICS, Comparison
-from swift.experiments.outcome import ANSWER_METRICS, Outcome, Point
-from swift.experiments.statistics import Interval, is_number
+from swift.experiments.outcome import Outcome, Point
 from swift.runs.curves import smooth
 
 __all__ = ["Column", "format_value", "render_html", "split_common", "table_of"]
@@ -68,7 +68,12 @@ def table_of(comparison: Comparison) -> list[Column]:
                 "evaluation.loss" if name == "loss" else name,
                 [_with_interval(row.evaluation.get(name), row.intervals.get(name)) for row in rows],
             )
-            for name in ANSWER_METRICS
+            for name in dict.fromkeys(
+                name
+                for row in rows
+                for name in (*row.intervals, *row.evaluation)
+                if name in row.intervals or name.rpartition(".")[2].startswith("corpus_")
+            )
         ),
         Column("tokens", [_unless_none(format_count, row.num_tokens) for row in rows]),
         Column(

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from swift.core.logging import get_logger
+from swift.evaluate.results import RESULTS
 from swift.experiments.follow import follow, is_over
 from swift.experiments.home import Home
 from swift.experiments.open_sweeps import sweep_failure
+from swift.experiments.outcome import RESULT_FOLDER
 from swift.experiments.progress import read_json, seconds_of
 from swift.experiments.store import Store
 from swift.experiments.submission import check_machine, from_file, from_mapping
@@ -94,7 +96,7 @@ def result_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
                 "run_dir": job.spec.run_dir,
                 **job.spec.parameters,
                 **_read(job, "summary.json"),
-                **{f"evaluate_{name}": value for name, value in _read(job, "evaluation.json").items()},
+                **{f"evaluate_{name}": value for name, value in _evaluation(job).items()},
                 "seconds": seconds_of(job, time.time()),
                 "retries": len(job.retries),
                 "reason": job.reason,
@@ -102,6 +104,12 @@ def result_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _evaluation(job: Job) -> dict[str, Any]:
+    folder = Path(job.spec.run_dir) / RESULT_FOLDER if job.spec.run_dir is not None else None
+    metrics: dict[str, Any] = read_json(folder / RESULTS).get("metrics", {}) if folder else {}
+    return metrics
 
 
 def _read(job: Job, name: str) -> dict[str, Any]:

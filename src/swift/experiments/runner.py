@@ -18,9 +18,8 @@ from typing import Literal, Protocol
 
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
-from swift.core.process import ProcessIdentity
+from swift.core.process import ProcessIdentity, send_signal
 from swift.experiments.home import Home
-from swift.experiments.processes import send_signal
 from swift.experiments.supervisor import EXIT_LOCKED, clear_leftovers, read_json, take_lock, write_exit
 from swift.experiments.types import Launch
 

@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from swift.core.errors import SwiftError
@@ -26,12 +25,12 @@ from swift.core.files import atomic_write_json
 from swift.core.logging import get_logger
 from swift.core.process import ProcessIdentity
 from swift.experiments.home import Home
+from swift.experiments.supervisor import EXIT_LOCKED
 
 __all__ = ["EXIT_LOCKED", "HomeTaken", "ServiceLock", "main", "read_token", "serve"]
 
 logger = get_logger(__name__)
 
-EXIT_LOCKED = 75
 _GRACE_SECONDS = 2
 
 
@@ -50,12 +49,7 @@ class ServiceLock:
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise SwiftError(
-                "the home of the experiment service cannot be written",
-                where=str(home.root),
-                why=error.strerror,
-                fix="SWIFT_HOME=/a/folder/you/may/write",
-            ) from error
+            raise home.unusable("the home of the experiment service cannot be written", error) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -116,7 +110,7 @@ def serve(home: Home, **settings: Any) -> int:
     )
     thread = threading.Thread(target=engine.run, name="swift-engine", daemon=True)
     # uvicorn gives a signal back to whoever handled it before, once it has shut down.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         thread.start()
         listener.listen(128)  # who connects from here on waits until we serve
@@ -138,10 +132,6 @@ def serve(home: Home, **settings: Any) -> int:
         home.service_file.unlink(missing_ok=True)
         lock.release()
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _log_to_stderr() -> None:

@@ -1,6 +1,6 @@
 """What follows an experiment: stages in a graph, each a job of its own.
 
-A stage has a kind that knows its options (evaluate, merge, infer), or names any command. ``when`` says how the
+A stage has a kind that knows its options (evaluate, merge, infer, export), or names any command. ``when`` says how the
 jobs it needs must have ended; without ``needs`` it follows the experiment itself.
 """
 
@@ -15,6 +15,7 @@ from swift.config.commands import COMMANDS, LATER_COMMANDS
 from swift.config.read import Written
 from swift.core.errors import ConfigError
 from swift.experiments.fields import NOWHERE, Fields, fail, suggest
+from swift.experiments.serving import SERVING
 from swift.experiments.submit_checks import find_circle
 from swift.experiments.types import Condition
 
@@ -29,10 +30,16 @@ __all__ = [
     "split_command",
 ]
 
-KINDS: dict[str, str] = {"evaluate": "infer", "merge": "merge-lora", "infer": "infer"}
+KINDS: dict[str, str] = {
+    "evaluate": "eval",
+    "merge": "merge-lora",
+    "infer": "infer",
+    "export": "export",
+    "deploy": "deploy",
+}
 """Kind of stage -> the command it runs."""
 
-_LATER = ("export", "deploy", "quantize", "eval", "sample", "rollout")
+_LATER = ("quantize", "sample", "rollout")
 """Stages that later versions bring."""
 
 _WITH_WORDS = ("data", "config", "doctor", "demo", "plan", "resume")
@@ -50,7 +57,7 @@ class Stage:
 
     Attributes:
         name: unique within the experiment.
-        kind: evaluate, merge, infer or command.
+        kind: evaluate, merge, infer, export or command.
         command: the word after ``swift``.
         options: the rest of its mapping: options of the command.
         words: for commands with words of their own.
@@ -206,6 +213,15 @@ def merge_stages(common: Mapping[str, Stage], own: Mapping[str, Stage]) -> dict[
         for name, stage in merged.items()
         if name not in gone
     }
+    for stage in left.values():
+        for need in stage.needs:
+            if need in left and left[need].command in SERVING:
+                raise fail(
+                    f"the stage {stage.name} needs {need}, which serves until it is stopped",
+                    stage.written,
+                    stage.name,
+                    fix=f"let {need} come last",
+                )
     graph = {name: stage.needs for name, stage in left.items()}
     check_graph(graph, {name: stage.written for name, stage in left.items()}, "stage")
     return left

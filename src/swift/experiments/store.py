@@ -87,7 +87,7 @@ class Store:
         self.path = Path(path)
         self._database = Database(self.path)
         self._clock = clock
-        self._spec = functools.lru_cache(maxsize=2048)(_read_spec)
+        self._spec = functools.lru_cache(maxsize=2048)(lambda text: JobSpec.from_dict(json.loads(text)))
 
     # Submitting
 
@@ -466,10 +466,6 @@ class Store:
             preempted=json.loads(row["preempted"]) if row["preempted"] else None,
             **{name: row[name] for name in _PLAIN_FIELDS},
         )
-
-
-def _read_spec(text: str) -> JobSpec:
-    return JobSpec.from_dict(json.loads(text))
 
 
 def _event(row: sqlite3.Row) -> Event:

@@ -44,8 +44,13 @@ class Submission:
         }
 
 
-def from_file(path: str, cwd: Path, *, wait: bool = False, cold: bool = False) -> Submission:
-    """A file with ``experiments`` or ``sweep``, else a configuration file that names its command."""
+def from_file(
+    path: str, cwd: Path, *, wait: bool = False, cold: bool = False, new_only: bool = False
+) -> Submission:
+    """A file with ``experiments`` or ``sweep``, else a configuration file that names its command.
+
+    ``new_only``: without the experiments that have a run already.
+    """
     from swift.config.read import FILE_ENDINGS
     from swift.experiments.expand import single
     from swift.experiments.file import is_experiment_file, read_experiments
@@ -57,7 +62,9 @@ def from_file(path: str, cwd: Path, *, wait: bool = False, cold: bool = False) -
             fix=f"a file that ends in .yaml; for one command: swift submit -- {path} ...",
         )
     if is_experiment_file(file):
-        return _submission(read_experiments(file), cwd, wait, cold)
+        return _submission(read_experiments(file), cwd, wait, cold, new_only)
+    if new_only:
+        raise UsageError("is for a file of experiments", where="--new", fix="leave it out")
     from swift.config.bind import command_of
 
     spec = single([command_of(file, path), path], cwd, resources={"cold": True} if cold else None)
@@ -86,12 +93,12 @@ def from_words(
     return Submission(spec.name, shlex.join(["swift", *words]), [spec], wait=wait)
 
 
-def _submission(file: Any, cwd: Path, wait: bool, cold: bool) -> Submission:
+def _submission(file: Any, cwd: Path, wait: bool, cold: bool, new_only: bool = False) -> Submission:
     from dataclasses import replace
 
     from swift.experiments.expand import expand
 
-    specs = expand(file, cwd)
+    specs = expand(file, cwd, new_only=new_only)
     if cold:
         specs = [replace(spec, cold=True) for spec in specs]
     sweep = None

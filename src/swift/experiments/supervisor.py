@@ -36,17 +36,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from swift.core.files import atomic_write_json
-from swift.core.process import ProcessIdentity
-from swift.experiments.limits import ControlGroup, resident_bytes
-from swift.experiments.processes import (
-    TOKEN_VARIABLE,
+from swift.core.process import (
+    ProcessIdentity,
     become_subreaper,
     descendants,
     die_with_parent,
-    find_leftovers,
     identify,
     kill_until_gone,
 )
+from swift.experiments.limits import ControlGroup, resident_bytes
+from swift.experiments.processes import TOKEN_VARIABLE, find_leftovers
 from swift.experiments.types import Launch
 
 __all__ = ["EXIT_LOCKED", "EXIT_NO_RECORD", "Supervisor", "clear_leftovers", "main", "take_lock"]

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_json
+from swift.evaluate.results import RESULTS
 from swift.experiments.expand import trial_specs
 from swift.experiments.file import ExperimentFile, parse_experiments
+from swift.experiments.outcome import RESULT_FOLDER
+from swift.experiments.progress import read_json
 from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.types import JobSpec
 from swift.runs.metrics import MetricsLog, read_metrics
@@ -173,7 +176,10 @@ class SweepController:
     def _values(self, number: int) -> dict[str, Any]:
         values = self._trials[number].params
         return {
-            parameter.name: _decoded(parameter, values[parameter.name]) for parameter in self.sweep.parameters
+            parameter.name: json.loads(values[parameter.name])
+            if parameter.choices is not None
+            else values[parameter.name]
+            for parameter in self.sweep.parameters
         }
 
     def _play(self, event: dict[str, Any]) -> None:
@@ -220,7 +226,7 @@ class SweepController:
 
 
 def metric_of(run_dir: str | Path, metric: str) -> float | None:
-    """The value that judges a trial: the last in the run's metrics, or that of its ``evaluation.json``.
+    """The value that judges a trial: the last in the run's metrics, or that of its evaluation.
 
     None when it is not there (yet), or not finite.
     """
@@ -233,11 +239,8 @@ def metric_of(run_dir: str | Path, metric: str) -> float | None:
         ]
         value = values[-1] if values else None
     else:
-        try:
-            summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        value = summary.get(metric)
+        results = read_json(folder / RESULT_FOLDER / RESULTS)
+        value = results.get("metrics", {}).get(metric.removeprefix("evaluation."))
     return float(value) if value is not None and math.isfinite(value) else None
 
 
@@ -302,7 +305,3 @@ def _suggest(trial: optuna.trial.Trial, parameter: Parameter) -> None:
 def _encoded(parameter: Parameter, value: Any) -> Any:
     """Optuna's categories are scalars; lists and the rest travel as JSON."""
     return json.dumps(value, ensure_ascii=False) if parameter.choices is not None else value
-
-
-def _decoded(parameter: Parameter, value: Any) -> Any:
-    return json.loads(value) if parameter.choices is not None else value

@@ -35,7 +35,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -218,12 +217,6 @@ def _retire_others(path: Path) -> None:
 # The template
 
 
-@dataclass
-class _Request:
-    attempt: Path
-    umask: int
-
-
 class Template:
     """Listens, forks, and leaves when it is no longer wanted. `serve` returns once, in every process there is.
 
@@ -333,7 +326,6 @@ class Template:
             return bool(wish.get("retire")), None
         self._load_models()
         self._check()
-        request = _Request(Path(wish["attempt"]), wish["umask"])
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
@@ -345,12 +337,12 @@ class Template:
             answer = connection.dup()
             self.listener.close()
             os.close(self.lock)
-            return False, lambda: self._supervise(request, answer)
+            return False, lambda: self._supervise(Path(wish["attempt"]), wish["umask"], answer)
         os.waitpid(child, 0)
         self.num_forks += 1
         return self.num_forks >= MAX_FORKS or psutil.Process().memory_info().rss > MAX_BYTES, None
 
-    def _supervise(self, request: _Request, answer: socket.socket) -> NoReturn:
+    def _supervise(self, attempt: Path, umask: int, answer: socket.socket) -> NoReturn:
         os.setsid()
         gc.enable()
 
@@ -359,12 +351,12 @@ class Template:
                 answer.sendall(b"{}\n")
             answer.close()
 
-        log = os.open(request.attempt / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = os.open(attempt / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        run = lambda launch: run_job(launch, request.umask, self.models_file)  # noqa: E731
-        code = Supervisor(request.attempt, run, note="warm").run(ready)
+        run = lambda launch: run_job(launch, umask, self.models_file)  # noqa: E731
+        code = Supervisor(attempt, run, note="warm").run(ready)
         if code == EXIT_LOCKED:
             answer.sendall(b'{"refused": "the job was taken"}\n')
         os._exit(code)  # destroying the template's objects would only copy their pages

@@ -176,7 +176,11 @@ class ModelScope:
             for entry in entries
         ]
         # The hub names no commit for the whole tree, but one for each file: the newest is the tree's.
-        dated = [(entry["CommittedDate"], entry["Revision"]) for entry in entries if _has_commit(entry)]
+        dated = [
+            (entry["CommittedDate"], entry["Revision"])
+            for entry in entries
+            if isinstance(entry.get("CommittedDate"), int) and entry.get("Revision")
+        ]
         return Listing(max(dated)[1] if dated else revision, tuple(files))
 
     def request(self, repo: Repo, commit: str, path: str) -> tuple[str, dict[str, str]]:
@@ -185,7 +189,3 @@ class ModelScope:
         if client.token:
             headers |= {"Authorization": f"Bearer {client.token}", "Cookie": f"m_session_id={client.token}"}
         return client.get_download_url(repo.name, repo.kind, path, revision=commit), headers
-
-
-def _has_commit(entry: dict[str, Any]) -> bool:
-    return isinstance(entry.get("CommittedDate"), int) and bool(entry.get("Revision"))

@@ -171,7 +171,8 @@ class Transfer:
         status = response.status_code
         if status in _BUSY:
             return HubError(f"HTTP {status}")
-        if status == 416 or (status == 206 and not _starts_at(response, held)) or (status == 200 and held):
+        starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
+        if status == 416 or (status == 206 and not starts_there) or (status == 200 and held):
             self._on_bytes(-held)  # the server will not go on from here: from the start
             part.write_bytes(b"")
             if status != 200:
@@ -192,10 +193,6 @@ class Transfer:
                 if left < 0:
                     break
         return None if left <= 0 else ConnectionError("the connection was cut")
-
-
-def _starts_at(response: httpx.Response, held: int) -> bool:
-    return response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
 
 
 def is_intact(path: Path, file: HubFile) -> bool:

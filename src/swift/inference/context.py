@@ -44,7 +44,7 @@ class InferenceContext:
         pretraining: True when the run was ``pt``: plain text unless ``use_chat_template`` says otherwise.
         run: the run folder that all this comes from, or None.
         quantization: how the base is quantised when loaded: as in the run, unless the command line says otherwise.
-        head: the score head of an adapter that was trained for a classifier.
+        head: the score head of a classifier, or of an adapter that was trained for one.
         task_options: what the run was for.
         chosen_last: True when a run folder was named, and its last checkpoint taken.
         unpack: the adapter belongs to a rounded base (LoftQ) that is wanted in full precision: it is quantised when
@@ -70,9 +70,7 @@ class InferenceContext:
     @property
     def writes_text(self) -> bool:
         """False for models that score or embed texts."""
-        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
-        names = config.get("architectures") or []
-        return self.task == "causal_lm" and self.head is None and not any(map(is_classifier_name, names))
+        return self.task == "causal_lm" and self.head is None
 
     def check_writes_text(self) -> None:
         """Raise ModelError for models that read texts and write none."""
@@ -146,7 +144,7 @@ def find_context(resolved: Resolved) -> InferenceContext:
         model = _base_model(adapter, recorded, section)
     elif section.model is not None and recorded is None:
         derive_chat_template(resolved, section.model, model)
-    head = _score_head(adapter, recorded) if adapter else None
+    head = _score_head(adapter, recorded) if adapter else _stored_head(model)
     return InferenceContext(
         model=model,
         adapter=adapter,
@@ -196,6 +194,15 @@ def _score_head(adapter: Path, recorded: Resolved | None) -> ClassifierHead | No
     if shape is None:
         raise ModelError("the adapter of a classifier has no score.weight", where=str(adapter))
     return ClassifierHead(shape[0], recorded.config.task.problem_type if recorded else None)
+
+
+def _stored_head(model: Path) -> ClassifierHead | None:
+    """The score head of a whole model, None where it writes text."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if not any(map(is_classifier_name, config.get("architectures") or [])):
+        return None
+    num_labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)  # transformers' default
+    return ClassifierHead(num_labels, config.get("problem_type"))
 
 
 def _is_run(name: str | None) -> bool:
@@ -265,10 +272,10 @@ def _quantization(
 ) -> tuple[QuantizationSection, bool]:
     """How the base is quantised, and whether it is unpacked again.
 
-    Commands that take no such options (merge-lora) want the base in full precision.
+    Commands that take no such options (merge-lora), or quantise themselves (export), want it in full precision.
     """
     asked = any(resolved.is_explicit(name) for name in ("quant_method", "quant_bits"))
-    if "quant_method" not in COMMANDS[resolved.command].options():
+    if resolved.command == "export" or "quant_method" not in COMMANDS[resolved.command].options():
         section = QuantizationSection()
     else:
         section = resolved.config.quantization if recorded is None or asked else recorded.config.quantization

@@ -59,6 +59,8 @@ class StopWords:
         self.words = [word for word in words if word]
         self._held = ""
         self.found = False
+        self.word = ""
+        """The one that was found."""
 
     def __bool__(self) -> bool:
         return bool(self.words)
@@ -85,6 +87,7 @@ class StopWords:
         cut = self.cut(text)
         if len(cut) < len(text):
             self.found, self._held = True, ""
+            self.word = next(word for word in self.words if text.startswith(word, len(cut)))
             return cut
         longest = max((len(word) for word in self.words), default=0)
         for size in range(min(longest - 1, len(text)), 0, -1):

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from swift.core.errors import DataError, ModelError
@@ -105,6 +106,8 @@ class ChatTemplate:
                 f"the chat template is not valid Jinja (line {error.lineno})", where=where, why=str(error)
             ) from error
         tree = _environment(False).parse(source)
+        self.names = frozenset(jinja2.meta.find_undeclared_variables(tree))
+        """The variables that the template reads."""
         calls = (node.node for node in tree.find_all(jinja2.nodes.Call))
         self.has_generation = any(
             isinstance(node, jinja2.nodes.ExtensionAttribute) and node.name == "_enclose" for node in calls
@@ -119,9 +122,13 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of a conversation. Raises DataError with the template's own words when it refuses."""
-        return self._render(self._plain, messages, tools, add_generation_prompt)
+        """The text of a conversation; ``variables`` hold for this one.
+
+        Raises DataError with the template's own words when it refuses.
+        """
+        return self._render(self._plain, messages, tools, add_generation_prompt, variables)
 
     def render_generation(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
@@ -146,7 +153,12 @@ class ChatTemplate:
         return "".join(pieces), ranges
 
     def _render(
-        self, template: jinja2.Template, messages: Sequence[Message], tools: Any, add_generation_prompt: bool
+        self,
+        template: jinja2.Template,
+        messages: Sequence[Message],
+        tools: Any,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         try:
             return template.render(
@@ -154,7 +166,7 @@ class ChatTemplate:
                 tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self.variables,
+                **{**self.variables, **(variables or {})},
             )
         except jinja2.TemplateError as error:
             raise DataError("the chat template refuses this conversation", why=str(error)) from error

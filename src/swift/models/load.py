@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelBundle",
+    "find_class",
     "isolates_documents",
     "load_bundle",
     "load_model",
@@ -161,6 +163,7 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: QuantizationSection | None = None,
     head: ClassifierHead | None = None,
+    kept_modules: Sequence[str] | None = None,
 ) -> Any:
     """The causal language model of a folder (with ``head``: its sequence classifier), in evaluation mode.
 
@@ -172,6 +175,7 @@ def load_model(
         attention: ``auto`` takes ``swift_varlen`` where it is exact for the architecture, else what transformers
             chooses; ``varlen`` insists on it; other names are transformers'.
         head: what the score head of a sequence classifier is like; one that the folder lacks is started.
+        kept_modules: with bitsandbytes, the linear layers that stay as they are; default: the output head.
 
     Raises:
         ModelError: incomplete folder, unknown architecture, attention the model cannot use, or a quantised folder
@@ -180,7 +184,7 @@ def load_model(
     quiet_libraries()
     folder = Path(path)
     check_model_folder(folder, need_tokenizer=False)
-    model_class, config = _find_class(folder, trust_remote_code)
+    model_class, config = find_class(folder, trust_remote_code)
     options = _loading_options(attention, config, folder, dtype=dtype, device=str(device))
     if head is not None:
         model_class = classifier_of(model_class, config, head, folder)
@@ -198,7 +202,7 @@ def load_model(
     quantization = quantization or QuantizationSection()
     check_packages(quantization)
     check_loadable(config.to_dict(), str(device).partition(":")[0], quantization, str(folder))
-    settings = loading_config(quantization, dtype)
+    settings = loading_config(quantization, dtype, kept_modules)
     if settings is not None:
         options["quantization_config"] = settings
     is_quantised = settings is not None or getattr(config, "quantization_config", None) is not None
@@ -249,7 +253,7 @@ def isolates_documents(path: Path | str, attention: str = "auto", *, trust_remot
     from swift.models.attention import VARLEN
 
     folder = Path(path)
-    _, config = _find_class(folder, trust_remote_code)
+    _, config = find_class(folder, trust_remote_code)
     return _choose_attention(attention, config, folder) == VARLEN
 
 
@@ -265,7 +269,7 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _find_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+def find_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model class and config: by name where transformers has it, which avoids importing the Auto classes."""
     import transformers
 

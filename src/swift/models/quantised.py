@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,10 +155,13 @@ def _missing(needs: _Needs) -> str | None:
     return next((name for name in needs.modules if importlib.util.find_spec(name) is None), None)
 
 
-def loading_config(section: QuantizationSection, dtype: torch.dtype) -> Any:
+def loading_config(
+    section: QuantizationSection, dtype: torch.dtype, kept: Sequence[str] | None = None
+) -> Any:
     """The quantisation configuration of transformers for a section; None when nothing is to be quantised.
 
-    The output head keeps its precision: its rounding would reach every logit.
+    The output head keeps its precision: its rounding would reach every logit. With ``kept`` (bitsandbytes) the layers
+    of these names do, and no others.
     """
     import torch
 
@@ -174,11 +177,13 @@ def loading_config(section: QuantizationSection, dtype: torch.dtype) -> Any:
         return TorchAoConfig(Int8WeightOnlyConfig())
     from transformers import BitsAndBytesConfig
 
+    skipped = None if kept is None else list(kept)
     if section.quant_bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     compute = section.bnb_4bit_compute_dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type=section.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute) if compute else dtype,

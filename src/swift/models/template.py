@@ -135,10 +135,13 @@ class Template:
         ]
 
     def encode_prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids up to where the assistant's answer begins."""
-        text = self.render(messages, tools, add_generation_prompt=True)
+        """Token ids up to where the assistant's answer begins; ``variables`` are for the chat template."""
+        text = self.render(messages, tools, add_generation_prompt=True, variables=variables)
         add_special = self.chat is None and not self._begins_with_bos(text)
         ids = self._encoder.encode([text], add_special)[0].ids
         if add_special and ids and ids[-1] == self.tokenizer.eos_token_id:
@@ -179,13 +182,14 @@ class Template:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text, as the model sees it."""
         messages, tools = self._with_tools(messages, tools)
         conversation = self._read(messages)
         if self.chat is None:
             return "".join(message["content"] for message in conversation.messages)
-        return self.chat.render(conversation.messages, tools, add_generation_prompt)
+        return self.chat.render(conversation.messages, tools, add_generation_prompt, variables)
 
     @property
     def fingerprint(self) -> str:
@@ -244,7 +248,12 @@ class Template:
         else:
             text, turns = self._turns(conversation, tools)
             last = conversation.messages[-1]["role"] == "assistant"
-            open_end = last and bool(turns) and turns[-1].end == len(text) and not text.endswith(self._ends)
+            open_end = (
+                last
+                and bool(turns)
+                and turns[-1].end == len(text)
+                and not text.endswith(tuple(self._end_tokens))
+            )
         spans: list[Span] = [Span(0, _INFINITE, 1.0)] if strategy == "all" else []
         for turn in turns:
             weight = conversation.weights[turn.index]
@@ -336,10 +345,6 @@ class Template:
     def _begins_with_bos(self, text: str) -> bool:
         bos = self.tokenizer.bos_token
         return bool(bos) and text.startswith(bos)
-
-    @property
-    def _ends(self) -> tuple[str, ...]:
-        return tuple(self._end_tokens)
 
     def _find_end_tokens(self) -> list[str]:
         tokenizer, ends = self.tokenizer, []

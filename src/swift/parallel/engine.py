@@ -6,6 +6,7 @@ Optimizer, schedule and clipping belong to a *named parameter set*: one for a so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +61,9 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Any, objective: Objective) -> StepOutput:
         """Loss and metrics of one batch without gradients, in evaluation mode."""
+
+    def evaluating(self) -> AbstractContextManager[torch.nn.Module]:
+        """The model itself, for others to use meanwhile: as it would be saved, in evaluation mode and precision."""
 
     def clip(self) -> dict[str, Tensor]:
         """Clip every parameter set to its norm; returns the norms before clipping."""

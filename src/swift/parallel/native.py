@@ -122,6 +122,13 @@ class NativeEngine:
         loss, sums = objective(self._outputs(batch), batch, objective.denominators([batch]))
         return StepOutput(loss, dict(sums))
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        self.model.eval()
+        self.settle()
+        with self._precision():
+            yield self.model
+
     def clip(self) -> dict[str, Tensor]:
         norms = {}
         for name, group in self.parameter_sets.items():

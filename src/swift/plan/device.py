@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 
-__all__ = ["DeviceFacts", "find_device", "nvidia_memory"]
+from swift.core.devices import nvidia_memory
 
-_DEADLINE_SECONDS = 5.0
+__all__ = ["DeviceFacts", "find_device"]
 
 
 @dataclass(frozen=True)
@@ -36,36 +33,3 @@ def find_device(name: str) -> DeviceFacts:
     if kind in ("auto", "cpu"):
         return DeviceFacts("cpu", 1, psutil.virtual_memory().total)
     return DeviceFacts(kind, None, None)
-
-
-def nvidia_memory() -> list[int]:
-    """Bytes of each NVIDIA device; empty where there is none, or no driver to ask."""
-    try:
-        import pynvml
-    except ImportError:
-        return _ask_command()
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        handles: list[Any] = [
-            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
-        ]
-        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
-    except pynvml.NVMLError:
-        return []
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _ask_command() -> list[int]:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=_DEADLINE_SECONDS, check=True)
-        return [int(line) << 20 for line in answer.stdout.split()]
-    except (OSError, subprocess.SubprocessError, ValueError):  # a driver that does not answer counts as none
-        return []

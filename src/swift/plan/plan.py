@@ -6,14 +6,15 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from swift.config.adapter_names import split_name
 from swift.config.bind import dump
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
-from swift.core.format import format_bytes
 from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.locate import derive_chat_template, find_model, not_here
@@ -21,6 +22,7 @@ from swift.models.quantised import stored_method
 from swift.models.registry import ModelEntry, find_entry, own_folder
 from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts, reference_bytes
 from swift.plan.device import DeviceFacts, find_device
+from swift.plan.export import export_plan, source_of
 from swift.plan.modules import (
     adapted_layers,
     linear_layers,
@@ -30,6 +32,8 @@ from swift.plan.modules import (
 )
 from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
+from swift.plan.serving import base_of_adapter, serving_memory
+from swift.plan.verdict import fits
 from swift.train.optimizers import is_target, state_bytes
 from swift.tuners.registry import METHODS
 
@@ -37,8 +41,6 @@ __all__ = ["Plan", "make_plan"]
 
 LONG_SHARE = 0.02
 """More rows than this above max_length are worth a warning."""
-TIGHT_SHARE = 0.95
-"""A total above this share of the device does not fit: allocators lose some to fragmentation."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Plan:
     steps: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
     fits: bool | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -94,6 +97,12 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
         if facts is not None:
             setup = _setup(resolved, facts, folder, device, widest, warnings)
             memory = _memory(resolved, facts, setup, device, steps)
+    export: dict[str, Any] = {}
+    if resolved.command == "export":
+        read = partial(_plan_rows, resolved, folder, warnings)
+        export, memory = export_plan(resolved, facts, folder, device, warnings, read)
+    elif resolved.command == "deploy" and facts is not None:
+        memory = serving_memory(resolved, facts, device, _compute_dtype(resolved, device))
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
@@ -103,14 +112,20 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
         steps=steps,
         memory=memory,
         parallel=parallel,
+        export=export,
         warnings=warnings,
     )
-    plan.fits = _fits(plan, device)
+    plan.fits = fits(plan, device)
     return plan
 
 
 def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | None, Path | None]:
     name = resolved.config.model.model
+    if resolved.command == "export" and (source := source_of(resolved)[0]) is not None:
+        name = str(source)
+        resolved.config.model.model = name
+    if resolved.command == "deploy" and resolved.config.model.adapters and not name:
+        name = resolved.config.model.model = base_of_adapter(resolved.config.model.adapters[0])
     if not name:
         return None, None
     entry = None if Path(name).expanduser().exists() or own_folder(name) else find_entry(name)
@@ -168,7 +183,7 @@ def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
     """A warning for every adapter, callback file and (infer) row file that is not on this machine."""
     config = resolved.config
     for adapter in config.model.adapters:
-        if not Path(adapter).expanduser().is_dir():
+        if not Path(split_name(adapter)[1]).expanduser().is_dir():
             warnings.append(f"--adapters: no such folder {adapter!r}")
     for callback in config.report.callbacks:
         if not Path(callback.partition(":")[0]).is_file():
@@ -447,7 +462,9 @@ def _model(
         "vocab_size": facts.vocab_size,
         "context_length": facts.max_position_embeddings,
         "stored_dtype": facts.dtype,
-        "dtype": _compute_dtype(resolved, device),
+        "dtype": _compute_dtype(resolved, device)
+        if resolved.command != "export"
+        else facts.dtype or "float32",
         "quantized": _quantized(resolved),
         "weights_bytes": facts.weights_bytes,
     }
@@ -456,36 +473,10 @@ def _model(
 def _quantized(resolved: Resolved) -> str | None:
     """How the base is quantised when it is loaded: ``4-bit nf4``; None when it is not."""
     section = resolved.config.quantization
-    if not section.is_active:
+    if not section.is_active or resolved.command == "export":
         return None
     is_nf4 = section.quant_method == "bnb" and section.quant_bits == 4
     return f"{section.quant_bits}-bit {section.bnb_4bit_quant_type if is_nf4 else section.quant_method}"
-
-
-def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
-    """Whether it fits; adds the warnings that say why not."""
-    verdict: bool | None = None
-    if plan.memory and device.memory_bytes is not None:
-        verdict = plan.memory["total"] <= TIGHT_SHARE * device.memory_bytes
-        if not verdict:
-            plan.warnings.append(
-                f"memory: about {format_bytes(plan.memory['total'])} on a {device.kind} device of"
-                f" {format_bytes(device.memory_bytes)}; a smaller --per_device_train_batch_size or --max_length,"
-                " --gradient_checkpointing true or --tuner_type lora lowers it"
-            )
-    if plan.memory:
-        disk = plan.memory["disk"]
-        if disk["total_bytes"] > disk["free_bytes"]:
-            plan.warnings.append(
-                f"disk: checkpoints need about {format_bytes(disk['total_bytes'])},"
-                f" {format_bytes(disk['free_bytes'])} are free; --save_total_limit 1 keeps fewer"
-            )
-    if plan.parallel["devices_needed"] > (device.count if device.count is not None else math.inf):
-        plan.warnings.append(
-            f"the layout needs {plan.parallel['devices_needed']} devices, {device.count} {device.kind} found here"
-        )
-        verdict = False
-    return verdict
 
 
 def _one_line(error: SwiftError) -> str:

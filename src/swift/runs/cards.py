@@ -77,10 +77,24 @@ def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
         lines += _data_lines(data)
     if steps:
         lines += _step_lines(steps)
+    if plan.get("export"):
+        lines += _export_lines(plan["export"])
     if memory:
         lines.append(("memory", _memory_text(memory, plan["fits"])))
+        cache = memory.get("cache")
+        if cache:
+            lines.append(
+                (
+                    "cache",
+                    f"{format_count(cache['tokens'])} tokens of {format_bytes(cache['bytes_per_token'])}:"
+                    f" {cache['full_length_requests']:g} requests of {cache['max_model_len']} tokens at once",
+                )
+            )
         disk = memory.get("disk")
-        if disk:
+        if disk and "checkpoint_bytes" not in disk:
+            free = format_bytes(disk["free_bytes"])
+            lines.append(("disk", f"{format_bytes(disk['total_bytes'])} on the way ({free} free)"))
+        elif disk:
             lines.append(
                 (
                     "disk",
@@ -93,10 +107,50 @@ def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
     if parallel and parallel["devices_needed"] > 1:
         lines.append(("parallel", f"{parallel['devices_needed']} devices: {parallel['layout']}"))
     checkpoint = plan["config"].get("checkpoint", {})
-    if "output_dir" in checkpoint:
+    if plan.get("export"):
+        explicit = "output_dir" in plan["config"].get("explicit", ())
+        lines.append(("folder", checkpoint["output_dir"] if explicit else "beside the model"))
+    elif "output_dir" in checkpoint:
         name = checkpoint.get("run_name") or "vN-DATE-TIME"
         lines.append(("folder", f"{checkpoint['output_dir']}/{name}"))
     return lines + [("warning", warning) for warning in plan["warnings"]]
+
+
+def _export_lines(export: Mapping[str, Any]) -> Lines:
+    text = export["method"]
+    if export.get("bits"):
+        text += f", {export['bits']} bits"
+    if export.get("group_size"):
+        text += f", groups of {export['group_size']}" if export["group_size"] > 0 else ", whole rows"
+    lines = [
+        (
+            "export",
+            f"{text}, for {export['output_format']}"
+            + (", the adapter is merged first" if export["merges"] else ""),
+        )
+    ]
+    if export.get("toolchain"):
+        state = (
+            "installed"
+            if export["toolchain_installed"]
+            else f"missing: swift toolchain install {export['toolchain']}"
+        )
+        lines.append(("toolchain", f"{export['toolchain']} ({state})"))
+    if export.get("calibration_rows"):
+        tokens = export.get("calibration_tokens")
+        counted = f", about {format_count(tokens)} tokens" if tokens else ""
+        lines.append(
+            ("calibration", f"{export['calibration_rows']:,} rows{counted} of {export['calibration_from']}")
+        )
+    if "bytes_before" in export:
+        before, after = format_bytes(export["bytes_before"]), format_bytes(export["bytes_after"])
+        lines.append(
+            (
+                "weights",
+                f"{before} -> {after}; {export['full_precision_share']:.1%} of the parameters stay as they are",
+            )
+        )
+    return lines
 
 
 def _data_lines(data: Mapping[str, Any]) -> Lines:

@@ -17,6 +17,7 @@ from swift.core.format import format_bytes
 from swift.data.collate import collate
 from swift.data.loader import BatchLoader
 from swift.data.stream import StreamLoader
+from swift.data.tokens import TokenDataset
 from swift.models.classifier import SCORE
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
@@ -35,7 +36,7 @@ from swift.train.callbacks.base import Callback
 from swift.train.callbacks.lisa import LisaCallback
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
 from swift.train.config_record import recorded_dataset
-from swift.train.evaluation import Evaluator, LossEvaluator
+from swift.train.evaluation import Evaluator, Evaluators, LossEvaluator
 from swift.train.inspection import inspection_report
 from swift.train.loop import Trainer
 from swift.train.low_precision import train_in_float8, train_quantisation_aware
@@ -67,8 +68,12 @@ def build(
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
     closing: contextlib.ExitStack,
+    evaluators: Sequence[Callable[[Prepared], Evaluator]] = (),
 ) -> Trainer:
-    """Model, engine and trainer, ready for the next step; ``closing`` gets what must be closed in the end."""
+    """Model, engine and trainer, ready for the next step.
+
+    ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss.
+    """
     resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
     pad_token_id: int = tokenizer.pad_token_id
@@ -112,7 +117,7 @@ def build(
         metrics=metrics,
         status=status,
         device=prepared.device,
-        evaluator=_evaluator(prepared, pad_token_id),
+        evaluator=_evaluator(prepared, pad_token_id, [make(prepared) for make in evaluators]),
         group_names=_metric_names(prepared, objective),
         callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
     )
@@ -331,10 +336,15 @@ def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
     return hook
 
 
-def _evaluator(prepared: Prepared, pad_token_id: int) -> Evaluator | None:
-    config, dataset = prepared.resolved.config, prepared.data.validation
-    if dataset is None:
-        return None
+def _evaluator(prepared: Prepared, pad_token_id: int, others: Sequence[Evaluator]) -> Evaluator | None:
+    if prepared.data.validation is None:
+        return Evaluators(others) if others else None
+    own = _validation(prepared, prepared.data.validation, pad_token_id)
+    return Evaluators([own, *others]) if others else own
+
+
+def _validation(prepared: Prepared, dataset: TokenDataset, pad_token_id: int) -> Evaluator:
+    config = prepared.resolved.config
     size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
     objective = _objective(prepared, validation=True)
     if isinstance(objective, PooledObjective):

@@ -21,6 +21,7 @@ def recorded(resolved: Resolved) -> Resolved:
     config.data.val_dataset = [recorded_dataset(name) for name in config.data.val_dataset]
     config.template.system = _each(_text_file, config.template.system)
     config.template.chat_template = _each(_absolute, config.template.chat_template)
+    config.evaluation.eval_tasks = _each(_absolute, config.evaluation.eval_tasks)
     config.report.callbacks = [_callback(name) for name in config.report.callbacks]
     config.checkpoint.output_dir = str(Path(config.checkpoint.output_dir).expanduser().absolute())
     config.checkpoint.resume_from_checkpoint = None

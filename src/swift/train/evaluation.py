@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from swift.data.batching import BatchSchedule
-from swift.data.collate import Batch
 from swift.data.loader import BatchLoader
 from swift.data.tokens import TokenDataset
 from swift.objectives.base import Objective
 from swift.parallel.engine import Engine
 from swift.train.state import LogWindow
 
-__all__ = ["Evaluator", "LossEvaluator", "validation_loader"]
+__all__ = ["Evaluator", "Evaluators", "LossEvaluator", "validation_loader"]
 
 
 class Evaluator(Protocol):
@@ -25,6 +24,25 @@ class Evaluator(Protocol):
 
     def run(self, engine: Any, given_up: Callable[[], bool] = ...) -> dict[str, float] | None:
         """Metrics whose names begin with ``eval_``; None when ``given_up`` said so."""
+
+
+class Evaluators:
+    """Several, one after the other; their metrics together, their seconds added."""
+
+    def __init__(self, parts: Sequence[Evaluator]) -> None:
+        self.parts = parts
+        self.num_batches = sum(part.num_batches for part in parts)
+
+    def run(self, engine: Any, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """All metrics; None when ``given_up`` said so to one of them."""
+        metrics: dict[str, float] = {"eval_seconds": 0.0}
+        for part in self.parts:
+            found = part.run(engine, given_up)
+            if found is None:
+                return None
+            seconds = metrics.pop("eval_seconds") + found["eval_seconds"]
+            metrics |= {**found, "eval_seconds": seconds}
+        return metrics
 
 
 def validation_loader(
@@ -75,7 +93,7 @@ class LossEvaluator:
         started = time.perf_counter()
         loss = weight = correct = targets = 0.0
         window = LogWindow()
-        for (batch,) in self._batches():
+        for (batch,) in self._loader.steps(0, 1):
             if given_up():
                 return None
             output = engine.evaluate(batch, self.objective)
@@ -93,6 +111,3 @@ class LossEvaluator:
             **{f"eval_{name}": value for name, value in window.group_losses.items()},
             "eval_seconds": time.perf_counter() - started,
         }
-
-    def _batches(self) -> Iterable[list[Batch]]:
-        return self._loader.steps(0, 1)

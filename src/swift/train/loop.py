@@ -79,7 +79,7 @@ class Trainer:
 
     Args:
         save: writes a checkpoint of the given state to the given folder.
-        evaluator: None when there is no validation data.
+        evaluator: None when nothing is evaluated.
         group_names: of the groups whose sums the objective tells apart.
         metrics: opened and already cut back to ``state.step``.
     """
@@ -431,8 +431,9 @@ class _Clock:
 def _last_evaluation(metrics: Path) -> dict[str, float]:
     """The newest evaluation on file: a resumed run may end before it evaluates again."""
     for row in reversed(read_metrics(metrics)):
-        if "eval_loss" in row:
-            return {key: value for key, value in row.items() if key.startswith("eval_")}
+        found = {key: value for key, value in row.items() if key.startswith("eval_")}
+        if found:
+            return found
     return {}
 
 

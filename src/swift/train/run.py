@@ -15,7 +15,7 @@ from typing import Any
 from swift.config.bind import dump_text
 from swift.config.schema import Resolved
 from swift.core.devices import describe_devices
-from swift.core.errors import SwiftError
+from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import atomic_write_text
 from swift.core.logging import attach_run_logs, detach_run_logs, get_logger
 from swift.data.sources import find_files, parse_dataset_spec
@@ -30,6 +30,7 @@ from swift.train.callbacks.trackers import tracker_callbacks
 from swift.train.callbacks.user import load_callbacks
 from swift.train.checkpoints import read_state
 from swift.train.config_record import recorded
+from swift.train.evaluation import Evaluator
 from swift.train.failures import failure_kind
 from swift.train.loop import Interrupted
 from swift.train.prepare import Prepared, prepare
@@ -54,6 +55,7 @@ def train(
     say: Callable[[str], None] = print,
     arguments: Sequence[str] | None = None,
     announce: Callable[[Sequence[int]], None] | None = None,
+    evaluators: Sequence[Callable[[Prepared], Evaluator]] | None = None,
 ) -> RunResult:
     """Run ``pt`` or ``sft`` as configured.
 
@@ -63,12 +65,17 @@ def train(
         say: receives the few lines meant for the terminal.
         arguments: the command line, for provenance.json.
         announce: called with the token length of every sample before the weights are read.
+        evaluators: make what is measured beside the validation loss (`swift.evaluate.training.suite_evaluators`).
 
     Raises:
         SwiftError: with cause and fix; bad options, model or data are found before anything slow.
         Interrupted: stopped by a signal, after saving.
     """
     _refuse_import_by_worker()
+    if resolved.config.evaluation.eval_tasks is not None and evaluators is None:
+        raise ConfigError(
+            "nobody evaluates the tasks", where="--eval_tasks", fix="evaluators=suite_evaluators(resolved)"
+        )
     own_callbacks = load_callbacks(resolved.config.report.callbacks)
     prepared = prepare(resolved)
     if announce is not None and prepared.stream is None:
@@ -91,7 +98,7 @@ def train(
         everyone = [*callbacks, *tracker_callbacks(resolved.config.report.report_to), *own_callbacks]
         for callback in everyone:
             closing.callback(callback.close)
-        trainer = build(prepared, folder, status, everyone, say, closing)
+        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or ())
         if resumed_step >= prepared.plan.total_steps:
             say(f"nothing is left to do: all {resumed_step} steps are done; a larger --max_steps goes on")
         elif resumed_step:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swift.core.errors import ModelError
 from swift.core.files import atomic_directory
+from swift.models.compare import LogitsDifference, Probe, compare, model_logits, store_logits, stored_logits
 from swift.tuners.apply import DEFAULT_ADAPTER, tuned_model
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import saved_modules
 
-__all__ = [
-    "MergeDifference",
-    "compare_logits",
-    "merge_adapter",
-    "merge_to_folder",
-    "probe_tokens",
-    "unpack_base",
-]
+__all__ = ["merge_adapter", "merge_limit", "merge_to_folder", "probe_tokens", "unpack_base"]
 
 # Largest mean difference accepted, in standard deviations of the logits. Merging rounds each weight once: relative
 # 2^-24 in float32, 2^-11 in float16, 2^-8 in bfloat16, and the errors of L layers add up like sqrt(L). The limits
@@ -32,58 +27,17 @@ __all__ = [
 _LIMITS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-@dataclass(frozen=True)
-class MergeDifference:
-    """Logits of the merged model against those of base and adapter, on the same tokens.
-
-    Attributes:
-        max: largest absolute difference.
-        mean: mean absolute difference.
-        spread: standard deviation of the adapter's logits, the scale to read the others by.
-        same_choice: share of positions at which both find the same token likeliest.
-        limit: largest accepted ``mean / spread`` in the model's precision.
-    """
-
-    max: float
-    mean: float
-    spread: float
-    same_choice: float
-    limit: float
-
-    @property
-    def relative(self) -> float:
-        return self.mean / self.spread if self.spread > 0 else self.mean
-
-    @property
-    def is_accepted(self) -> bool:
-        """False also when a number is not finite."""
-        return self.relative <= self.limit
-
-    def __str__(self) -> str:
-        return (
-            f"logits differ by {self.max:.1e} at most, {self.mean:.1e} on average "
-            f"({self.relative:.1e} of their spread; limit {self.limit:.0e}); "
-            f"same likeliest token at {self.same_choice:.1%} of positions"
-        )
+def merge_limit(dtype: torch.dtype) -> float:
+    """Largest accepted ``mean / spread`` of the difference in this precision."""
+    return _LIMITS.get(dtype, 1e-3)
 
 
-def probe_tokens(vocab_size: int, *, rows: int = 2, width: int = 64, seed: int = 0) -> Tensor:
-    """Random token ids ``[rows, width]``, always the same ones."""
+def probe_tokens(vocab_size: int, *, rows: int = 2, width: int = 64, seed: int = 0) -> list[Probe]:
+    """Texts of random token ids, always the same ones."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocab_size, (rows, width), generator=generator)
-
-
-def compare_logits(merged: Tensor, adapter: Tensor, dtype: torch.dtype) -> MergeDifference:
-    """The difference between two logits ``[rows, width, vocabulary]`` computed by models in ``dtype``."""
-    merged, adapter = merged.float(), adapter.float()
-    difference = (merged - adapter).abs()
-    return MergeDifference(
-        max=difference.max().item(),
-        mean=difference.mean().item(),
-        spread=adapter.std().item(),
-        same_choice=(merged.argmax(-1) == adapter.argmax(-1)).float().mean().item(),
-        limit=_LIMITS.get(dtype, 1e-3),
-    )
+    return [
+        Probe.text(row) for row in torch.randint(0, vocab_size, (rows, width), generator=generator).tolist()
+    ]
 
 
 @torch.no_grad()
@@ -153,48 +107,53 @@ def merge_to_folder(
     folder: Path,
     *,
     name: str = DEFAULT_ADAPTER,
-    probe: Tensor | None = None,
-) -> MergeDifference:
+    probes: Sequence[Probe] = (),
+    finish: Callable[[Path, LogitsDifference], None] = lambda aside, difference: None,
+) -> LogitsDifference:
     """Merge, write a plain transformers folder, read it back, and compare its logits with the adapter's.
 
-    What is checked is what was written. The folder appears only when the check is passed.
+    What is checked is what was written. The folder appears only when the check is passed. The weights of ``model``
+    are given up before the folder is read: there is one model in memory at a time.
 
     Args:
-        model: a transformers model with the adapter; merged in place.
+        model: a transformers model with the adapter; of no use afterwards.
         tokenizer: stored beside it.
         folder: the new folder.
-        probe: token ids ``[rows, width]`` for the comparison; default: random ones.
+        probes: texts for the comparison; default: random tokens.
+        finish: called with the unfinished folder after the check, to add to it.
 
     Raises:
         ModelError: the adapter cannot be merged, or the logits differ by more than rounding explains.
     """
     model.eval()
-    if probe is None:
-        probe = probe_tokens(model.config.get_text_config().vocab_size)
-    probe = probe.to(model.device)
+    probes = probes or probe_tokens(model.config.get_text_config().vocab_size)
+    device, dtype, limit = model.device, model.dtype, merge_limit(model.dtype)
     switch = tuned_model(model).switch
-    with torch.no_grad(), switch.use(name) if switch else contextlib.nullcontext():
-        expected = model(input_ids=probe, use_cache=False).logits
-    merge_adapter(model, name)
-    model.config.use_cache = True  # switched off for training; stored, it would slow down every user
-    with atomic_directory(folder) as aside:
+    with (
+        atomic_directory(folder) as aside,
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as expected,
+    ):
+        with switch.use(name) if switch else contextlib.nullcontext():
+            store_logits(model_logits(model, probes), Path(expected))
+        merge_adapter(model, name)
+        model.config.use_cache = True  # switched off for training; stored, it would slow down every user
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        model.to("meta")
         stored = type(model).from_pretrained(
             aside,
-            dtype=model.dtype,
+            dtype=dtype,
             local_files_only=True,
             attn_implementation=model.config._attn_implementation,
         )
-        stored = stored.to(model.device).eval()
-        with torch.no_grad():
-            found = stored(input_ids=probe, use_cache=False).logits
-        difference = compare_logits(found, expected, model.dtype)
-        if not difference.is_accepted:
+        found = model_logits(stored.to(device).eval(), probes)
+        difference = compare(stored_logits(Path(expected)), found, probes)
+        if not difference.relative <= limit:  # nor when it is not a number
             raise ModelError(
                 "the merged model does not compute what the adapter computes",
                 where=str(folder),
-                why=str(difference),
+                why=f"{difference}; the limit is {limit:.0e} of the spread",
                 fix="merge in higher precision: --torch_dtype float32",
             )
+        finish(aside, difference)
     return difference

@@ -19,6 +19,11 @@ class EvaluationSection(Section):
     per_device_eval_batch_size: int | None = option(
         None, "Samples per evaluation batch; default: the training batch size.", ge=1
     )
+    eval_tasks: str | None = option(
+        None,
+        "Suite file (YAML) of tasks whose answers are measured too, by swift eval or at each evaluation of a training: "
+        "eval_TASK_METRIC.",
+    )
     metric_for_best_model: str = option("eval_loss", "Metric that decides which checkpoint is best.")
     greater_is_better: bool | None = option(
         None, "Whether that metric should rise; default: no for losses and perplexity, else yes."

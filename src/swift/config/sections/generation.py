@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from swift.config.option import Section, option
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "exact_match": ("exact_match",),
+    "rouge": ("rougeL", "rouge1", "rouge2"),
+    "loss": ("loss", "perplexity"),
+    "choice": ("choice", "choice_norm"),
+    "numeric": ("numeric",),
+    "math": ("math",),
+    "bleu": ("corpus_bleu", "bleu"),
+    "chrf": ("corpus_chrf", "chrf"),
+    "json": ("json_valid", "json_match"),
+    "regex": ("regex",),
+    "pass_at_k": ("pass_at_{k}",),
+    "judge": ("judge",),
+}
+"""Built-in evaluators and what each measures (what they do is in `swift.evaluate.evaluators`)."""
 
 
 class GenerationSection(Section):
@@ -30,6 +46,12 @@ class GenerationSection(Section):
         None,
         "Batch inference: JSONL file for the answers; default: infer-TIME.jsonl beside the model or run.",
     )
-    metric: list[Literal["exact_match", "rouge", "loss"]] = option(
-        ["exact_match", "rouge"], "Batch inference: metrics computed against the data's own answers."
+    metric: list[str] = option(
+        ["exact_match", "rouge"],
+        f"What is measured against the data's own answers: {', '.join(METRICS)}; your own: FILE.py:function.",
+        essential=True,
+    )
+    metric_args: dict[str, Any] = option({}, 'Options of metrics: JSON object {"NAME": {"option": value}}.')
+    num_samples: int = option(
+        1, "Batch inference: answers for each row (pass_at_k, means over samples).", ge=1
     )

@@ -10,14 +10,15 @@ from swift.config.option import Section, option
 class QuantizationSection(Section):
     """Quantise the frozen base while it is loaded (QLoRA, arXiv 2305.14314)."""
 
-    quant_method: Literal["bnb", "torchao"] | None = option(
+    quant_method: Literal["bnb", "torchao", "gptq", "awq", "fp8", "w8a8"] | None = option(
         None,
-        "How the base is quantised when loaded: bnb (bitsandbytes) or torchao; default: bnb with quant_bits.",
+        "How the base is quantised when loaded: bnb (bitsandbytes) or torchao; default: bnb with quant_bits."
+        " For swift export: bnb, gptq, awq, fp8 or w8a8.",
         essential=True,
     )
     quant_bits: int | None = option(
         None,
-        "Bits of a quantised weight: 4 (bnb) or 8; default: 4 with bnb, 8 with torchao.",
+        "Bits of a quantised weight: 4 or 8; default: 4 with bnb, gptq and awq, else 8.",
         essential=True,
         ge=0,
         le=16,

@@ -171,7 +171,11 @@ class TrackerCallback(Callback):
             if isinstance(section, dict)
             for name, value in section.items()
         }
-        self._guard(lambda: self._begin(run.folder.path, config))
+
+        def begin() -> None:
+            self._tracker = TRACKERS[self.name](self._load, run.folder.path, config)
+
+        self._guard(begin)
 
     def on_log(self, run: RunView, metrics: dict[str, Any]) -> None:
         self._log(metrics, run.state.step)
@@ -183,9 +187,6 @@ class TrackerCallback(Callback):
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             self._guard(tracker.close)
-
-    def _begin(self, folder: Path, config: dict[str, Any]) -> None:
-        self._tracker = TRACKERS[self.name](self._load, folder, config)
 
     def _log(self, metrics: dict[str, Any], step: int) -> None:
         tracker = self._tracker

@@ -1,35 +1,17 @@
-"""How sure a mean over rows is, whether two means differ, and which parameters a metric depends on."""
+"""Which parameters a metric depends on."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+from swift.evaluate.statistics import is_number
 
-    Array = np.ndarray[Any, np.dtype[Any]]
+__all__ = ["Importance", "parameter_importance"]
 
-__all__ = ["Importance", "Interval", "bootstrap", "paired_bootstrap", "parameter_importance"]
-
-RESAMPLES = 1000
-LEVEL = 0.95
-_MOST_AT_ONCE = 4_000_000
-"""Row numbers drawn at a time, so that many rows need no gigabytes."""
 _FEWEST_TRIALS = 4
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean (or a difference of two) over ``num_rows`` rows, and where it would lie with other rows."""
-
-    mean: float
-    low: float
-    high: float
-    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -38,89 +20,6 @@ class Importance:
 
     shares: dict[str, float]
     method: str
-
-
-def bootstrap(
-    values: Sequence[float],
-    weights: Sequence[float] | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval | None:
-    """The (weighted) mean with its 95 % percentile interval (Efron & Tibshirani 1993, chapter 13).
-
-    Rows are drawn with replacement ``resamples`` times. None for fewer than two rows, which say nothing about others.
-    """
-    columns = [_weighted(values, weights)]
-    if len(values) < 2:
-        return None
-    means = _resampled_means(columns, resamples, seed)[0]
-    return _interval(_mean(columns[0]), means, len(values))
-
-
-def paired_bootstrap(
-    values: Sequence[float],
-    others: Sequence[float],
-    weights: Sequence[float] | None = None,
-    other_weights: Sequence[float] | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval | None:
-    """Mean of ``values`` minus mean of ``others`` on the same rows, in the same order.
-
-    Each resample draws the same rows for both, so that what makes a row hard does not count. An interval without 0
-    says that other rows like these would hardly turn the order around. None for fewer than two rows.
-    """
-    if len(values) != len(others):
-        raise ValueError(f"{len(values)} rows against {len(others)}: pairs are needed")
-    if len(values) < 2:
-        return None
-    columns = [_weighted(values, weights), _weighted(others, other_weights)]
-    ours, theirs = _resampled_means(columns, resamples, seed)
-    return _interval(_mean(columns[0]) - _mean(columns[1]), ours - theirs, len(values))
-
-
-def _weighted(values: Sequence[float], weights: Sequence[float] | None) -> tuple[Array, Array]:
-    """(value x weight, weight), both float64 [rows]."""
-    import numpy as np
-
-    heights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
-    return np.asarray(values, dtype=float) * heights, heights
-
-
-def _mean(column: tuple[Array, Array]) -> float:
-    return float(column[0].sum() / column[1].sum())
-
-
-def _resampled_means(columns: Sequence[tuple[Array, Array]], resamples: int, seed: int) -> list[Array]:
-    """For each column the means of all resamples [resamples]; the rows drawn are the same for all columns."""
-    import numpy as np
-
-    size = len(columns[0][0])
-    parts = [
-        [sums[rows].sum(axis=1) / weights[rows].sum(axis=1) for sums, weights in columns]
-        for rows in _draws(size, resamples, seed)
-    ]
-    return [np.concatenate(means) for means in zip(*parts, strict=True)]
-
-
-def _draws(size: int, resamples: int, seed: int) -> Iterator[Array]:
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    at_once = max(1, _MOST_AT_ONCE // size)
-    for start in range(0, resamples, at_once):
-        yield generator.integers(size, size=(min(at_once, resamples - start), size))
-
-
-def _interval(mean: float, means: Array, num_rows: int) -> Interval:
-    import numpy as np
-
-    tail = 100 * (1 - LEVEL) / 2
-    # nan: a resample of rows without any weight has no mean.
-    low, high = np.nanpercentile(means, [tail, 100 - tail])
-    return Interval(mean, float(low), float(high), num_rows)
 
 
 def parameter_importance(
@@ -152,11 +51,6 @@ def _distinct(points: Sequence[Mapping[str, Any]], name: str) -> int:
 
 def _ordered(shares: Mapping[str, float]) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
-
-
-def is_number(value: Any) -> bool:
-    """A finite number that is not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _fanova(

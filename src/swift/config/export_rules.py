@@ -1,0 +1,123 @@
+"""The one table of quantisation methods, and what goes together in ``swift export``. No machine-learning library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swift.config.schema import Resolved
+from swift.core.errors import ConfigError
+
+__all__ = ["METHODS", "Method", "check_export"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to store a model in fewer bits.
+
+    Attributes:
+        bits: what it can store; the first is the default.
+        stored_as: ``quant_method`` in the config.json that it writes.
+        toolchain: the environment it runs in; None: this one.
+        calibrated: it looks at data.
+        grouped: ``group_size`` applies.
+        vllm: vLLM loads it.
+        max_perplexity_increase: accepted when nobody says otherwise, by bits.
+    """
+
+    bits: tuple[int, ...]
+    stored_as: str
+    toolchain: str | None
+    calibrated: bool
+    grouped: bool
+    vllm: bool
+    max_perplexity_increase: dict[int, float]
+
+
+METHODS: dict[str, Method] = {
+    "bnb": Method((4, 8), "bitsandbytes", None, False, False, False, {4: 0.15, 8: 0.03}),
+    "gptq": Method((4, 8), "gptq", "gptqmodel", True, True, True, {4: 0.1, 8: 0.02}),
+    "awq": Method((4,), "awq", "gptqmodel", True, True, True, {4: 0.1}),
+    "fp8": Method((8,), "compressed-tensors", "llmcompressor", False, False, True, {8: 0.02}),
+    "w8a8": Method((8,), "compressed-tensors", "llmcompressor", True, False, True, {8: 0.03}),
+}
+"""A further format (GGUF) is one row here and one function in ``swift.quantize.methods``; until then its name stands in
+aliases.yaml, which says what to do instead."""
+
+
+_OF_BNB = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+
+
+def check_export(resolved: Resolved, where: Callable[[Resolved, str], str], planning: bool = False) -> None:
+    """Raise ConfigError for what ``swift export`` cannot do (a warning in a plan).
+
+    Args:
+        where: says where the user set an option.
+    """
+    if resolved.command != "export":
+        return
+    try:
+        _check(resolved, where)
+    except ConfigError as error:
+        if not planning:
+            raise
+        resolved.warnings.append(f"{error.where}: {error.message}; a run refuses it")
+
+
+def _check(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
+    quantisation, options = resolved.config.quantization, resolved.config.export
+    name, bits = quantisation.quant_method, quantisation.quant_bits
+    if name is None:
+        if not options.merge_lora:
+            raise ConfigError(
+                "nothing to do",
+                where="swift export",
+                fix=f"--quant_method {', '.join(METHODS)}; or --merge_lora true",
+            )
+        _refuse_unused(resolved, None, where)
+        return
+    method = METHODS.get(name)
+    if method is None:
+        raise ConfigError(
+            f"{name} quantises a base while it is loaded; it writes no model folder",
+            where=where(resolved, "quant_method"),
+            fix=f"--quant_method {', '.join(METHODS)}",
+        )
+    if bits not in method.bits:
+        raise ConfigError(
+            f"{name} stores {' or '.join(map(str, method.bits))} bits, not {bits}",
+            where=where(resolved, "quant_bits"),
+            fix=f"--quant_bits {method.bits[0]}",
+        )
+    if options.output_format == "vllm" and not method.vllm:
+        raise ConfigError(
+            f"vLLM does not load {method.stored_as} folders",
+            where=where(resolved, "output_format"),
+            fix="--quant_method gptq, awq, fp8 or w8a8; or --output_format hf",
+        )
+    for option in ("group_size", "quant_batch_size"):
+        if resolved.value(option) == 0:
+            raise ConfigError("cannot be 0", where=where(resolved, option), fix=f"leave --{option} out")
+    _refuse_unused(resolved, method, where)
+
+
+def _refuse_unused(resolved: Resolved, method: Method | None, where: Callable[[Resolved, str], str]) -> None:
+    """No option without effect."""
+    calibrated = method is not None and method.calibrated
+    used = {
+        "group_size": method is not None and method.grouped,
+        "quant_batch_size": calibrated and method is not None and method.toolchain == "gptqmodel",
+        "quant_n_samples": calibrated,
+        "dataset": calibrated,
+        "quant_exclude": method is not None,
+        "quantize_lm_head": method is not None,
+        **dict.fromkeys(_OF_BNB, method is METHODS["bnb"]),
+    }
+    name = resolved.config.quantization.quant_method
+    for option, is_used in used.items():
+        if not is_used and resolved.is_explicit(option):
+            raise ConfigError(
+                f"has no effect with quant_method {name}" if name else "has no effect on a merge",
+                where=where(resolved, option),
+                fix="leave it out",
+            )

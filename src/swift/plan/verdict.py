@@ -1,0 +1,54 @@
+"""Whether memory, disk and devices suffice for a plan."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from swift.core.format import format_bytes
+from swift.plan.device import DeviceFacts
+from swift.plan.serving import serving_fits
+
+if TYPE_CHECKING:
+    from swift.plan.plan import Plan
+
+__all__ = ["fits"]
+
+TIGHT_SHARE = 0.95
+"""A total above this share of the device does not fit: allocators lose some to fragmentation."""
+
+
+def fits(plan: Plan, device: DeviceFacts) -> bool | None:
+    """Whether it fits; adds the warnings that say why not."""
+    verdict: bool | None = None
+    if "least" in plan.memory:
+        verdict = serving_fits(plan.memory, TIGHT_SHARE, plan.warnings)
+    elif plan.memory and device.memory_bytes is not None:
+        verdict = plan.memory["total"] <= TIGHT_SHARE * device.memory_bytes
+        if not verdict:
+            plan.warnings.append(
+                f"memory: about {format_bytes(plan.memory['total'])} on a {device.kind} device of"
+                f" {format_bytes(device.memory_bytes)}; "
+                + (
+                    "another machine, or --device cpu"
+                    if plan.export
+                    else "a smaller --per_device_train_batch_size or --max_length,"
+                    " --gradient_checkpointing true or --tuner_type lora lowers it"
+                )
+            )
+    if "disk" in plan.memory:
+        disk = plan.memory["disk"]
+        if disk["total_bytes"] > disk["free_bytes"]:
+            what, fix = ("checkpoints need", "--save_total_limit 1 keeps fewer")
+            if plan.export:
+                what, fix = ("an export needs", "--output_dir on another disk")
+            plan.warnings.append(
+                f"disk: {what} about {format_bytes(disk['total_bytes'])},"
+                f" {format_bytes(disk['free_bytes'])} are free; {fix}"
+            )
+    if plan.parallel["devices_needed"] > (device.count if device.count is not None else math.inf):
+        plan.warnings.append(
+            f"the layout needs {plan.parallel['devices_needed']} devices, {device.count} {device.kind} found here"
+        )
+        verdict = False
+    return verdict
