@@ -325,7 +325,11 @@ def _print(report: dict[str, Any]) -> None:
         if entry["version"] is None:
             print(f"missing    {name}, for {entry['for']}: {_how(name)}")
     for row in report["toolchains"]:
-        state = f"{row['version']} ({row['variant']})" if row["version"] else f"swift toolchain install {row['name']}"
+        state = (
+            f"{row['version']} ({row['variant']})"
+            if row["version"]
+            else f"swift toolchain install {row['name']}"
+        )
         print(f"toolchain  {row['name']}, for {row['for']}: {state}")
     for warning in report["warnings"]:
         print(f"warning: {warning}")
