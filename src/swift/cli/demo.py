@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
 
 
 def _experiments(folder: Path, seed: int) -> int:
-    """Four experiments at once, their evaluation and report, with a service of the demo's own; then the winner's use."""
+    """Four experiments at once, their evaluation and report, with a service of their own; then the winner's use."""
     from swift.cli import compare, report, service
     from swift.cli import run as run_command
     from swift.demo.experiments import LEARNING_RATES, write_experiments

@@ -17,7 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from swift.config.bind import resolve
 from swift.core.errors import SwiftError
+from swift.quantize.export import export
 
 __all__ = ["ask_the_winner"]
 
@@ -46,7 +48,7 @@ def ask_the_winner(folder: Path, adapter: Path, *, say: Callable[[str], None] = 
         "--device",
         "cpu",
     ]
-    if code := _swift("merge-lora", merge, say):
+    if code := _export("merge-lora", merge, say):
         return code
     served = merged
     if find_spec("bitsandbytes") is None:
@@ -56,17 +58,18 @@ def ask_the_winner(folder: Path, adapter: Path, *, say: Callable[[str], None] = 
     else:
         quantise = ["--model", str(merged), "--quant_method", "bnb", "--quant_bits", "4"]
         quantise += ["--output_dir", str(small), "--parity_dataset", heldout, "--device", "cpu"]
-        if code := _swift("export", quantise, say):
+        if code := _export("export", quantise, say):
             return code
         served = small
     return _serve_and_ask(folder, served, say)
 
 
-def _swift(command: str, argv: list[str], say: Callable[[str], None]) -> int:
-    from swift.cli import export, merge_lora
-
+def _export(command: str, argv: list[str], say: Callable[[str], None]) -> int:
+    """What the command does, with its report; 1 when the result is past a limit."""
     say(f"\n$ swift {command} {' '.join(argv)}")
-    return (merge_lora if command == "merge-lora" else export).run(argv)
+    target, report = export(resolve(command, argv), say)
+    report.show(target)
+    return 0 if report.passed else 1
 
 
 def _serve_and_ask(folder: Path, model: Path, say: Callable[[str], None]) -> int:
