@@ -82,7 +82,7 @@ def check_weights(model: Path, features: Sequence[str]) -> None:
             "vLLM cannot compute with 4-bit weights on this CPU",
             where=str(model),
             why="its kernels for them need AVX-512",
-            fix="fp8 or w8a8 weights, --infer_backend transformers, or another machine",
+            fix="--infer_backend transformers, 8-bit weights, or a machine with AVX-512",
         )
 
 
