@@ -201,6 +201,8 @@ class _Flow:
 
         texts = self._texts()
         source = self._source()
+        if self.resolved.config.quantization.quant_method == "awq" and self._dtype == "float32":
+            self._say("float16", "what AWQ leaves as it is; its layers are not made for float32")
         self._say("quantises", f"{source} to {self.resolved.config.quantization.quant_method}")
         self._logits_of_original(source, texts)
         job = self._job(source, texts["rows"])
