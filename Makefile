@@ -14,7 +14,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .PHONY: help demo test test-slow test-extras test-vllm check format bench clean
 
 help:
-	@echo "make demo       watch a tiny model learn a task (under 3 minutes after installation)"
+	@echo "make demo       train, compare, quantise and serve tiny models (under 4 minutes after installation)"
 	@echo "make test       fast tests"
 	@echo "make test-slow  end-to-end and long tests"
 	@echo "make test-extras  tests of torchao, in an environment of its own"
@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		echo "error: $(PYTHON) cannot make virtual environments"; \
 		echo "  fix: install its venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 	@echo "Installing into $(VENV) (once, a few minutes)..."
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[bnb]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

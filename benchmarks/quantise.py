@@ -146,6 +146,8 @@ def export(model: Path, folder: Path, name: str) -> dict[str, Any]:
             "cpu",
         ]
         run([str(word) for word in words], folder, name)
+    if not (output / "parity.json").exists():
+        raise SystemExit(f"error: {name} was not exported\n{(folder / f'{name}.log').read_text()[-2000:]}")
     report: dict[str, Any] = json.loads((output / "parity.json").read_text())
     return report
 

@@ -51,7 +51,7 @@ def test_errors_are_immediate():
 
     with pytest.raises(ConfigError, match="lora_rank"):
         SwiftTrainer({"model": "m", "dataset": "d", "lora_rnk": 4})
-    with pytest.raises(UsageError, match="sft or pt"):
+    with pytest.raises(UsageError, match="sft, pt or rlhf"):
         SwiftTrainer({"command": "infer"})
 
 

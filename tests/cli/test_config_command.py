@@ -57,7 +57,7 @@ def test_show_warns_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         ("deepspeed", "deepspeed: not in this version: DeepSpeed comes with a later version"),
         ("hub_strategy", "hub_strategy: not needed: models and data are read from local folders\n"),
         ("evaluation", "evaluation: the section evaluation\n"),
-        ("ckpt_dir", "ckpt_dir: pt: resume_from_checkpoint, sft: resume_from_checkpoint, infer: adapters"),
+        ("ckpt_dir", "ckpt_dir: pt: resume_from_checkpoint, sft: resume_from_checkpoint, rlhf: resume_from_"),
     ],
 )
 def test_alias(name: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:

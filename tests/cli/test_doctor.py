@@ -16,7 +16,7 @@ def test_report_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert code == (1 if report["problems"] else 0)
     assert set(report) == {
-        "python", "versions", "cpu", "devices", "nvidia", "disk", "optional", "problems", "warnings"
+        "python", "versions", "cpu", "devices", "nvidia", "disk", "optional", "toolchains", "problems", "warnings"
     }  # fmt: skip
     assert report["versions"]["torch"] and report["cpu"]["cores"] >= 1
     assert report["optional"]["wandb"]["for"] == "--report_to wandb"

@@ -89,14 +89,19 @@ def test_answer_table_shows_control_characters_and_long_answers_safely() -> None
 
 
 @pytest.mark.slow
-def test_four_experiments_at_once_and_their_report(tmp_path: Path) -> None:
+def test_four_experiments_their_report_and_the_winner_quantised_and_served(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "swift", "demo", "--output_dir", "demo"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "winner: bold" in done.stdout
+    for folder in ("winner", "winner-nf4"):
+        parity = json.loads((tmp_path / "demo" / folder / "parity.json").read_text())
+        assert parity["passed"], parity
+    assert "ok    the service is stopped" in done.stdout
+    assert not (tmp_path / "demo" / "serving.json").exists(), "the server of the winner still runs"
     report = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     for name in LEARNING_RATES:
         run = tmp_path / "demo" / "experiments" / name

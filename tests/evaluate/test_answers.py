@@ -274,6 +274,6 @@ def test_merge_lora(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_merge_lora_needs_room(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_command, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr("swift.quantize.merge.free_bytes", lambda path: 1000)
     with pytest.raises(SwiftError, match="1000 B are free"):
         merge_command.run(["--adapters", str(adapter), "--device", "cpu"])

@@ -15,11 +15,21 @@ from swift.evaluate.endpoint import Endpoint, EndpointError
 from swift.evaluate.evaluators import Case, find_evaluators
 from swift.evaluate.judge import read_score
 from swift.evaluate.questions import Question
-from swift.evaluate.subjects import ServedModel
+from swift.evaluate.subjects import Reply, ServedModel
 
 
 def question(text: str = "q", reference: str | None = "right", **extra: Any) -> Question:
     return Question(0, "f:1", [{"role": "user", "content": text}], reference, None, extra)
+
+
+def answers_of(
+    model: ServedModel, questions: list[Question], options: GenerationSection, seed: int | None
+) -> list[Reply]:
+    """In the order of the questions, whatever the order in which they came."""
+    found: dict[int, Reply] = {}
+    numbers = range(len(questions))
+    model.answers(questions, options, seed=seed, numbers=numbers, on_reply=found.__setitem__)
+    return [found[number] for number in numbers]
 
 
 def endpoint(url: str, **options: Any) -> Endpoint:
@@ -37,7 +47,7 @@ def test_answers_come_in_order_with_bounded_concurrency(monkeypatch: pytest.Monk
     options = GenerationSection(temperature=0.5, max_new_tokens=7, stop_words=["X"], top_p=0.9)
     with fake_server(answer) as server:
         model = ServedModel(endpoint(server.url, concurrency=3))
-        replies = model.answers([question(str(n)) for n in range(9)], options, seed=5)
+        replies = answers_of(model, [question(str(n)) for n in range(9)], options, 5)
         assert [(reply.text, reply.finish_reason, reply.num_tokens) for reply in replies] == [
             (f"to {n}", "length", 2) for n in range(9)
         ]
@@ -103,7 +113,7 @@ def test_answers_that_are_none() -> None:
         fake_server(lambda path, body, number: (200, {}, {"choices": []})) as server,
         pytest.raises(EndpointError, match="no message"),
     ):
-        ServedModel(endpoint(server.url)).answers([question()], GenerationSection(), seed=None)
+        answers_of(ServedModel(endpoint(server.url)), [question()], GenerationSection(), None)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_later_edits_change_nothing_and_changed_data_is_found(work: Path) -> Non
         ("experiments:\n  a: {needs: b}\n  b: {needs: c}\n  c: {needs: b}", 3, "circle: b -> c -> b", "remove"),
         ("experiments:\n  alpha: {}\n  b: {needs: alpa}", 3, "needs alpa", "did you mean alpha?"),
         ("experiments:\n  a: {command: sfft}", 2, "unknown command 'sfft'", "did you mean sft?"),
-        ("experiments:\n  a: {command: rlhf}", 2, "comes with a later version", "sft"),
+        ("experiments:\n  a: {command: sample}", 2, "comes with a later version", "use swift infer"),
         ("experiments:\n  a: {command: data, lora_rank: 8}", 2, "takes words, not options", "words:"),
         ("experiments:\n  a: {words: [x]}", 2, "takes options, not words", "NAME: value"),
         ("experiments: {a: {}}\nresources:\n  memory: lots", 3, "'lots' is not a size", "8GiB"),

@@ -52,8 +52,13 @@ async def unload(request: Request):
 @app.post("/v1/completions")
 async def complete(request: Request):
     body = await request.json()
-    if "structured_outputs" in body:
-        return JSONResponse({"error": {"message": "no such grammar"}}, 400)
+    if "structured_outputs" in body:  # vLLM has answered 200 when it finds out
+        fault = json.dumps({"error": {"message": "no such grammar", "code": 400}})
+        return StreamingResponse(
+            iter([f"data: {fault}\n\n", "data: [DONE]\n\n"]), media_type="text/event-stream"
+        )
+    if body["temperature"] > 2:
+        return JSONResponse({"error": {"message": "too hot"}}, 400)
     if body["prompt"][0] == 13:
         return JSONResponse({"error": {"message": "broke"}}, 500)
     if body["prompt"][0] == 99:

@@ -19,7 +19,7 @@ from swift.config.sections.vllm import VllmSection
 from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.inference.engines.base import EngineBusy, Grammar, Request, SamplingOptions
 from swift.inference.engines.vllm import VllmEngine
-from swift.inference.engines.vllm_server import Launch, server_arguments, server_variables
+from swift.inference.engines.vllm_server import Launch, check_weights, server_arguments, server_variables
 
 
 @pytest.fixture
@@ -111,6 +111,8 @@ async def speak(place: Path) -> None:
         # Refusals and failures.
         with pytest.raises(ConfigError, match="no such grammar"):
             await collect(engine, [5], grammar=Grammar("regex", "("))
+        with pytest.raises(ConfigError, match="too hot"):
+            await collect(engine, [5], temperature=3.0)
         with pytest.raises(ConfigError, match="64 tokens, prompt and answer may have 64"):
             await collect(engine, [5] * 64)
         with pytest.raises(ConfigError, match="at most 20 alternatives"):
@@ -219,6 +221,18 @@ def test_options_become_words_of_vllm(tmp_path: Path) -> None:
     )
     assert server_variables(launch, "cpu")["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert "VLLM_CPU_KVCACHE_SPACE" not in server_variables(launch, "cuda")
+
+
+def test_four_bit_weights_need_a_cpu_that_vllm_has_a_kernel_for(tmp_path: Path) -> None:
+    group = {"weights": {"num_bits": 4}}
+    for quantised in ({"quant_method": "awq", "bits": 4}, {"config_groups": {"group_0": group}}):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantised}))
+        with pytest.raises(ModelError, match="need AVX-512"):
+            check_weights(tmp_path, ["avx2"])
+        check_weights(tmp_path, ["avx2", "avx512f"])
+    for fine in ({}, {"quantization_config": {"quant_method": "fp8"}}, {"quantization_config": {"bits": 8}}):
+        (tmp_path / "config.json").write_text(json.dumps(fine))
+        check_weights(tmp_path, ["avx2"])
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_mean_pooling_is_the_mean_over_the_tokens_of_each_text(tiny_model_dir):
     model = load_model(tiny_model_dir, dtype=torch.float32)
     make = engine_of(resolved.config, model, tokenizer)
     engine = make(model, [], device=torch.device("cpu"), dtype=torch.float32)
-    sequences = [torch.as_tensor(one).long() for i in range(2) for one in dataset.group(i)[0]]
+    sequences = [torch.as_tensor(one).long() for i in range(2) for one, _ in dataset.group(i)[0]]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(one) for one in sequences])[:, None]
     theirs = load_model(tiny_model_dir, dtype=torch.float32, attention="eager").model

@@ -223,7 +223,7 @@ def test_weights_of_data_sets_that_are_not_here_are_left_out(work: Path) -> None
 
 
 def test_rows_that_teach_nothing_are_told(work: Path) -> None:
-    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"query": "q", "response": "a"}]
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"query": "q"}]
     (work / "dpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = [text for text in plan_of(work, data="dpo.jsonl")["warnings"] if "2 rows looked at" in text]
     assert len(told) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -38,14 +37,19 @@ def make_wheel(folder: Path, name: str, version: str, code: str) -> Path:
 
 
 class Place:
-    """A home with locks, smoke tests and wheels for the toolchain ``lm-eval``."""
+    """A home with locks, smoke tests and wheels for the toolchain ``lm-eval``, and a quick stand-in for uv."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.wheels, self.locks, self.smoke = root / "wheels", root / "locks", root / "smoke"
         self.lines: list[str] = []
-        for folder in (self.wheels, self.locks, self.smoke):
+        if self.wheels.exists():  # another process has made it
+            return
+        for folder in (self.wheels, self.locks, self.smoke, root / "bin"):
             folder.mkdir()
+        program = f'#!/bin/sh\nexec {sys.executable} -I -S {Path(__file__).with_name("fake_uv.py")} "$@"\n'
+        (root / "bin" / "uv").write_text(program)
+        (root / "bin" / "uv").chmod(0o755)
         make_wheel(self.wheels, "fakelib", "1.0", "def double(x):\n    return 2 * x\n")
         self.write_lock("fakelib==1.0")
         self.write_smoke(GOOD)
@@ -62,7 +66,7 @@ class Place:
             "name": "lm-eval",
             "variant": "cpu",
             "wheels": self.wheels,
-            "installer": "pip",
+            "installer": "uv",
             "locks": self.locks,
             "smoke": self.smoke,
             "say": self.lines.append,
@@ -99,6 +103,3 @@ def exists(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-assert os.name == "posix"

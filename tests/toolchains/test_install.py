@@ -24,6 +24,7 @@ from swift.toolchains.toolchain import ToolchainError, find_toolchain
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("SWIFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]))
     return Place(tmp_path)
 
 
@@ -36,7 +37,7 @@ def test_an_installed_toolchain_is_tested_recorded_and_found(place: Place, monke
     with pytest.raises(ToolchainError, match="swift toolchain install lm-eval"):
         find_toolchain("lm-eval")
 
-    made = install(place.wanted())
+    made = install(place.wanted(installer="pip"))
 
     found = find_toolchain("lm_eval")
     assert found == made
@@ -50,7 +51,7 @@ def test_an_installed_toolchain_is_tested_recorded_and_found(place: Place, monke
     assert (row["variant"], row["problem"]) == ("cpu", None)
 
     place.lines.clear()
-    assert install(place.wanted()) == found
+    assert install(place.wanted(installer="pip")) == found
     assert place.lines == [f"lm-eval is installed in {found.environment}"]
 
 
@@ -66,7 +67,7 @@ def test_a_missing_wheel_is_named_and_the_same_command_goes_on(place: Place) -> 
 
     make_wheel(place.wheels, "missing", "3.0", "")
     place.lines.clear()
-    assert install(place.wanted()).versions == {"fakelib": "1.0", "missing": "3.0"}
+    assert install(place.wanted(installer="pip")).versions == {"fakelib": "1.0", "missing": "3.0"}
     assert place.environments() == [kept]
     assert "going on with an interrupted installation" in place.lines
 
@@ -97,10 +98,7 @@ def test_a_killed_installation_leaves_nothing_running_and_is_taken_up(place: Pla
     )
     program = (
         "import sys; from pathlib import Path; from tests.toolchains.fakes import Place;"
-        "from swift.toolchains.install import install; place = Place.__new__(Place);"
-        "root = Path(sys.argv[1]); place.root = root; place.lines = [];"
-        "place.wheels, place.locks, place.smoke = root / 'wheels', root / 'locks', root / 'smoke';"
-        "install(place.wanted())"
+        "from swift.toolchains.install import install; install(Place(Path(sys.argv[1])).wanted())"
     )
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
@@ -148,24 +146,21 @@ def test_a_step_has_a_deadline_and_a_name(place: Place) -> None:
 
 
 def test_options_of_pip_reach_it_and_are_remembered(place: Place) -> None:
-    made = install(place.wanted(arguments=("--no-compile", "--force-reinstall")))
-    assert made.record["arguments"] == ["--no-compile", "--force-reinstall"]
-    with pytest.raises(ToolchainError, match="no such option: --no-such-option"):
-        install(place.wanted(arguments=("--no-such-option",)))
+    made = install(place.wanted(arguments=("--strict",)))
+    assert made.record["arguments"] == ["--strict"]
+    place.write_lock("missing==1")
+    with pytest.raises(ToolchainError, match="no wheel for missing==1"):
+        install(place.wanted(arguments=("--strict",)))
+    assert find_toolchain("lm-eval") == made
 
 
-def test_what_the_index_has_not_is_looked_for_in_the_fallback(place: Place, monkeypatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(place.root / "nothing"))
-    index = place.root / "index" / "fakelib"
-    index.mkdir(parents=True)
-    wheel = next(place.wheels.iterdir())
-    (index / "index.html").write_text(f'<a href="{wheel.as_uri()}">{wheel.name}</a>')
-    monkeypatch.setenv("PIP_NO_INDEX", "0")
-    monkeypatch.setenv("PIP_INDEX_URL", (place.root / "empty").as_uri())
-    place.write_lock("fakelib==1.0", step=f"all --fallback-index {index.parent.as_uri()}")
+def test_what_the_index_has_not_is_looked_for_in_the_fallback(place: Place) -> None:
+    place.write_lock("fakelib==1.0")
+    with pytest.raises(ToolchainError, match="the index is empty"):
+        install(place.wanted(wheels=None))
+    place.write_lock("fakelib==1.0", step=f"all --fallback-index {place.wheels}")
     assert install(place.wanted(wheels=None)).versions == {"fakelib": "1.0"}
-    assert any("trying file://" in line for line in place.lines)
+    assert f"  not in the index in use; trying {place.wheels}" in place.lines
 
 
 def test_variables_and_aliases_of_the_lock(place: Place) -> None:
@@ -215,13 +210,6 @@ def test_wrong_words_are_refused(place: Place) -> None:
         install(place.wanted(variant="cuda"))
     with pytest.raises(UsageError, match="--wheels: there is no folder"):
         install(place.wanted(wheels=place.root / "no"))
-
-
-@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on PATH")
-def test_uv_makes_the_same(place: Place) -> None:
-    made = install(place.wanted(installer=None))
-    assert made.record["installer"] == "uv"
-    assert made.record["smoke"]["result"] == {"doubled": 42}
 
 
 def test_the_command_lists_what_there_is(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from swift.cli.arguments import ArgumentParser
 from swift.cli.table import COMMANDS
+from swift.core.errors import SwiftError
 from swift.core.logging import quiet_libraries
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ def run(argv: list[str]) -> int:
         "--seed", type=int, default=42, metavar="N", help="other data, other weights (default: 42)"
     )
     parser.add_argument(
-        "--single", action="store_true", help="only the first run, without the four experiments after it"
+        "--single",
+        action="store_true",
+        help="only the first run, without the experiments and the service after it",
     )
     arguments = parser.parse(argv)
     os.environ.setdefault(
@@ -45,10 +48,11 @@ def run(argv: list[str]) -> int:
 
 
 def _experiments(folder: Path, seed: int) -> int:
-    """Four experiments at once, their evaluation and their report, with a service of the demo's own."""
+    """Four experiments at once, their evaluation and report, with a service of their own; then the winner's use."""
     from swift.cli import compare, report, service
     from swift.cli import run as run_command
     from swift.demo.experiments import LEARNING_RATES, write_experiments
+    from swift.demo.winner import ask_the_winner
     from swift.experiments.home import Home
     from swift.experiments.store import Store
 
@@ -63,12 +67,17 @@ def _experiments(folder: Path, seed: int) -> int:
         code = run_command.run([str(path)])
     finally:
         service.run(["stop"])
-    if code == 0:
-        group = Store(home.store).groups(limit=1)[-1].name
-        print(f"\n$ SWIFT_HOME={home.root} swift compare")
-        code = compare.run([group, "--metric", "exact_match"])
-        code = code or report.run([group, "--metric", "exact_match", "--output", str(folder / "report.html")])
-    return code
+    if code:
+        return code
+    group = Store(home.store).groups(limit=1)[-1].name
+    judged = [group, "--metric", "exact_match"]
+    print(f"\n$ SWIFT_HOME={home.root} swift compare")
+    if code := compare.run(judged) or report.run([*judged, "--output", str(folder / "report.html")]):
+        return code
+    winner = compare.compare([group], "exact_match").winner
+    if winner is None or winner.run_dir is None:
+        raise SwiftError("no experiment has won", where=str(path), fix=f"swift compare {group}")
+    return ask_the_winner(folder, Path(winner.run_dir) / "last")
 
 
 def _show(result: DemoResult) -> None:

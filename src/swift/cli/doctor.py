@@ -124,9 +124,23 @@ def examine() -> dict[str, Any]:
         "nvidia": nvidia,
         "disk": {"path": str(Path.cwd()), "free_bytes": shutil.disk_usage(Path.cwd()).free},
         "optional": {name: {"version": _version(name), "for": use} for name, use in OPTIONAL.items()},
+        "toolchains": _toolchains(problems),
         "problems": problems,
         "warnings": warnings,
     }
+
+
+def _toolchains(problems: list[str]) -> list[dict[str, Any]]:
+    """What ``swift toolchain ls`` knows; broken ones are problems."""
+    from swift.toolchains.check import list_toolchains
+
+    rows = list_toolchains()
+    problems += [
+        f"the toolchain {row['name']} is broken ({row['problem']}): swift toolchain rm {row['name']}"
+        for row in rows
+        if row["problem"]
+    ]
+    return rows
 
 
 def _version(name: str) -> str | None:
@@ -310,6 +324,13 @@ def _print(report: dict[str, Any]) -> None:
     for name, entry in report["optional"].items():
         if entry["version"] is None:
             print(f"missing    {name}, for {entry['for']}: {_how(name)}")
+    for row in report["toolchains"]:
+        state = (
+            f"{row['version']} ({row['variant']})"
+            if row["version"]
+            else f"swift toolchain install {row['name']}"
+        )
+        print(f"toolchain  {row['name']}, for {row['for']}: {state}")
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     for problem in report["problems"]:

@@ -50,7 +50,7 @@ def _check_quantization(resolved: Resolved, where: Callable[[Resolved, str], str
             where=where(resolved, "quant_bits"),
             fix="--quant_method bnb --quant_bits 4",
         )
-    if resolved.command in ("pt", "sft") and resolved.config.tuner.tuner_type == "full":
+    if resolved.command in ("pt", "sft", "rlhf") and resolved.config.tuner.tuner_type == "full":
         raise ConfigError(
             "a quantised base cannot be trained in full",
             where=where(resolved, "quant_method"),

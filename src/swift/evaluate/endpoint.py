@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swift.core.errors import SwiftError
+from swift.core.logging import get_logger
 
 __all__ = ["Endpoint", "EndpointError"]
 
+logger = get_logger(__name__)
+
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_PAUSE_SECONDS = 30.0
+_HELLO_SECONDS = 30.0
+"""For the list of models: a server that is not there is told soon."""
 
 
 class EndpointError(SwiftError):
@@ -103,7 +108,8 @@ class Endpoint:
         import httpx
 
         clock = asyncio.get_running_loop().time
-        end, pause, attempt = clock() + self.deadline_seconds, self._first_pause_seconds, 0
+        longest = self.deadline_seconds if body is not None else min(_HELLO_SECONDS, self.deadline_seconds)
+        end, pause, attempt = clock() + longest, self._first_pause_seconds, 0
         while True:
             attempt += 1
             wait: float | None = None
@@ -129,6 +135,7 @@ class Endpoint:
                     f"no answer after {attempt} attempts", where=self.url + path, why=why,
                     fix="is the server up, and the address right?",
                 )  # fmt: skip
+            logger.warning("%s: %s; asked again in %.1f s", self.url + path, why, wait)
             await asyncio.sleep(wait)
 
 

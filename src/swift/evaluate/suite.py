@@ -62,7 +62,7 @@ def task_specs(resolved: Resolved) -> list[TaskSpec]:
     """The tasks that options ask for: those of ``eval_tasks``, and ``val_dataset`` with ``metric``."""
     config = resolved.config
     specs = read_suite(Path(config.evaluation.eval_tasks)) if config.evaluation.eval_tasks else []
-    if config.data.val_dataset and resolved.command not in ("pt", "sft"):
+    if config.data.val_dataset and resolved.command not in ("pt", "sft", "rlhf"):
         options = config.generation
         specs.append(
             TaskSpec(

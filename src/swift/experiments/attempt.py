@@ -16,6 +16,7 @@ from swift.core.files import atomic_write_text
 from swift.experiments.home import Home
 from swift.experiments.isolation import environment_for
 from swift.experiments.progress import OUTPUT_LOG, read_json
+from swift.experiments.serving import SERVING, ready_file
 from swift.experiments.types import TRAINING, Inventory, Job, Launch, Placement
 from swift.runs.folder import RunFolder
 from swift.runs.status import read_status
@@ -103,6 +104,8 @@ def _words(home: Home, job: Job) -> list[str]:
         _move_aside(run, job.attempt - 1)
     file = home.attempt_dir(job.id, job.attempt) / "config.yaml"
     values = {"command": spec.command, **spec.options, **job.overrides}
+    if spec.command in SERVING:
+        values["ready_file"] = str(ready_file(home, job))
     atomic_write_text(file, yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
     return [spec.command, str(file)]
 

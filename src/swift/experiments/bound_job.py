@@ -14,6 +14,7 @@ from swift.core.errors import ConfigError, SwiftError
 from swift.experiments.fields import NOWHERE, fail, mapping
 from swift.experiments.file import Experiment, Resources, read_resources
 from swift.experiments.option_layers import about, bind, make_absolute
+from swift.experiments.serving import SERVING
 from swift.experiments.stages import Stage
 from swift.experiments.types import TRAINING, Dependency
 
@@ -114,12 +115,15 @@ def _bind_stage(bound: BoundJob, stage: Stage, cwd: Path, planning: bool) -> Bou
     if bound.run_dir is not None:
         words |= {f"{{{name}}}": str(bound.run_dir / name) for name in ("merged", "exported")}
         words["{run}"] = str(bound.run_dir)
+    resources = bound.experiment.resources
+    if stage.command in SERVING:  # it keeps its place for long, so everything else goes first
+        resources = replace(resources, priority=resources.priority - 1, cold=True)
     made = BoundJob(
         experiment=bound.experiment,
         name=f"{bound.name}/{stage.name}",
         command=stage.command,
         resolved=None,
-        resources=read_resources(stage.resources, bound.experiment.resources),
+        resources=read_resources(stage.resources, resources),
         after=[Dependency(need, stage.when) for need in needs],
         words=[_filled(word, words) for word in stage.words],
         environment={**bound.environment, **stage.environment},
@@ -164,6 +168,8 @@ def _stage_defaults(bound: BoundJob, stage: Stage, options: Written) -> dict[str
         values["result_path"] = str(run / f"{stage.name}.jsonl")
     if "eval_output_dir" in taken:
         values["eval_output_dir"] = str(run / "eval" / stage.name)
+    if stage.command in SERVING and "port" not in named:
+        values["port"] = 0  # every experiment of the file serves at a port of its own
     if stage.kind == "evaluate":
         values["metric"] = ["exact_match", "rouge", "loss"]
     return values

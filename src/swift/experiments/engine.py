@@ -39,6 +39,7 @@ from swift.experiments.preemption import Preemption, preempt
 from swift.experiments.progress import OUTPUT_LOG, median_step_seconds, read_json
 from swift.experiments.runner import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.scheduler import Decision, Policy, decide
+from swift.experiments.serving import serving_line
 from swift.experiments.store import StateConflict, Store
 from swift.experiments.types import ACTIVE, Inventory, Job, Launch, Placement
 
@@ -192,6 +193,8 @@ class Engine(Control):
                     self.runner.stop(job.id, job.attempt, self.grace_seconds)
             if seen.state == "running" and job.state == "starting":
                 self._move(job, "running", f"on {_place(job.placement)}")
+            elif (line := serving_line(self.home, job)) is not None and line != job.reason:
+                self.store.update(job.id, reason=line)
             return
         self._unwatch(job)
         try:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from swift.config.adapter_names import split_name
 from swift.config.bind import dump
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
@@ -48,7 +49,7 @@ class Estimator:
             folder = None if found is None else found.folder  # None: the job downloads it
             if folder is not None and ((folder / "config.json").is_file() or resolved.command in TRAINING):
                 check_model_folder(folder)
-        for adapter in resolved.config.model.adapters:
+        for _, adapter in map(split_name, resolved.config.model.adapters):
             if not self._comes_later(adapter) and not Path(adapter).exists():
                 raise SwiftError("no such folder", where=adapter, fix="name a run, or one of its checkpoints")
         for name in self._data(resolved):
@@ -89,7 +90,8 @@ class Estimator:
         ``like``: the estimate of a training. A job that uses what it makes is as large as its model, which cannot
         be looked at yet.
         """
-        used = [resolved.config.model.model, *resolved.config.model.adapters]
+        adapters = [folder for _, folder in map(split_name, resolved.config.model.adapters)]
+        used = [resolved.config.model.model, *adapters]
         if (
             like
             and resolved.command not in TRAINING

@@ -9,9 +9,10 @@ from typing import Any
 
 from swift.experiments.home import Home
 from swift.experiments.open_sweeps import sweep_failure, sweep_is_open
+from swift.experiments.serving import is_settled
 from swift.experiments.show import COLOURS, live_row, next_commands, summary_rows, table_text, terminal_width
 from swift.experiments.store import Store
-from swift.experiments.types import ACTIVE, FINISHED, Job
+from swift.experiments.types import ACTIVE, Job
 
 __all__ = ["follow", "is_over", "live_table", "newest_samples", "print_summary"]
 
@@ -26,10 +27,8 @@ _ROWS = 40
 
 
 def is_over(home: Home, group: str, jobs: Sequence[Job]) -> bool:
-    """Whether nothing more will happen by itself: all ended or paused, and no sweep brings more."""
-    return all(job.state in FINISHED or job.state == "paused" for job in jobs) and (
-        not sweep_is_open(home, group) or any(job.state == "paused" for job in jobs)
-    )
+    """Whether nothing more will happen by itself: all ended, paused or serving, and no sweep brings more."""
+    return is_settled(jobs) and (not sweep_is_open(home, group) or any(job.state == "paused" for job in jobs))
 
 
 def follow(home: Home, store: Store, group: str, pause: Callable[[float], None] = time.sleep) -> list[Job]:

@@ -13,6 +13,7 @@ from swift.experiments.engine import Engine
 from swift.experiments.follow import follow
 from swift.experiments.home import Home
 from swift.experiments.service import ServiceLock
+from swift.experiments.serving import SERVING
 from swift.experiments.store import Store
 from swift.experiments.submission import Submission
 from swift.experiments.types import ACTIVE, Job
@@ -36,8 +37,14 @@ def run_inline(
         follow_: shows progress; calls its last argument to let the engine work for about so many seconds.
         settings: of the Engine.
 
-    Raises SwiftError when a service runs the jobs of this home.
+    Raises SwiftError when a service runs the jobs of this home, and for jobs that would go on after the end (deploy).
     """
+    serving = [spec.name for spec in submission.specs if spec.command in SERVING]
+    if serving:
+        raise UsageError(
+            f"{serving[0]} would serve until it is stopped, and nothing outlives an inline run",
+            fix="swift run without --inline",
+        )
     lock = ServiceLock(home)
     engine = Engine(home, Store(home.store), **settings)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from swift.core.format import format_bytes, format_count, format_duration
 from swift.experiments.progress import last_metrics, seconds_of
+from swift.experiments.serving import SERVING
 from swift.experiments.types import ACTIVE, FINISHED, Job
 from swift.runs.status import read_status
 
@@ -131,5 +132,8 @@ def next_commands(group: str, jobs: Sequence[Job]) -> list[str]:
         commands.append(f"swift retry {' '.join(job.id for job in failed[:8])}")
     if any(job.spec.run_dir for job in jobs):
         commands += [f"swift compare {group}", f"swift report {group}"]
+    serving = [job.id for job in jobs if job.spec.command in SERVING and job.state == "running"]
+    if serving:
+        commands.append(f"swift stop {' '.join(serving)}")
     paused = [job.id for job in jobs if job.state == "paused"]
     return commands + ([f"swift resume {paused[0]}"] if paused else [])

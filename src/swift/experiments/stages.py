@@ -15,6 +15,7 @@ from swift.config.commands import COMMANDS, LATER_COMMANDS
 from swift.config.read import Written
 from swift.core.errors import ConfigError
 from swift.experiments.fields import NOWHERE, Fields, fail, suggest
+from swift.experiments.serving import SERVING
 from swift.experiments.submit_checks import find_circle
 from swift.experiments.types import Condition
 
@@ -29,10 +30,16 @@ __all__ = [
     "split_command",
 ]
 
-KINDS: dict[str, str] = {"evaluate": "eval", "merge": "merge-lora", "infer": "infer", "export": "export"}
+KINDS: dict[str, str] = {
+    "evaluate": "eval",
+    "merge": "merge-lora",
+    "infer": "infer",
+    "export": "export",
+    "deploy": "deploy",
+}
 """Kind of stage -> the command it runs."""
 
-_LATER = ("deploy", "quantize", "sample", "rollout", "rlhf")
+_LATER = ("quantize", "sample", "rollout")
 """Stages that later versions bring."""
 
 _WITH_WORDS = ("data", "config", "doctor", "demo", "plan", "resume")
@@ -206,6 +213,15 @@ def merge_stages(common: Mapping[str, Stage], own: Mapping[str, Stage]) -> dict[
         for name, stage in merged.items()
         if name not in gone
     }
+    for stage in left.values():
+        for need in stage.needs:
+            if need in left and left[need].command in SERVING:
+                raise fail(
+                    f"the stage {stage.name} needs {need}, which serves until it is stopped",
+                    stage.written,
+                    stage.name,
+                    fix=f"let {need} come last",
+                )
     graph = {name: stage.needs for name, stage in left.items()}
     check_graph(graph, {name: stage.written for name, stage in left.items()}, "stage")
     return left

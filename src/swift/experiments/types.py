@@ -53,7 +53,7 @@ LEGAL: dict[State, tuple[State, ...]] = {
 }
 """state -> where it may lead. Back to ``queued``: preempted, retried, or found dead after a reboot."""
 
-TRAINING = ("pt", "sft")
+TRAINING = ("pt", "sft", "rlhf")
 """Commands with a run folder, checkpoints and ``swift resume``."""
 
 Condition = Literal["success", "failure", "always"]

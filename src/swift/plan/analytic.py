@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swift.config.schema import Config
+from swift.config.sections.rlhf import DPO_TYPES
 from swift.models.facts import ModelFacts
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "activation_bytes_per_token",
     "checkpoint_bytes",
     "memory_parts",
+    "reference_bytes",
 ]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -187,6 +190,23 @@ def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
         "temporary": temporary // shares,
         "framework": FRAMEWORK_BYTES["cpu" if setup.device == "cpu" else "cuda"],
     }
+
+
+def reference_bytes(config: Config, facts: ModelFacts, setup: Setup) -> int:
+    """What the reference of preference learning keeps beside the model (see `swift.train.reference`).
+
+    Nothing where LoRA is switched off for it; a copy of the trained weights; or a model of its own, of this size.
+    """
+    rlhf = config.rlhf
+    reads = rlhf.rlhf_type in (*DPO_TYPES, "kto") and not rlhf.reference_free
+    if not reads or rlhf.precompute_ref_log_probs:
+        return 0
+    if rlhf.ref_model is not None or rlhf.ref_adapters:
+        return facts.num_parameters * setup.compute_bytes
+    copies = (
+        not setup.is_lora or config.model.adapters or config.tuner.init_weights not in ("default", "gaussian")
+    )
+    return setup.trainable * setup.trainable_bytes if copies else 0
 
 
 def checkpoint_bytes(

@@ -20,7 +20,7 @@ from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.locate import derive_chat_template, find_model, not_here
 from swift.models.quantised import stored_method
 from swift.models.registry import ModelEntry, find_entry, own_folder
-from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts
+from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts, reference_bytes
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
 from swift.plan.modules import (
@@ -385,6 +385,8 @@ def _memory(
         mlp = facts.parts["mlp"] + setup.trainable
         facts = replace(facts, num_layers=grown, parts={**facts.parts, "mlp": mlp})
     parts = memory_parts(facts, setup)
+    reference = reference_bytes(resolved.config, facts, setup)
+    parts |= {"reference": reference} if reference else {}
     options = resolved.config.checkpoint
     one = checkpoint_bytes(
         facts,

@@ -201,6 +201,8 @@ class _Flow:
 
         texts = self._texts()
         source = self._source()
+        if self.resolved.config.quantization.quant_method == "awq" and self._dtype == "float32":
+            self._say("float16", "what AWQ leaves as it is; its layers are not made for float32")
         self._say("quantises", f"{source} to {self.resolved.config.quantization.quant_method}")
         self._logits_of_original(source, texts)
         job = self._job(source, texts["rows"])
@@ -426,7 +428,7 @@ class _Flow:
         except ToolchainError as error:
             return f"not tried: {error.message} ({error.fix})"
         worker = Path(__file__).with_name("workers") / "vllm_load.py"
-        payload = {"model": str(folder), "ids": ids[:16], "dtype": "auto"}
+        payload = {"model": str(folder), "ids": ids[:16], "bytes": weights_size(folder)}
         try:
             toolchain.run(
                 worker,
@@ -436,8 +438,14 @@ class _Flow:
                 log=self.work / "vllm.log",
             )
         except ToolchainError as error:
-            return f"no: {error.message}"
+            return f"no: {_reason(error)}"
         return "yes"
+
+
+def _reason(error: ToolchainError) -> str:
+    """The message, and the last line of the cause that names an error (the others are a traceback)."""
+    named = [line.strip() for line in (error.why or "").splitlines() if "Error:" in line]
+    return f"{error.message}; {named[-1]}" if named and named[-1] not in error.message else error.message
 
 
 def _probes(texts: dict[str, Any]) -> list[Any]:

@@ -103,6 +103,8 @@ def _gptqmodel(job: Job, output: Path) -> dict[str, Any]:
             "output": str(output),
             "scratch": str(job.scratch),
             "method": job.method,
+            # gptqmodel's layers for AWQ exist in 16 bits only.
+            "dtype": "float16" if job.method == "awq" and job.dtype == "float32" else job.dtype,
             "bits": job.section.quant_bits,
             "group_size": job.group_size,
             "rows": [list(row) for row in job.rows],

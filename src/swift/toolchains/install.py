@@ -11,11 +11,11 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +37,6 @@ __all__ = ["Installation", "install", "installed_versions", "remove", "smoke_tes
 SMOKE_FOLDER = Path(__file__).with_name("smoke")
 STAGE_SECONDS = 3600.0
 SMOKE_SECONDS = 3600.0
-CHECK_SECONDS = 120.0
 LOG = "install.log"
 INDEX_SETTINGS = (
     *(
@@ -265,7 +264,6 @@ class _Work:
             "lock": self.lock.digest,
             "tested_by_us": self.lock.tested,
             "versions": installed_versions(self.environment),
-            "conflicts": self._conflicts(),
         }
         toolchain = Toolchain(self.name, self.environment, record)
         self.wanted.say("smoke test")
@@ -297,10 +295,7 @@ class _Work:
             )
         if uv is not None and self.wanted.installer != "pip":
             return uv
-        probe = subprocess.run(
-            [sys.executable, "-P", "-m", "pip", "--version"], capture_output=True, timeout=60
-        )
-        if probe.returncode:
+        if importlib.util.find_spec("pip") is None:
             raise ToolchainError(
                 "there is neither uv on PATH nor pip beside this Python",
                 where=sys.executable,
@@ -419,21 +414,6 @@ class _Work:
         ]
         if wrong and not self.wanted.arguments:
             raise self._failure("the environment is not what the lock says", "\n".join(wrong), None)
-
-    def _conflicts(self) -> list[str]:
-        """What the packages' own metadata would not allow; the smoke test has the last word."""
-        python = str(self.environment / "bin" / "python")
-        check = (
-            [self.uv, "pip", "check", "--python", python]
-            if self.uv
-            else [sys.executable, "-P", "-m", "pip", "--python", python, "check"]
-        )
-        done = subprocess.run(
-            check, capture_output=True, text=True, timeout=CHECK_SECONDS, env=self._variables()
-        )
-        return [
-            line for line in done.stdout.splitlines() if " has requirement " in line or " requires " in line
-        ]
 
 
 class _CommandFailed(Exception):

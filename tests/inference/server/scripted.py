@@ -132,8 +132,10 @@ class _Answer:
 
 
 @contextmanager
-def running(service: Service, keys: Sequence[str] = (), **settings: Any) -> Iterator[str]:
-    """The service on a free port of this machine; gives its URL."""
+def running(
+    service: Service, keys: Sequence[str] = (), *, start: bool = False, **settings: Any
+) -> Iterator[str]:
+    """The service on a free port of this machine; gives its URL. ``start``: its engine is real and must be."""
     config = uvicorn.Config(
         create_app(service, keys=keys), port=0, log_config=None, lifespan="off", **settings
     )
@@ -141,21 +143,25 @@ def running(service: Service, keys: Sequence[str] = (), **settings: Any) -> Iter
     started = threading.Event()
 
     async def run() -> None:
+        if start:
+            await service.engine.start()
         task = asyncio.ensure_future(server.serve())
         while not server.started:
             await asyncio.sleep(0.002)
         started.set()
         await task
+        if start:
+            await service.engine.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(120)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)
 
 
 def with_limits(service: Service, **limits: Any) -> Service:

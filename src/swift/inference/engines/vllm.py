@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift.config.schema import Resolved
+from swift.core.devices import describe_cpu
 from swift.core.errors import ConfigError, SwiftError
 from swift.inference.engines.base import Delta, EngineBusy, EngineStats, Request
 from swift.inference.engines.vllm_server import (
     BASE,
     Launch,
     check_adapter,
+    check_weights,
     server_arguments,
     server_variables,
 )
@@ -353,6 +355,8 @@ def make(context: InferenceContext, resolved: Resolved) -> VllmEngine:
             fix="swift export writes a quantised folder that vLLM loads; or --infer_backend transformers",
         )
     toolchain = find_toolchain("vllm")
+    if toolchain.variant == "cpu":
+        check_weights(context.model, describe_cpu()["features"])
     config = resolved.config
     kind, _, index = config.model.device.partition(":")
     if kind not in ("auto", toolchain.variant):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from swift.config.sections.engine import EngineSection
 from swift.config.sections.vllm import VllmSection
 from swift.core.errors import ConfigError, ModelError
 
-__all__ = ["BASE", "Launch", "check_adapter", "server_arguments", "server_variables"]
+__all__ = ["BASE", "Launch", "check_adapter", "check_weights", "server_arguments", "server_variables"]
 
 BASE = "base"
 """What the base model is called inside the server."""
@@ -66,6 +66,24 @@ class Launch:
             raise ConfigError("adapters are given", where="--vllm_enable_lora false", fix="leave it out")
         for folder in self.adapters.values():
             check_adapter(folder, self.max_lora_rank)
+
+
+def check_weights(model: Path, features: Sequence[str]) -> None:
+    """Raise ModelError for weights of 4 bits and fewer on a CPU without AVX-512: vLLM has no kernel for them there.
+
+    (Its server starts, and dies with the first request.)
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    groups = (config.get("config_groups") or {}).values()
+    bits = [config.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups)]
+    is_x86 = any(name.startswith("avx") for name in features)
+    if is_x86 and "avx512f" not in features and any(found is not None and found <= 4 for found in bits):
+        raise ModelError(
+            "vLLM cannot compute with 4-bit weights on this CPU",
+            where=str(model),
+            why="its kernels for them need AVX-512",
+            fix="--infer_backend transformers, 8-bit weights, or a machine with AVX-512",
+        )
 
 
 def check_adapter(folder: Path, limit: int | None = None) -> int:

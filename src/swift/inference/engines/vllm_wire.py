@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from swift.core.errors import ConfigError
 from swift.inference.engines.base import Delta, Request, SamplingOptions, TokenInfo
 
 __all__ = ["error_text", "parse_metrics", "read_choice", "read_line", "request_body"]
@@ -53,11 +54,16 @@ def _structure(sampling: SamplingOptions) -> dict[str, str] | None:
 
 
 def read_line(line: str, request: Request) -> Delta | None:
-    """One line of a streamed answer; None for those that say nothing."""
+    """One line of a streamed answer; None for those that say nothing.
+
+    Raises ConfigError when the server finds only now that it cannot do what is asked (a bad grammar).
+    """
     if not line.startswith("data:") or line.endswith("[DONE]"):
         return None
     event = json.loads(line[5:])
     if "error" in event:
+        if isinstance(event["error"], dict) and event["error"].get("code") in range(400, 500):
+            raise ConfigError(f"vLLM refuses the request: {error_text(line[5:])}")
         return Delta(finish_reason="error", error=f"vLLM: {error_text(line[5:])}")
     return read_choice(event["choices"][0], request) if event.get("choices") else None
 

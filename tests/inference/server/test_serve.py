@@ -1,0 +1,151 @@
+"""From the first line to the last: addresses, readiness, draining, certificates. In this process, with real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from scripted import ScriptedEngine
+from test_refusals import CHAT, HELLO, until
+
+from swift.core.errors import ConfigError, ModelError
+from swift.core.process import ProcessIdentity
+from swift.inference.server.app import create_app
+from swift.inference.server.serve import Listening, bind, serve
+from swift.inference.server.service import Service
+
+
+def served(service: Service, listening: Listening, visit: Callable[[str], None]) -> list[BaseException]:
+    """Serve until somebody sends a signal; ``visit`` runs in a thread once the server answers."""
+    failures: list[BaseException] = []
+    listener = bind(listening)
+    threads = []
+
+    def guarded(url: str) -> None:
+        try:
+            visit(url)
+        except BaseException as error:
+            failures.append(error)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def ready(url: str) -> None:
+        threads.append(threading.Thread(target=guarded, args=(url,)))
+        threads[0].start()
+
+    async def run() -> None:
+        app = create_app(service)
+        await asyncio.wait_for(serve(app, service, listening, listener, service.engine.start, ready), 60)
+
+    asyncio.run(run())
+    for thread in threads:
+        thread.join(30)
+    return failures
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_running_answers_are_completed_and_new_requests_hear_503(
+    service: Service, engine: ScriptedEngine, tmp_path: Path, number: int
+) -> None:
+    file = tmp_path / "sub" / "serving.json"
+
+    def visit(url: str) -> None:
+        record = json.loads(file.read_text())
+        assert record["url"] == url and record["pid"] == os.getpid()
+        assert ProcessIdentity(record["pid"], record["start_time"], record["boot_id"]).is_alive()
+        engine.held.set()
+        with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}) as answer:
+            until(lambda: bool(engine.open))
+            os.kill(os.getpid(), number)
+            until(lambda: service.state == "draining")
+            assert httpx.post(url + CHAT, json={"messages": HELLO}).status_code == 503
+            assert httpx.get(url + "/health").json() == {"status": "draining"}
+            engine.held.clear()
+            lines = [line for line in answer.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]"
+
+    listening = Listening(port=0, drain_seconds=30.0, ready_file=file)
+    assert served(service, listening, visit) == []
+    assert engine.closed and not file.exists() and not engine.open
+
+
+def test_what_does_not_end_in_time_is_cut_off(service: Service, engine: ScriptedEngine) -> None:
+    engine.held.set()
+    seen: list[str] = []
+
+    def visit(url: str) -> None:
+        with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}) as answer:
+            until(lambda: bool(engine.open))
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                seen.extend(answer.iter_lines())
+            except httpx.RemoteProtocolError:
+                seen.append("cut")
+
+    assert served(service, Listening(port=0, drain_seconds=0.05), visit) == []
+    assert seen[-1] == "cut" and len(engine.cancelled) == 1
+
+
+def test_a_second_signal_ends_it_at_once(service: Service, engine: ScriptedEngine) -> None:
+    engine.held.set()
+
+    def visit(url: str) -> None:
+        with httpx.stream("POST", url + CHAT, json={"messages": HELLO, "stream": True}):
+            until(lambda: bool(engine.open))
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: service.state == "draining")
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: engine.closed)
+
+    assert served(service, Listening(port=0, drain_seconds=600.0), visit) == []
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(service: Service, engine: ScriptedEngine) -> None:
+    async def fail() -> None:
+        raise ModelError("no weights")
+
+    engine.start = fail  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="no weights"):
+        served(service, Listening(port=0), lambda url: None)
+    assert engine.closed
+
+
+def test_addresses_that_cannot_be_had() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port}") as caught:
+            bind(Listening(port=port))
+        assert caught.value.where == "--port"
+    with pytest.raises(ConfigError) as caught:
+        bind(Listening(host="203.0.113.1", port=0))
+    assert caught.value.where == "--host"
+
+
+def test_https(service: Service, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
+        f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True, timeout=60)
+    import ssl
+
+    def visit(url: str) -> None:
+        assert url.startswith("https://127.0.0.1:")
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        assert httpx.get(url + "/health", verify=trusted).json() == {"status": "ready"}
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    listening = Listening(port=0, ssl_keyfile=str(key), ssl_certfile=str(certificate))
+    assert served(service, listening, visit) == []
+    with pytest.raises(ConfigError, match="certificate"):
+        served(service, Listening(port=0, ssl_keyfile=str(key), ssl_certfile=str(key)), lambda url: None)
