@@ -310,7 +310,7 @@ def test_calibration_rows_are_the_runs_own_tokens(
     assert any("training data of the run" in text for text in said)
     assert report.settings["calibration"].endswith("(training data of the run)") and report.passed
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert "dynamic" not in stored and stored["modules_to_not_convert"] == ["lm_head"]
+    assert stored["modules_to_not_convert"] == ["lm_head"]
     assert report.loads["transformers"].startswith("not tried: the model is quantised with awq")
     assert "vllm is not installed" in report.loads["vllm"]
 

@@ -267,6 +267,11 @@ class _Flow:
         with self._timed("logits of the original"), atomic_directory(folder) as aside:
             model = self._load(source)
             store_logits(model_logits(model, _probes(texts)), aside)
+            del model
+            if self._device.startswith("cuda"):
+                import torch
+
+                torch.cuda.empty_cache()  # a worker is another process and needs the room
 
     def _load(self, folder: Path) -> Any:
         import torch

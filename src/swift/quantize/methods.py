@@ -118,14 +118,13 @@ def _gptqmodel(job: Job, output: Path) -> dict[str, Any]:
 
 
 def _settle_config(job: Job, output: Path) -> None:
-    """What other loaders read: AWQ's names the modules left out under a key of its own, and knows no ``dynamic``."""
+    """AWQ's loaders read the modules left out under a key of its own; gptqmodel goes on reading ``dynamic``."""
     for name in ("config.json", "quantize_config.json"):
         if not (path := output / name).is_file():
             continue
         record = json.loads(path.read_text(encoding="utf-8"))
         stored = record.get("quantization_config", record)
         if job.method == "awq":
-            stored.pop("dynamic", None)
             stored["modules_to_not_convert"] = list(job.kept) or None
         stored.get("meta", {}).pop("offload_to_disk_path", None)  # a folder that will be gone
         if name == "config.json":
@@ -181,17 +180,12 @@ def is_kept(name: str, is_head: bool, exclude: Sequence[str], lm_head: bool) -> 
     )
 
 
-_VLLM_KEYS = {
-    "gptq": {"bits", "group_size", "desc_act", "lm_head", "dynamic"},
-    "awq": {"bits", "group_size", "zero_point", "modules_to_not_convert"},
-    "compressed-tensors": {"config_groups", "ignore", "format"},
-}
-"""What vLLM 0.33 reads of ``quantization_config``: gptq_marlin.py, awq.py, compressed_tensors.py."""
-_VLLM_NEEDED = {
+_VLLM_NEEDS = {
     "gptq": {"bits", "group_size", "desc_act"},
     "awq": {"bits", "group_size", "zero_point"},
     "compressed-tensors": {"config_groups", "ignore", "format"},
 }
+"""What vLLM 0.33 must find in ``quantization_config``: gptq_marlin.py, awq.py, compressed_tensors.py."""
 
 
 def check_for_vllm(folder: Path) -> list[str]:
@@ -199,11 +193,11 @@ def check_for_vllm(folder: Path) -> list[str]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = config["quantization_config"]
     method = stored["quant_method"]
-    if method not in _VLLM_KEYS:
+    if method not in _VLLM_NEEDS:
         return [f"vLLM has no loader for {method}"]
     found = [
         f"quantization_config lacks {key}, which vLLM reads"
-        for key in sorted(_VLLM_NEEDED[method] - stored.keys())
+        for key in sorted(_VLLM_NEEDS[method] - stored.keys())
     ]
     if method == "awq":
         if stored.get("bits") != 4:
