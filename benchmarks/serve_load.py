@@ -125,12 +125,12 @@ async def ask(port: int, body: dict[str, Any]) -> tuple[int, float]:
                 and b'"content":""' not in line
             ):
                 first = time.monotonic() - started
-            if b"length" in line:
+            if b'"length"' in line:
                 reason = b"length"
     finally:
         writer.close()
     if reason != b"length":
-        raise SystemExit("error: an answer ended before its length")
+        raise SystemExit(f"error: an answer of port {port} ended before its length: {line!r}")
     return NEW_TOKENS, first
 
 
@@ -148,6 +148,15 @@ async def load(server: Server, bodies: Sequence[dict[str, Any]], clients: int) -
         await asyncio.gather(*(client() for _ in range(clients)))
         seconds, cpu = time.monotonic() - started, server.cpu_seconds() - cpu
     return Load(sum(tokens for tokens, _ in found), seconds, cpu, [first for _, first in found])
+
+
+def forget_the_end(model: Path) -> None:
+    """Take the end token out of the model's files, so that every answer has its full length."""
+    for name in ("config.json", "generation_config.json"):
+        file = model / name
+        if file.is_file():
+            values = json.loads(file.read_text())
+            file.write_text(json.dumps({**values, "eos_token_id": None}))
 
 
 def free_port() -> int:
@@ -186,6 +195,7 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
     model, data = make_work(scratch)
     bundle = load_bundle(model, TemplateSection(), dtype=torch.float32, device="cpu")
     adapters = write_adapters(bundle, scratch)
+    forget_the_end(model)
     ours_port, peer_port = free_port(), free_port()
     python = [sys.executable, "-m"]
     ours = Server(
@@ -207,8 +217,8 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
     rows = [json.loads(line) for line in (data / "heldout.jsonl").read_text().splitlines()]
     questions = [[next(m for m in row["messages"] if m["role"] == "user")] for row in rows]
 
-    def bodies(names: Sequence[str], stream: bool = True) -> list[dict[str, Any]]:
-        fixed = {"max_tokens": NEW_TOKENS, "temperature": 0, "stream": stream}
+    def bodies(names: Sequence[str], stream: bool = True, **more: Any) -> list[dict[str, Any]]:
+        fixed = {"max_tokens": NEW_TOKENS, "temperature": 0, "stream": stream, **more}
         pairs = zip(
             range(arguments.requests), itertools.cycle(names), itertools.cycle(questions), strict=False
         )
@@ -217,9 +227,9 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
     base = [str(model)]
     works = {
         "transformers serve": (peer, bodies(base)),
-        "swift deploy": (ours, bodies(base)),
-        "swift deploy, 3 adapters mixed": (ours, bodies(list(adapters))),
-        "swift deploy, whole answers": (ours, bodies(base, stream=False)),
+        "swift deploy": (ours, bodies(base, ignore_eos=True)),
+        "swift deploy, 3 adapters mixed": (ours, bodies(list(adapters), ignore_eos=True)),
+        "swift deploy, whole answers": (ours, bodies(base, stream=False, ignore_eos=True)),
     }
     loads: dict[str, list[Load]] = {}
     try:

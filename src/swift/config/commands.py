@@ -139,7 +139,7 @@ COMMANDS: dict[str, Command] = {
             "deploy",
             "swift.cli.deploy",
             "Serve a model and adapters on it, as OpenAI's API does.",
-            sections=("model", "template", "quantization", "generation", "engine", "serving"),
+            sections=("model", "template", "quantization", "generation", "engine", "vllm", "serving"),
             extra=("num_threads",),
             without=(
                 "param_dtype",

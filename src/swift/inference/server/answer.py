@@ -85,7 +85,7 @@ class AnswerText:
         return Piece(shown, self._certain())
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        if not self._marks.keys() & set(tokens):
+        if not self._marks or self._marks.keys().isdisjoint(tokens):
             text = self._decoder.push([token for token in tokens if token not in self._stops])
         else:
             text = ""

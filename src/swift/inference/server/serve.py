@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import ssl
 import time
@@ -142,13 +141,14 @@ class _Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Of SIGTERM and SIGINT."""
+        """Of SIGTERM and SIGINT: the first lets answers be completed, the second ends them, the third everything."""
         if self._service.state == "ready":
             self._service.state = "draining"
             self._loop.call_soon_threadsafe(self._begin)
-        else:
+        elif not self.should_exit:
             self.should_exit = True
-            self.force_exit = sig == signal.SIGINT
+        else:  # a model that takes its time to load cannot be asked to stop
+            os._exit(128 + sig)
 
     def _begin(self) -> None:
         logger.info("going down: %d requests are completed", self._service.open_requests)
