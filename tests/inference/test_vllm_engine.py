@@ -15,10 +15,12 @@ from tests.toolchains.fakes import bare_toolchain, exists
 
 from swift.config.bind import resolve
 from swift.config.sections.engine import EngineSection
+from swift.config.sections.template import TemplateSection
 from swift.config.sections.vllm import VllmSection
 from swift.core.errors import ConfigError, ModelError, SwiftError
+from swift.inference.context import InferenceContext
 from swift.inference.engines.base import EngineBusy, Grammar, Request, SamplingOptions
-from swift.inference.engines.vllm import VllmEngine
+from swift.inference.engines.vllm import VllmEngine, make
 from swift.inference.engines.vllm_server import Launch, check_weights, server_arguments, server_variables
 
 
@@ -221,6 +223,33 @@ def test_options_become_words_of_vllm(tmp_path: Path) -> None:
     )
     assert server_variables(launch, "cpu")["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert "VLLM_CPU_KVCACHE_SPACE" not in server_variables(launch, "cuda")
+
+
+def test_a_server_is_ready_for_the_adapters_it_will_get(place: Path) -> None:
+    (place / "config.json").write_text("{}")
+    adapter = make_adapter(place / "a", r=40)
+    (adapter / "adapter_model.safetensors").touch()
+    context = InferenceContext(place, None, TemplateSection(), False, None)
+    head = ["--model", str(place), "--infer_backend", "vllm", "--num_threads", "3"]
+
+    def launch(*argv: str) -> Launch:
+        return make(context, resolve("deploy", [*head, *argv])).launch
+
+    plain = launch()
+    assert (plain.takes_adapters, plain.dtype, plain.variables) == (
+        False,
+        "float32",
+        {"OMP_NUM_THREADS": "3"},
+    )
+    assert launch("--runtime_adapters", "true").max_lora_rank == 16
+    named = launch("--adapters", f"x={adapter}", "--max_logprobs", "3", "--torch_dtype", "bfloat16")
+    assert (named.takes_adapters, named.max_lora_rank, named.max_logprobs) == (True, 64, 3)
+    assert named.dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="toolchain is built for cpu"):
+        launch("--device", "cuda:1")
+    context.quantization.quant_method, context.quantization.quant_bits = "bnb", 4
+    with pytest.raises(ConfigError, match="swift export"):
+        launch()
 
 
 def test_four_bit_weights_need_a_cpu_that_vllm_has_a_kernel_for(tmp_path: Path) -> None:

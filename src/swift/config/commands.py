@@ -156,7 +156,7 @@ COMMANDS: dict[str, Command] = {
             "eval",
             "swift.cli.eval",
             "Measure a model on data of yours or on benchmarks; show and compare results.",
-            sections=("model", "template", "quantization", "generation", "engine", "suite"),
+            sections=("model", "template", "quantization", "generation", "engine", "vllm", "suite"),
             extra=(
                 "val_dataset",
                 "columns",

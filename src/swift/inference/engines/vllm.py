@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift.config.schema import Resolved
+from swift.config.schema import Config, Resolved
+from swift.config.sections.vllm import VllmSection
 from swift.core.devices import describe_cpu
 from swift.core.errors import ConfigError, SwiftError
 from swift.inference.engines.base import Delta, EngineBusy, EngineStats, Request
@@ -34,6 +35,7 @@ from swift.inference.engines.vllm_server import (
 from swift.inference.engines.vllm_wire import error_text, parse_metrics, read_choice, read_line, request_body
 from swift.toolchains.child import Child
 from swift.toolchains.toolchain import Toolchain, find_toolchain, toolchain_folder
+from swift.tuners.peft_format import adapter_folder
 
 if TYPE_CHECKING:
     import httpx
@@ -372,7 +374,8 @@ def make(context: InferenceContext, resolved: Resolved) -> VllmEngine:
     launch = Launch(
         context.model,
         config.engine,
-        config.vllm,
+        _with_adapters(config),
+        max_logprobs=config.serving.max_logprobs,
         # Here as everywhere in swift: float32 on a CPU unless something else is asked for.
         dtype="float32" if dtype == "auto" and toolchain.variant == "cpu" else dtype,
         trust_remote_code=config.model.trust_remote_code,
@@ -380,3 +383,15 @@ def make(context: InferenceContext, resolved: Resolved) -> VllmEngine:
     )
     log = toolchain_folder("vllm") / "logs" / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     return VllmEngine(launch, log=log, default_adapter=context.adapter, toolchain=toolchain)
+
+
+def _with_adapters(config: Config) -> VllmSection:
+    """The options, ready for adapters that a server puts on once the engine has started."""
+    section = config.vllm.model_copy()
+    words = config.model.adapters
+    if section.vllm_enable_lora is None and (words or config.serving.runtime_adapters):
+        section.vllm_enable_lora = True
+    if section.vllm_max_lora_rank is None and words:
+        paths = [word if Path(word).exists() else word.partition("=")[2] for word in words]  # also NAME=PATH
+        section.vllm_max_lora_rank = max(16, *(check_adapter(adapter_folder(path)) for path in paths))
+    return section
