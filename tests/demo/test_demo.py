@@ -97,9 +97,8 @@ def test_four_experiments_their_report_and_the_winner_quantised_and_served(tmp_p
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "winner: bold" in done.stdout
-    for folder in ("winner", "winner-nf4"):
-        parity = json.loads((tmp_path / "demo" / folder / "parity.json").read_text())
-        assert parity["passed"], parity
+    parity = json.loads((tmp_path / "demo" / "winner-nf4" / "parity.json").read_text())
+    assert parity["passed"], parity
     assert "ok    the service is stopped" in done.stdout
     assert not (tmp_path / "demo" / "serving.json").exists(), "the server of the winner still runs"
     report = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The last part of the demo: the winner is merged, quantised, served, asked once, and the service stopped.
+"""The last part of the demo: the winner is quantised, served, asked once, and the service stopped.
 
 Every step is a public command; the demo only reads what they print and write.
 """
@@ -29,39 +29,26 @@ END_SECONDS = 60.0
 POLL_SECONDS = 0.1
 
 
-def ask_the_winner(folder: Path, adapter: Path, *, say: Callable[[str], None] = print) -> int:
-    """Merge ``adapter``, quantise the result with bitsandbytes, serve it, and ask it for a held-out word.
+def ask_the_winner(folder: Path, model: Path, *, say: Callable[[str], None] = print) -> int:
+    """Quantise ``model`` with bitsandbytes, serve the result, and ask it for a held-out word.
 
-    Returns 0 when the answer is right, 1 when it is not, or when a model is not what it should be.
+    Returns 0 when the answer is right, 1 when it is not, or when the quantised model is not what it should be.
     """
-    merged, small = folder / "winner", folder / "winner-nf4"
-    for old in (merged, small):
-        shutil.rmtree(old, ignore_errors=True)
-    heldout = str(folder / "heldout.jsonl")
-    merge = [
-        "--adapters",
-        str(adapter),
+    small = folder / "winner-nf4"
+    shutil.rmtree(small, ignore_errors=True)
+    if find_spec("bitsandbytes") is None:
+        say("\nbitsandbytes is not here (pip install 'swift-forge[bnb]'): the winner is served as it is")
+        return _serve_and_ask(folder, model, say)
+    quantise = ["--model", str(model), "--quant_method", "bnb", "--quant_bits", "4"]
+    quantise += [
         "--output_dir",
-        str(merged),
+        str(small),
         "--parity_dataset",
-        heldout,
+        str(folder / "heldout.jsonl"),
         "--device",
         "cpu",
     ]
-    if code := _export("merge-lora", merge, say):
-        return code
-    served = merged
-    if find_spec("bitsandbytes") is None:
-        say(
-            "\nbitsandbytes is not here (pip install 'swift-forge[bnb]'): the merged model is served as it is"
-        )
-    else:
-        quantise = ["--model", str(merged), "--quant_method", "bnb", "--quant_bits", "4"]
-        quantise += ["--output_dir", str(small), "--parity_dataset", heldout, "--device", "cpu"]
-        if code := _export("export", quantise, say):
-            return code
-        served = small
-    return _serve_and_ask(folder, served, say)
+    return _export("export", quantise, say) or _serve_and_ask(folder, small, say)
 
 
 def _export(command: str, argv: list[str], say: Callable[[str], None]) -> int:
