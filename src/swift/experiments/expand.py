@@ -39,7 +39,7 @@ __all__ = ["expand", "single", "trial_specs"]
 _METRICS = ("loss", "eval_loss", "eval_token_accuracy", "eval_perplexity")
 _LIGHT = ("config", "doctor", "plan")
 _LIGHT_BYTES = 1 << 30
-"""Commands that load no model, and twice what their imports take (see ``plan.analytic.FRAMEWORK_BYTES``)."""
+"""Commands that load no model, and twice what their imports take (see ``plan.analytic.CONTEXT_BYTES``)."""
 _ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity")
 
 

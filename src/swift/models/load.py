@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelBundle",
+    "choose_attention",
+    "find_class",
     "isolates_documents",
     "load_bundle",
     "load_model",
@@ -170,7 +172,7 @@ def load_model(
     quiet_libraries()
     folder = Path(path)
     check_model_folder(folder, need_tokenizer=False)
-    model_class, config = _find_class(folder, trust_remote_code)
+    model_class, config = find_class(folder, trust_remote_code)
     options = _loading_options(attention, config, folder, dtype=dtype, device=str(device))
     if head is not None:
         model_class = classifier_of(model_class, config, head, folder)
@@ -226,7 +228,7 @@ def _loading_options(
     attention: str, config: Any, folder: Path, *, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     """Which functions of transformers compute attention and experts."""
-    implementation = _choose_attention(attention, config, folder)
+    implementation = choose_attention(attention, config, folder)
     options: dict[str, Any] = {"attn_implementation": implementation} if implementation else {}
     if device.startswith("cpu") and str(dtype) != "torch.float32":
         # transformers' default for experts, grouped_mm, is 2.6x slower in bf16 on CPU, and knows no float64.
@@ -239,8 +241,8 @@ def isolates_documents(path: Path | str, attention: str = "auto", *, trust_remot
     from swift.models.attention import VARLEN
 
     folder = Path(path)
-    _, config = _find_class(folder, trust_remote_code)
-    return _choose_attention(attention, config, folder) == VARLEN
+    _, config = find_class(folder, trust_remote_code)
+    return choose_attention(attention, config, folder) == VARLEN
 
 
 def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -255,7 +257,7 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _find_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+def find_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model class and config: by name where transformers has it, which avoids importing the Auto classes."""
     import transformers
 
@@ -299,7 +301,8 @@ def _auto_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> 
         ) from error
 
 
-def _choose_attention(attention: str, config: Any, folder: Path) -> str | None:
+def choose_attention(attention: str, config: Any, folder: Path) -> str | None:
+    """The implementation that an option means for a configuration; None: what transformers chooses itself."""
     from swift.models.attention import VARLEN, register_varlen_attention, supports_varlen
 
     if attention not in ("auto", "varlen"):

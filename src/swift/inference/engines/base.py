@@ -165,7 +165,9 @@ class InferenceEngine(Protocol):
         """
         ...
 
-    async def pool(self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None) -> list[list[float]]:
+    async def pool(
+        self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None
+    ) -> list[list[float]]:
         """What a model of another task than writing makes of texts: an embedding, or scores, for each prompt.
 
         Raises ConfigError for a model that only writes text.
