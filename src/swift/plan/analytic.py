@@ -60,6 +60,7 @@ class Setup:
         adapted: the linear layers that have an adapter.
         rank, dropout: of the adapters.
         tokens: tokens of a micro-batch, padding included.
+        documents: in each row; the CPU computes them one by one and joins the results.
         accumulates: a step has several micro-batches, so gradients are there while the next one is computed.
         checkpointing: activations are recomputed in the backward pass.
         recomputed: of the first so many layers only; None: of all.
@@ -85,6 +86,7 @@ class Setup:
     adapted: Sequence[LinearShape] = ()
     rank: int = 0
     dropout: float = 0.0
+    documents: int = 1
     accumulates: bool = True
     checkpointing: bool = False
     recomputed: int | None = None
@@ -124,7 +126,7 @@ def kept_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
         norms        2 x (4 h + 4)    input in float32 and its size; four of them in Gemma 2 and 3
                      2 x b h          what the matrices take; with autocast a copy for each of the matrices q, k, v,
                                       gate and up; full training keeps the normalised input too (4 h with autocast)
-        attention    2 b (q + k) + 4 heads    queries, keys, values, result; log-sum-exp
+        attention    2 b (q + k) + 4 heads    queries, keys, values, result; log-sum-exp; b q for joined results
         head norms   4 (q + k + heads + key heads)    Qwen3, Gemma 3; full training: b (q + k) more
         feed-forward `_feed_forward_bytes`
 
@@ -136,6 +138,8 @@ def kept_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
     q, k = heads * facts.head_dim, key_heads * facts.head_dim
     norms = 4 if facts.model_type.startswith(("gemma2", "gemma3")) else 2
     total = norms * (4 * h + 4) + 2 * b * (q + k) + 4 * heads + _feed_forward_bytes(facts, setup)
+    if setup.documents > 1 and setup.device == "cpu":
+        total += b * q
     if setup.has_cast_copies:
         total += norms * 4 * h + (4 if facts.is_mixture_of_experts else 5) * b * h
     else:
@@ -218,7 +222,8 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     first_of_full = 4 * _head_numbers(facts) if not setup.is_lora else 0
     matrix = max(_head_numbers(facts), _feed_forward_size(facts) * h) if not setup.is_lora else 0
     largest_update = max(matrix, setup.saved_modules) * setup.update_numbers * 4
-    recomputing = layer if setup.checkpointing or setup.offloaded else 0
+    is_last_recomputed = setup.checkpointing and (setup.recomputed or facts.num_layers) >= facts.num_layers
+    recomputing = layer if is_last_recomputed or setup.offloaded else 0
     unpacked = setup.unpacked * b / setup.model_shares
     return {
         "loss": {
@@ -226,7 +231,7 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
             "temporary": casts + head["temporary"],
         },
         "backward of the last layer": {
-            "activations": tokens * (kept + recomputing) + loss / 2, "gradients": max(earlier, head["gradients"]),
+            "activations": tokens * (kept + recomputing), "gradients": max(earlier, head["gradients"]),
             "temporary": late_casts + tokens * in_layer + unpacked,
         },
         "backward of the first layer": {
@@ -266,10 +271,14 @@ def _loss_bytes(facts: ModelFacts, setup: Setup, tokens: float) -> tuple[dict[st
     chunk = min(setup.chunk, setup.tokens)
     wide = chunk * facts.vocab_size * (4 if b == 4 else 4 + b)
     parts = {"logits": float(wide), "gradients": 0.0, "temporary": 0.0}
-    if setup.trains_head and setup.chunk:
-        parts["temporary"] = numbers * (4 + b)
-        parts["gradients"] = numbers * setup.trainable_bytes
-    return parts, tokens * 2 * b * facts.hidden_size if setup.chunk else 0
+    if not setup.chunk:
+        return parts, 0.0
+    if not setup.trains_head:
+        # Hidden states of the targets, their Jacobian, and the rows that a chunk adds to it.
+        return parts, (tokens + chunk) * 2 * b * facts.hidden_size
+    parts["temporary"] = numbers * (4 + b)
+    parts["gradients"] = numbers * setup.trainable_bytes
+    return parts, tokens * b * facts.hidden_size
 
 
 def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from swift.config.bind import dump
 from swift.config.schema import Resolved
-from swift.core.errors import ConfigError, SwiftError
+from swift.core.errors import ConfigError, SwiftError, UsageError
 from swift.core.format import format_bytes
 from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
@@ -21,9 +23,11 @@ from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 from swift.plan.setup import ExactMethod, Widest, compute_dtype, make_setup, memory_of
+from swift.plan.solve import Situation, solve
+from swift.plan.speed import measure_pace, read_pace, remember, run_key, time_of
 from swift.plan.steps import Epoch, plan_epoch, step_counts
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "remember_run"]
 
 LONG_SHARE = 0.02
 """More rows than this above max_length are worth a warning."""
@@ -46,6 +50,8 @@ class Plan:
     steps: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
+    time: dict[str, Any] = field(default_factory=dict)
+    solution: dict[str, Any] = field(default_factory=dict)
     fits: bool | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -60,6 +66,8 @@ def make_plan(
     *,
     device_memory: int | None = None,
     exact: ExactMethod | None = None,
+    solving: bool = False,
+    probe: bool = False,
 ) -> Plan:
     """Plan ``resolved`` without changing it. Raises ConfigError only for options that contradict what is known.
 
@@ -68,6 +76,8 @@ def make_plan(
             already; else rows are counted and tokens estimated from a sample of them.
         device_memory: bytes of a device that is not here, or of the share of it that may be used.
         exact: another method than the formulas.
+        solving: also find out what would fit.
+        probe: measure how fast this device trains when nobody knows yet (imports torch).
     """
     resolved = copy.deepcopy(resolved)
     warnings = list(resolved.warnings)
@@ -80,6 +90,7 @@ def make_plan(
     data: dict[str, Any] = {}
     steps: dict[str, Any] = {}
     memory: dict[str, Any] = {}
+    time: dict[str, Any] = {}
     parallel = _parallel(resolved, device)
     if training:
         rows = (
@@ -93,6 +104,24 @@ def make_plan(
             setup = make_setup(resolved, facts, folder, device, widest, warnings)
             parts = exact(resolved, facts, folder, widest, setup) if exact else None
             memory = memory_of(resolved, facts, setup, device, steps, parts)
+            if steps:
+                if probe and device_memory is None and device.count:
+                    _probe_once(resolved, device, setup)
+                time = time_of(resolved, facts, setup, device, steps)
+    solution: dict[str, Any] = {}
+    if solving:
+        if facts is None or setup is None or device.memory_bytes is None:
+            raise UsageError(
+                "nothing can be solved for",
+                where="--solve",
+                why="it needs a training whose model is known, and a device of known memory",
+                fix="--device cuda --device_memory 24GiB",
+            )
+        longest = max(lengths, default=None) if lengths else None
+        limit = int(TIGHT_SHARE * device.memory_bytes)
+        solution = solve(
+            Situation(resolved, facts, folder, device, limit, partial(_widest_of, longest=longest))
+        )
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
@@ -102,10 +131,28 @@ def make_plan(
         steps=steps,
         memory=memory,
         parallel=parallel,
+        time=time,
+        solution=solution,
         warnings=warnings,
     )
     plan.fits = _fits(plan, device)
     return plan
+
+
+def remember_run(resolved: Resolved, tokens_per_second: float) -> None:
+    """Keep the speed of a run that ended, for plans of runs like it."""
+    device = find_device(resolved.config.model.device)
+    facts, folder = _read_model(resolved, [])
+    if facts is not None:
+        limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
+        setup = make_setup(resolved, facts, folder, device, _widest(resolved, limit), [])
+        remember("runs", run_key(resolved, facts, setup, device), {"tokens_per_second": tokens_per_second})
+
+
+def _probe_once(resolved: Resolved, device: DeviceFacts, setup: Setup) -> None:
+    if read_pace(device, setup.compute, resolved) is None:
+        print(f"measuring once how fast this {device.kind} trains in {setup.compute}", file=sys.stderr)
+        measure_pace(resolved, device, setup.compute)
 
 
 def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | None, Path | None]:
@@ -295,6 +342,14 @@ def _steps(
     }, _widest(resolved, max_length, epoch)
 
 
+def _widest_of(resolved: Resolved, longest: int | None) -> Widest:
+    """The largest micro-batch that samples of at most this length can make."""
+    limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
+    return _widest(
+        resolved, limit if longest is None or resolved.config.data.packing else min(limit, longest)
+    )
+
+
 def _widest(resolved: Resolved, max_length: int, epoch: Epoch | None = None) -> Widest:
     """The largest micro-batch; where no lengths are known, of samples that are all as long as they may be."""
     batch, mode = resolved.config.training.per_device_train_batch_size, batch_mode(resolved.config.data)
@@ -363,8 +418,7 @@ def _fits(plan: Plan, device: DeviceFacts) -> bool | None:
         if not verdict:
             plan.warnings.append(
                 f"memory: about {format_bytes(plan.memory['total'])} on a {device.kind} device of"
-                f" {format_bytes(device.memory_bytes)}; a smaller --per_device_train_batch_size or --max_length,"
-                " --gradient_checkpointing true or --tuner_type lora lowers it"
+                f" {format_bytes(device.memory_bytes)}; swift plan {plan.command} ... --solve says what makes it fit"
             )
     if plan.memory:
         disk = plan.memory["disk"]

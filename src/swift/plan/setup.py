@@ -97,6 +97,7 @@ def make_setup(
         dropout=tuner.lora_dropout if is_lora else 0.0,
         trains_head=_trains_head(facts, resolved),
         tokens=widest.tokens,
+        documents=widest.samples // widest.rows,
         accumulates=(config.training.gradient_accumulation_steps or 1) > 1,
         checkpointing=bool(config.training.gradient_checkpointing),
         recomputed=config.training.recompute_num_layers,

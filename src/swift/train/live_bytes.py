@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
         self.part, self.phase = "weights", "build"
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
-        self._total = 0
+        self._total = self._inside = 0
         self._tops: dict[str, int] = {}
         self._owners: dict[int, list[Any]] = {}  # storage -> [part, bytes]
 
@@ -52,7 +52,9 @@ class LiveBytes(TorchDispatchMode):
         if func is aten.index.Tensor:
             args = (args[0], self._positions(args[1]), *args[2:])
         output = self._grouped(*args) if func is aten._grouped_mm.default else func(*args, **(kwargs or {}))
-        part = self.part
+        # Layers are recomputed in the backward pass with gradients switched on, or a function of ours runs inside one.
+        recomputes = self.part == "temporary" and (self._inside > 0 or torch.is_grad_enabled())
+        part = "activations" if recomputes else self.part
         if func is aten.empty_like.default and (kwargs or {}).get("device") is not None:
             part = "host"  # an offloaded activation
         if func is aten._to_copy.default and self._part_of(args[0]) in ("weights", "adapters"):
@@ -129,6 +131,10 @@ class LiveBytes(TorchDispatchMode):
         """Begin (or go on with) a phase."""
         self.phase, self.part = phase, part or self.part
         self._add(self.part, 0)
+
+    def go_inside(self, levels: int) -> None:
+        """A module of a layer begins (1) or ends (-1) to compute."""
+        self._inside += levels
 
     def hook(self, phase: str, part: str | None = None) -> Callable[..., None]:
         """A hook that begins a phase, whatever it is called with."""

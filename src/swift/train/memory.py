@@ -43,11 +43,12 @@ __all__ = ["BatchShape", "trace_memory"]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One micro-batch: rows of so many tokens, and how many positions teach something."""
+    """One micro-batch: rows of so many tokens, how many positions teach something, and documents in each row."""
 
     rows: int
     width: int
     num_targets: int
+    documents: int = 1
 
 
 def trace_memory(
@@ -179,6 +180,7 @@ class _Trace:
     ) -> None:
         self.resolved, self.model_class, self.config = resolved, model_class, config
         self.shape, self.device, self.dtype = shape, device, dtype
+        self._splits: bool | None = None
 
     def run(self, picked: Sequence[int]) -> dict[str, Counter[str]]:
         """Phase -> bytes by part at its peak."""
@@ -206,6 +208,8 @@ class _Trace:
         model = self.model_class._from_config(
             config, dtype=loaded, attn_implementation=config._attn_implementation
         )
+        if self._splits is None:
+            self._splits = _splits_by_operations(model.eval())
         if resolved.config.quantization.is_active:
             _quantise(model, resolved, self.dtype)
         return tune_model(
@@ -221,7 +225,7 @@ class _Trace:
     def _engine(self, tuned: TunedModel) -> NativeEngine:
         options: dict[str, Any] = {}
         if self.resolved.config.task.task_type in ("causal_lm", "generative_reranker"):
-            options["split"] = _split_by_operations
+            options["split"] = lambda model: _backbone_and_head(model) if self._splits else None
         engine = make_engine(
             tuned,
             self.resolved,
@@ -274,7 +278,7 @@ class _Trace:
             position_ids=ids.clone(),
             targets=ids.clone(),
             weights=None,
-            document_lengths=None,
+            document_lengths=self._documents(),
             num_tokens=rows * width,
             num_targets=count,
             sample_ids=[],
@@ -282,6 +286,13 @@ class _Trace:
             groups=[1] * count if labels is not None else None,
             labels=labels,
         )
+
+    def _documents(self) -> list[list[int]] | None:
+        """Lengths of the documents of each row. Devices compute them in one call, as if the row were one."""
+        count, width = self.shape.documents, self.shape.width
+        if count == 1 or self.device != "cpu":
+            return None
+        return [[width // count] * (count - 1) + [width - width // count * (count - 1)]] * self.shape.rows
 
 
 def _give_gradients(parameters: Sequence[nn.Parameter], live: LiveBytes) -> None:
@@ -304,16 +315,16 @@ def _watch(tuned: TunedModel, engine: NativeEngine, live: LiveBytes) -> None:
     last = len(layers) - 1
     for number, layer in enumerate(layers):
         phase = f"backward of {'the first' if number == 0 else 'the last' if number == last else 'a middle'} layer"
-        layer.register_forward_pre_hook(lambda *_: live.enter(live.phase, "activations"))
-        layer.register_forward_hook(_mark(live, phase), always_call=True)
+        layer.register_forward_hook(_mark(live, phase))
+        for child in layer.children():
+            child.register_forward_pre_hook(lambda *_: live.go_inside(1))
+            child.register_forward_hook(lambda *_: live.go_inside(-1), always_call=True)
 
 
 def _mark(live: LiveBytes, phase: str) -> Any:
     """A hook after a layer's forward pass; when the gradient of its result is known, its backward pass begins."""
 
     def hook(_: Any, __: Any, output: Any) -> None:
-        if live.phase != "forward":
-            live.enter(live.phase, "temporary")  # it was recomputed
         tensor = output[0] if isinstance(output, tuple) else output
         if live.phase == "forward" and tensor is not None and tensor.requires_grad:
             tensor.register_hook(live.hook(phase, "temporary"))
@@ -376,24 +387,34 @@ class _Operations(TorchDispatchMode):
     ) -> Any:
         if not func.is_view and func.namespace != "prim":
             self.names.append(str(func))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
         return func(*args, **(kwargs or {}))
 
 
-def _split_by_operations(model: Any) -> tuple[nn.Module, nn.Module] | None:
-    """What `swift.models.head.split_head` finds out by values, by operations: model = head after backbone?"""
+def _backbone_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
     backbone = getattr(model, getattr(model, "base_model_prefix", ""), None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module) or not isinstance(backbone, nn.Module) or backbone is model:
         return None
+    return backbone, head
+
+
+def _splits_by_operations(model: Any) -> bool:
+    """What `swift.models.head.split_head` finds out by values: whether the model is its head after its backbone."""
+    parts = _backbone_and_head(model)
+    if parts is None:
+        return False
+    backbone, head = parts
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with torch.no_grad(), _Operations() as apart:
-        output = backbone(input_ids=tokens, use_cache=False)
-        if getattr(output, "last_hidden_state", None) is None:
-            return None
-        head(output.last_hidden_state)
+        hidden = getattr(backbone(input_ids=tokens, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            return False
+        head(hidden)
     with torch.no_grad(), _Operations() as whole:
         model(input_ids=tokens, use_cache=False)
-    return (backbone, head) if apart.names == whole.names else None
+    return apart.names == whole.names
 
 
 def _quantise(model: Any, resolved: Resolved, dtype: torch.dtype) -> None:
