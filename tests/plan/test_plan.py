@@ -18,7 +18,7 @@ from swift.plan.plan import make_plan
 from swift.plan.rows import fit_lengths
 from swift.plan.steps import plan_epoch, step_counts
 
-KEYS = ["command", "config", "sources", "model", "data", "steps", "memory", "parallel", "fits", "warnings"]
+KEYS = "command config sources model data steps memory parallel time solution fits warnings".split()
 
 
 @pytest.fixture(scope="module")

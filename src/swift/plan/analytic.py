@@ -73,7 +73,6 @@ class Setup:
         unpacked: numbers of the largest quantised layer, which is unpacked for each product.
         optimizer_bytes: what the optimizer keeps; None: AdamW's two numbers for each trained one.
         update_numbers: numbers that the update of a matrix needs for the time being, as a multiple of the matrix.
-        paged: the optimizer's state makes room for other things when memory is short.
     """
 
     compute: str
@@ -99,7 +98,6 @@ class Setup:
     unpacked: int = 0
     optimizer_bytes: int | None = None
     update_numbers: float = 0.0
-    paged: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -224,6 +222,8 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     largest_update = max(matrix, setup.saved_modules) * setup.update_numbers * 4
     is_last_recomputed = setup.checkpointing and (setup.recomputed or facts.num_layers) >= facts.num_layers
     recomputing = layer if is_last_recomputed or setup.offloaded else 0
+    if is_last_recomputed and b == 4:
+        recomputing -= 4 * h  # the layer's input in float32 is the one that was kept
     unpacked = setup.unpacked * b / setup.model_shares
     return {
         "loss": {
@@ -257,8 +257,12 @@ def _kept_of_layers(facts: ModelFacts, setup: Setup, layer: float) -> float:
 
 
 def _backward_bytes(facts: ModelFacts, setup: Setup) -> float:
-    """Gradients of one token inside a layer: of the residual stream, and of what the widest matrices gave."""
-    return setup.compute_bytes * (2 * facts.hidden_size + 2 * _feed_forward_size(facts))
+    """Gradients of one token inside a layer: of the residual stream, and of both sides of the feed-forward product.
+
+    In full training the product itself is gone by then; an adapter holds it until its own gradient is done.
+    """
+    h, f = facts.hidden_size, _feed_forward_size(facts)
+    return setup.compute_bytes * (3 * h + 2 * f if setup.is_lora else 2 * h + f)
 
 
 def _loss_bytes(facts: ModelFacts, setup: Setup, tokens: float) -> tuple[dict[str, float], float]:

@@ -112,7 +112,6 @@ def make_setup(
         unpacked=largest_unpacked(layers, config.quantization),
         optimizer_bytes=state_bytes(config.optimizer, trainable, DTYPE_BYTES[stored], matrices),
         update_numbers=OPTIMIZERS[config.optimizer.optim].update_numbers,
-        paged=OPTIMIZERS[config.optimizer.optim].paged,
     )
 
 

@@ -13,9 +13,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["LiveBytes"]
+__all__ = ["LiveBytes", "run_without_values"]
 
 aten = torch.ops.aten
+
+
+def run_without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation on tensors without values; where there would have to be some, a plausible answer.
+
+    Torch's own description of a product of groups knows bfloat16 only.
+    """
+    if func is aten._local_scalar_dense.default:
+        return 0.0 if args[0].dtype.is_floating_point else 0
+    if func is not aten._grouped_mm.default:
+        return func(*args, **kwargs)
+    a, b, ends = (*args, None)[:3]
+    groups = () if ends is None or a.ndim + b.ndim != 4 else (ends.shape[0],)
+    batch = a.shape[:1] if a.ndim + b.ndim == 6 else groups
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -25,8 +40,7 @@ class LiveBytes(TorchDispatchMode):
     logits, and a cast of a weight is temporary. Peaks are kept apart for each ``phase``, so that the peaks of models of
     different depth can be compared phase by phase.
 
-    Fake tensors have no values. Where the training path asks for some, a plausible answer is given: a boolean index
-    selects ``selected`` elements, and a number is 0.
+    A boolean index of the batch's shape selects ``selected`` elements: fake tensors have no values that would tell.
 
     Args:
         vocab: size of the vocabulary.
@@ -47,11 +61,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is aten._local_scalar_dense.default:
-            return args[0].dtype.is_floating_point and 0.0
         if func is aten.index.Tensor:
             args = (args[0], self._positions(args[1]), *args[2:])
-        output = self._grouped(*args) if func is aten._grouped_mm.default else func(*args, **(kwargs or {}))
+        output = run_without_values(func, args, kwargs or {})
         # Layers are recomputed in the backward pass with gradients switched on, or a function of ours runs inside one.
         recomputes = self.part == "temporary" and (self._inside > 0 or torch.is_grad_enabled())
         part = "activations" if recomputes else self.part
@@ -65,13 +77,6 @@ class LiveBytes(TorchDispatchMode):
         if func is getattr(aten.random_, "from") and self.on_device:
             self._resize(args[0], 0.5)
         return output
-
-    @staticmethod
-    def _grouped(a: Tensor, b: Tensor, ends: Tensor | None = None, *_: Any) -> Tensor:
-        """What a product of groups gives; torch's own description of it knows bfloat16 only."""
-        groups = () if ends is None or a.ndim + b.ndim != 4 else (ends.shape[0],)
-        batch = a.shape[:1] if a.ndim + b.ndim == 6 else groups
-        return a.new_empty((*batch, a.shape[-2], b.shape[-1]))
 
     def _positions(self, indices: Iterable[Tensor | None]) -> list[Tensor | None]:
         """Boolean indices as positions, as many as are known to be set."""

@@ -30,7 +30,7 @@ from swift.models.load import choose_attention, find_class
 from swift.models.quantised import loading_config, settle_layers, stored_method
 from swift.parallel.native import NativeEngine
 from swift.train.assemble import make_engine, make_objective, tune_model
-from swift.train.live_bytes import LiveBytes
+from swift.train.live_bytes import LiveBytes, run_without_values
 from swift.train.neftune import add_embedding_noise
 from swift.train.precision import param_dtype
 from swift.train.tasks import classifier_head
@@ -76,19 +76,33 @@ def trace_memory(
     resolved.config.training.torch_compile = False  # compiled or not, the same tensors at most
     resolved.config.training.activation_cpu_offload = False
     model_class, config = _class_of(resolved, facts, folder)
-    depth = config.get_text_config().num_hidden_layers
     kinds = _kinds(config.get_text_config())
     traced = _picked(kinds, resolved)
     trace = _Trace(resolved, model_class, config, shape, device, getattr(torch, dtype))
+    try:
+        base = _continued(trace, kinds, traced)
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        # A library asks fake tensors for what only values can tell.
+        raise ModelError(
+            "this training cannot be traced",
+            why=str(error).split("\n", 1)[0],
+            fix="leave out --exact: formulas",
+        ) from error
+    return max((dict(parts) for parts in base.values()), key=lambda parts: sum(parts.values()))
+
+
+def _continued(trace: _Trace, kinds: Sequence[str], traced: Sequence[int]) -> dict[str, Counter[str]]:
+    """Phase -> bytes by part at its peak, continued from the traced layers to all of them."""
     base = trace.run(traced)
-    grown = Counter(kinds[index] for index in range(depth)) - Counter(kinds[index] for index in traced)
+    result = {phase: Counter(parts) for phase, parts in base.items()}
+    grown = Counter(kinds) - Counter(kinds[index] for index in traced)
     for kind, more in grown.items():
         extra = next(index for index in traced if kinds[index] == kind)
         deeper = trace.run(sorted([*traced, extra]))
         for phase, parts in base.items():
             for part in set(parts) | set(deeper[phase]):
-                parts[part] += more * (deeper[phase][part] - parts[part])
-    return max((dict(parts) for parts in base.values()), key=lambda parts: sum(parts.values()))
+                result[phase][part] += more * (deeper[phase][part] - parts[part])
+    return result
 
 
 def _class_of(resolved: Resolved, facts: ModelFacts, folder: Path | None) -> tuple[Any, Any]:
@@ -250,12 +264,16 @@ class _Trace:
         """
         accumulates = (self.resolved.config.training.gradient_accumulation_steps or 1) > 1
         sets = engine.parameter_sets.values()
+        optimizers = [part for group in sets for part in getattr(group.optimizer, "parts", [group.optimizer])]
+        for optimizer in optimizers:
+            if hasattr(optimizer, "train"):  # schedule-free
+                optimizer.train()
         parameters = [parameter for group in sets for parameter in group.parameters.values()]
         _give_gradients(parameters, live)
         live.enter("first update", "temporary")
         engine.clip()
         engine.step(0)
-        states = [state for group in sets for state in group.optimizer.state.values()]
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
         live.claim(
             (v for state in states for v in state.values() if isinstance(v, torch.Tensor)), "optimizer"
         )
@@ -334,13 +352,15 @@ def _mark(live: LiveBytes, phase: str) -> Any:
 
 def _fill_with_fakes(model: nn.Module, mode: FakeTensorMode) -> None:
     """Put fake tensors on a CPU in the place of all meta tensors of a model; shared ones stay shared."""
-    made: dict[int, FakeTensor] = {}
+    made: dict[
+        int, tuple[torch.Tensor, FakeTensor]
+    ] = {}  # with the original, whose id stays its own that way
 
     def fake(tensor: torch.Tensor) -> FakeTensor:
         if id(tensor) not in made:
             plain = tensor.detach().to("meta")
-            made[id(tensor)] = FakeTensor(mode, plain, torch.device("cpu"))
-        return made[id(tensor)]
+            made[id(tensor)] = tensor, FakeTensor(mode, plain, torch.device("cpu"))
+        return made[id(tensor)][1]
 
     parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -387,9 +407,7 @@ class _Operations(TorchDispatchMode):
     ) -> Any:
         if not func.is_view and func.namespace != "prim":
             self.names.append(str(func))
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0
-        return func(*args, **(kwargs or {}))
+        return run_without_values(func, args, kwargs or {})
 
 
 def _backbone_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
