@@ -127,12 +127,10 @@ def traced(
     """Bytes by part from traced steps of the real training path."""
     from swift.train.memory import BatchShape, trace_memory
 
-    task = resolved.config.task.task_type
-    # Every token but the first of each sample is a target; other tasks read the end of each text of a sample.
-    targets = {"causal_lm": widest.tokens - widest.samples, "seq_cls": widest.samples}
-    shape = BatchShape(
-        widest.rows, widest.width, targets.get(task, 2 * widest.samples), widest.samples // widest.rows
-    )
+    # Every token but the first of each sequence is a target; tasks over whole sequences read their ends.
+    reads_tokens = resolved.config.task.task_type == "causal_lm"
+    targets = widest.tokens - widest.sequences if reads_tokens else widest.sequences
+    shape = BatchShape(widest.rows, widest.width, targets, widest.sequences)
     return trace_memory(resolved, facts, folder, shape, device=setup.device, dtype=setup.compute)
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from swift.config.schema import Config
-from swift.config.sections.rlhf import DPO_TYPES
 from swift.models.counting import has_gate
 from swift.models.facts import ModelFacts
 
@@ -76,6 +75,7 @@ class Setup:
         unpacked: numbers of the largest quantised layer, which is unpacked for each product.
         optimizer_bytes: what the optimizer keeps; None: AdamW's two numbers for each trained one.
         update_numbers: numbers that the update of a matrix needs for the time being, as a multiple of the matrix.
+        judged_passes: passes without gradients in each micro-batch: of a reference, and over KTO's mismatched pairs.
     """
 
     compute: str
@@ -101,6 +101,7 @@ class Setup:
     unpacked: int = 0
     optimizer_bytes: int | None = None
     update_numbers: float = 0.0
+    judged_passes: int = 0
 
     @property
     def compute_bytes(self) -> int:
@@ -323,11 +324,11 @@ def reference_bytes(config: Config, facts: ModelFacts, setup: Setup) -> int:
     Nothing where LoRA is switched off for it; a copy of the trained weights; or a model of its own, of this size.
     """
     rlhf = config.rlhf
-    reads = rlhf.rlhf_type in (*DPO_TYPES, "kto") and not rlhf.reference_free
-    if not reads or rlhf.precompute_ref_log_probs:
+    if not rlhf.runs_reference:
         return 0
-    if rlhf.ref_model is not None or rlhf.ref_adapters:
-        return facts.num_parameters * setup.compute_bytes
+    if rlhf.ref_model is not None or (rlhf.ref_adapters and rlhf.ref_adapters != config.model.adapters):
+        whole = facts.num_parameters * setup.compute_bytes
+        return whole if setup.weights_bytes is None else setup.weights_bytes
     copies = (
         not setup.is_lora or config.model.adapters or config.tuner.init_weights not in ("default", "gaussian")
     )

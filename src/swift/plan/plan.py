@@ -99,7 +99,7 @@ def make_plan(
             known_rows(resolved, lengths) if lengths is not None else _plan_rows(resolved, folder, warnings)
         )
         data, lengths = _data(resolved, rows, warnings)
-        widest = _widest(resolved, resolved.config.data.max_length or DEFAULT_MAX_LENGTH)
+        widest = _widest(resolved, rows.sequences)
         if lengths:
             steps, widest = _steps(resolved, rows, lengths, warnings)
         if facts is not None:
@@ -125,11 +125,10 @@ def make_plan(
                 why="it needs a training whose model is known, and a device of known memory",
                 fix="--device cuda --device_memory 24GiB",
             )
-        longest = max(lengths, default=None) if lengths else None
+        longest = rows.longest or (-(-max(lengths) // rows.sequences) if lengths else None)
+        largest = partial(_widest, sequences=rows.sequences, longest=longest)
         limit = int(TIGHT_SHARE * device.memory_bytes)
-        solution = solve(
-            Situation(resolved, facts, folder, device, limit, partial(_widest_of, longest=longest))
-        )
+        solution = solve(Situation(resolved, facts, folder, device, limit, largest))
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
@@ -153,8 +152,7 @@ def remember_run(resolved: Resolved, tokens_per_second: float) -> None:
     device = find_device(resolved.config.model.device)
     facts, folder = _read_model(resolved, [])
     if facts is not None:
-        limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
-        setup = make_setup(resolved, facts, folder, device, _widest(resolved, limit), [])
+        setup = make_setup(resolved, facts, folder, device, _widest(resolved), [])
         remember("runs", run_key(resolved, facts, setup, device), {"tokens_per_second": tokens_per_second})
 
 
@@ -323,7 +321,7 @@ def _steps(
         max(1, num_samples),
         batch_size=training.per_device_train_batch_size,
         mode=mode,
-        max_length=max_length,
+        max_length=_row_length(resolved),
         group_by_length=section.group_by_length,
         ranks=resolved.config.parallel.data_parallel_size,
     )
@@ -353,24 +351,35 @@ def _steps(
         "largest_micro_batch_tokens": epoch.widest,
         "padding": round(epoch.padding, 4),
         "samples_per_row": round(epoch.samples_per_row, 2),
-    }, _widest(resolved, max_length, epoch)
+    }, _widest(resolved, rows.sequences, rows.longest, epoch)
 
 
-def _widest_of(resolved: Resolved, longest: int | None) -> Widest:
-    """The largest micro-batch that samples of at most this length can make."""
+def _widest(
+    resolved: Resolved, sequences: int = 1, longest: int | None = None, epoch: Epoch | None = None
+) -> Widest:
+    """The largest micro-batch; where no epoch is known, of sequences that are all as long as they may be.
+
+    Args:
+        sequences: that each sample becomes.
+        longest: tokens of the longest one, None: not known.
+    """
+    mode, batch = batch_mode(resolved.config.data), resolved.config.training.per_device_train_batch_size
+    if mode == "packed":
+        count = round(batch * (epoch.samples_per_row if epoch else 1) * sequences)
+        return Widest(batch, _row_length(resolved), count)
+    count = batch * sequences
     limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
-    return _widest(
-        resolved, limit if longest is None or resolved.config.data.packing else min(limit, longest)
-    )
+    tokens = count * min(limit, longest or limit)
+    if epoch is not None and (mode == "padding_free" or sequences == 1 or longest is None):
+        tokens = epoch.widest
+    rows = 1 if mode == "padding_free" else min(count, tokens)
+    return Widest(rows, -(-tokens // rows), count)
 
 
-def _widest(resolved: Resolved, max_length: int, epoch: Epoch | None = None) -> Widest:
-    """The largest micro-batch; where no lengths are known, of samples that are all as long as they may be."""
-    batch, mode = resolved.config.training.per_device_train_batch_size, batch_mode(resolved.config.data)
-    rows = 1 if mode == "padding_free" else batch
-    tokens = epoch.widest if epoch else batch * max_length
-    samples = round(batch * epoch.samples_per_row) if epoch and mode == "packed" else batch
-    return Widest(min(rows, tokens), -(-tokens // rows), samples)
+def _row_length(resolved: Resolved) -> int:
+    """Tokens of a packed row: a pair of answers is two sequences, each of which may be as long as a sample."""
+    length = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
+    return length * (2 if resolved.config.rlhf.is_paired else 1)
 
 
 def _parallel(resolved: Resolved, device: DeviceFacts) -> dict[str, Any]:

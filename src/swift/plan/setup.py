@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.schema import Resolved
+from swift.config.sections.rlhf import RlhfSection
 from swift.core.files import free_bytes
 from swift.models.facts import ModelFacts
 from swift.models.quantised import stored_method
@@ -37,11 +38,11 @@ __all__ = ["ExactMethod", "Widest", "compute_dtype", "grown", "make_setup", "mem
 
 @dataclass(frozen=True)
 class Widest:
-    """The largest micro-batch: rows of so many tokens each, holding so many samples."""
+    """The largest micro-batch: rows of so many tokens each, which hold so many sequences."""
 
     rows: int
     width: int
-    samples: int
+    sequences: int
 
     @property
     def tokens(self) -> int:
@@ -104,7 +105,7 @@ def make_setup(
         dropout=tuner.lora_dropout if is_lora else 0.0,
         trains_head=_trains_head(facts, resolved),
         tokens=widest.tokens,
-        documents=widest.samples // widest.rows,
+        documents=widest.sequences // widest.rows,
         accumulates=(config.training.gradient_accumulation_steps or 1) > 1,
         checkpointing=bool(config.training.gradient_checkpointing),
         recomputed=config.training.recompute_num_layers,
@@ -119,7 +120,13 @@ def make_setup(
         unpacked=largest_unpacked(layers, config.quantization),
         optimizer_bytes=state_bytes(config.optimizer, trainable, DTYPE_BYTES[stored], matrices),
         update_numbers=OPTIMIZERS[config.optimizer.optim].update_numbers,
+        judged_passes=_judged_passes(config.rlhf),
     )
+
+
+def _judged_passes(rlhf: RlhfSection) -> int:
+    reference = int(rlhf.runs_reference)
+    return reference + (1 + reference if rlhf.rlhf_type == "kto" else 0)
 
 
 def _trains_head(facts: ModelFacts, resolved: Resolved) -> bool:
@@ -135,7 +142,7 @@ def _chunk(resolved: Resolved, widest: Widest) -> int:
     kind = resolved.config.task.task_type
     if kind == "causal_lm":
         return resolved.config.training.logits_chunk_size
-    return widest.samples if kind == "generative_reranker" else 0
+    return widest.sequences if kind == "generative_reranker" else 0
 
 
 def grown(resolved: Resolved, facts: ModelFacts, trainable: int) -> ModelFacts:

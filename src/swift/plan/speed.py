@@ -53,7 +53,7 @@ def micro_batch_flops(facts: ModelFacts, setup: Setup, tokens: float, length: fl
     and a half times that in the backward pass, which computes the scores again. The backward pass takes two for the
     input of each weight, and two for the gradient of a trained one: frozen matrices save a third. Recomputed layers
     run forward twice. The output matrix sees the targets only: twice in the forward pass where it is frozen, four times
-    in both passes where it is trained (`swift.objectives.logprobs`).
+    in both passes where it is trained (`swift.objectives.logprobs`). A reference runs forward only.
     """
     outer = facts.parts["embedding"] + facts.parts["head"] + facts.parts["norm"]
     linear = facts.num_active_parameters - outer
@@ -65,8 +65,10 @@ def micro_batch_flops(facts: ModelFacts, setup: Setup, tokens: float, length: fl
     again = 0.0
     if setup.checkpointing:
         again = forward * min(1.0, (setup.recomputed or facts.num_layers) / facts.num_layers)
-    head = (8 if setup.trains_head else 4) * facts.vocab_size * facts.hidden_size if setup.chunk else 0
-    return tokens * (forward + backward + again) + targets * head
+    judged = setup.judged_passes
+    numbers = facts.vocab_size * facts.hidden_size if setup.chunk else 0
+    head = ((8 if setup.trains_head else 4) + 2 * judged) * numbers
+    return tokens * (forward * (1 + judged) + backward + again) + targets * head
 
 
 def time_of(

@@ -24,6 +24,7 @@ from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, ModelError
 from swift.core.logging import quiet_libraries
 from swift.data.collate import Batch
+from swift.data.groups import sequences_of, task_format
 from swift.models.classifier import classifier_of
 from swift.models.facts import ModelFacts
 from swift.models.load import choose_attention, find_class
@@ -43,12 +44,12 @@ __all__ = ["BatchShape", "trace_memory"]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One micro-batch: rows of so many tokens, how many positions teach something, and documents in each row."""
+    """One micro-batch: rows of so many tokens, how many positions teach something, and sequences in all rows."""
 
     rows: int
     width: int
     num_targets: int
-    documents: int = 1
+    sequences: int
 
 
 def trace_memory(
@@ -288,9 +289,11 @@ class _Trace:
     def _batch(self) -> Batch:
         rows, width = self.shape.rows, self.shape.width
         ids = torch.zeros(rows, width, dtype=torch.int64)
-        task = self.resolved.config.task
-        count = self.shape.num_targets
-        labels = torch.zeros(count, task.num_labels or 1) if task.task_type != "causal_lm" else None
+        config = self.resolved.config
+        group = sequences_of(task_format(config))
+        count, samples = self.shape.num_targets, max(1, self.shape.sequences // group)
+        in_groups = task_format(config) is not None
+        each = count // (samples * group)
         return Batch(
             input_ids=ids,
             position_ids=ids.clone(),
@@ -301,13 +304,14 @@ class _Trace:
             num_targets=count,
             sample_ids=[],
             samples_per_row=[],
-            groups=[1] * count if labels is not None else None,
-            labels=labels,
+            groups=[group] * samples if in_groups else None,
+            labels=torch.zeros(samples, config.task.num_labels or 1) if in_groups else None,
+            target_counts=[each] * (samples * group - 1) + [count - each * (samples * group - 1)],
         )
 
     def _documents(self) -> list[list[int]] | None:
         """Lengths of the documents of each row. Devices compute them in one call, as if the row were one."""
-        count, width = self.shape.documents, self.shape.width
+        count, width = self.shape.sequences // self.shape.rows, self.shape.width
         if count == 1 or self.device != "cpu":
             return None
         return [[width // count] * (count - 1) + [width - width // count * (count - 1)]] * self.shape.rows
