@@ -31,11 +31,13 @@ from swift.models.load import choose_attention, find_class
 from swift.models.quantised import loading_config, settle_layers, stored_method
 from swift.parallel.native import NativeEngine
 from swift.train.assemble import make_engine, make_objective, tune_model
+from swift.train.callbacks.lisa import LisaCallback
 from swift.train.live_bytes import LiveBytes, run_without_values
 from swift.train.neftune import add_embedding_noise
 from swift.train.precision import param_dtype
 from swift.train.tasks import classifier_head
 from swift.tuners.apply import TunedModel
+from swift.tuners.llamapro import grow_config, new_positions
 from swift.tuners.lora import LoraLinear
 from swift.tuners.targets import decoder_layers
 
@@ -199,7 +201,10 @@ class _Trace:
 
     def run(self, picked: Sequence[int]) -> dict[str, Counter[str]]:
         """Phase -> bytes by part at its peak."""
-        config = _with_layers(self.config, picked)
+        config, tuner = _with_layers(self.config, picked), self.resolved.config.tuner
+        if tuner.tuner_type == "llamapro":
+            new, groups = tuner.llamapro_num_new_blocks, tuner.llamapro_num_groups
+            grow_config(config.get_text_config(), len(picked), new_positions(len(picked), new, groups))
         live = LiveBytes(
             vocab=config.get_text_config().vocab_size,
             selected=self.shape.num_targets,
@@ -234,7 +239,7 @@ class _Trace:
             dtype=self.dtype,
             total_steps=1000,
             base=None,
-            restored=resolved.config.tuner.tuner_type != "llamapro",
+            restored=True,
         )
 
     def _engine(self, tuned: TunedModel) -> NativeEngine:
@@ -270,6 +275,7 @@ class _Trace:
             if hasattr(optimizer, "train"):  # schedule-free
                 optimizer.train()
         parameters = [parameter for group in sets for parameter in group.parameters.values()]
+        self._draw_layers(engine, optimizers[0])
         _give_gradients(parameters, live)
         live.enter("first update", "temporary")
         engine.clip()
@@ -285,6 +291,13 @@ class _Trace:
         live.enter("update", "temporary")
         engine.clip()
         engine.step(1)
+
+    def _draw_layers(self, engine: NativeEngine, optimizer: Any) -> None:
+        """LISA trains some layers at a time; which ones makes no difference here."""
+        tuner = self.resolved.config.tuner
+        if tuner.lisa_activated_layers:
+            activated = tuner.lisa_activated_layers
+            LisaCallback(engine.model, optimizer, activated=activated, interval=1, seed=0).draw(0)
 
     def _batch(self) -> Batch:
         rows, width = self.shape.rows, self.shape.width
@@ -319,8 +332,9 @@ class _Trace:
 
 def _give_gradients(parameters: Sequence[nn.Parameter], live: LiveBytes) -> None:
     for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-        live.claim([parameter.grad], "gradients")
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            live.claim([parameter.grad], "gradients")
 
 
 def _watch(tuned: TunedModel, engine: NativeEngine, live: LiveBytes) -> None:
