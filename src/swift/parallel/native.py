@@ -19,7 +19,9 @@ from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
 from swift.parallel.engine import ParameterSet, StepOutput
 from swift.parallel.offload import OffloadedActivations
+from swift.tuners.lora import lora_layers
 from swift.tuners.saved_module import SavedModule
+from swift.tuners.switch import Draw
 
 __all__ = ["NativeEngine"]
 
@@ -59,6 +61,7 @@ class NativeEngine:
         self.device = device
         self.dtype = dtype
         self.chunk_size = chunk_size
+        self._switch = next((layer.switch for layer in lora_layers(model).values()), None)
         self._penalty = penalty
         self._offload = offload_activations
         self._autocast = dtype in (torch.bfloat16, torch.float16) and any(
@@ -75,18 +78,21 @@ class NativeEngine:
         self._scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 and trainable else None
         self.training_batch: Batch | None = None
 
-    def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> StepOutput:
+    def forward_backward(
+        self, batches: Sequence[Batch], objective: Objective, seed: int | None = None
+    ) -> StepOutput:
         self.model.train()
         self._average(False)
         denominators = objective.denominators(batches)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches):
             batch = batch.to(self.device)
             self.training_batch = batch
-            with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
-                loss, sums = objective(self._outputs(batch), batch, denominators)
-            (self._scaler.scale(loss) if self._scaler else loss).backward()
+            with self._drawing(seed, number):
+                with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
+                    loss, sums = objective(self._outputs(batch), batch, denominators)
+                (self._scaler.scale(loss) if self._scaler else loss).backward()
             losses.append(loss.detach())
             _add(metrics, sums)
         self.training_batch = None
@@ -94,6 +100,12 @@ class NativeEngine:
         if penalty is not None:
             (self._scaler.scale(penalty) if self._scaler else penalty).backward()
         return StepOutput(torch.stack(losses).sum(), metrics)
+
+    def _drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
+        """The dropout of the acting LoRA adapter, while the gradients of micro-batch ``number`` are computed."""
+        if seed is None or self._switch is None or self._switch.active is None:
+            return contextlib.nullcontext()
+        return self._switch.drawing({self._switch.active: Draw(seed, number)})
 
     def rehearse(self, batch: Batch, objective: Objective) -> None:
         """One forward and backward pass that changes nothing, to see whether the largest batch fits.

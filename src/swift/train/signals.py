@@ -13,19 +13,23 @@ __all__ = ["StopSignals"]
 class StopSignals:
     """While active, remembers the first stop signal instead of dying from it.
 
+    Args:
+        handled: False where somebody else takes the signals of this process and sets ``received``.
+
     Attributes:
         received: the signal number, or None.
     """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, *, handled: bool = True) -> None:
         self.received: int | None = None
+        self._handled = handled
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         # Only the main thread may set handlers; a run inside a thread is stopped through Trainer.stop().
-        if threading.current_thread() is threading.main_thread():
+        if self._handled and threading.current_thread() is threading.main_thread():
             for number in self.HANDLED:
                 self._previous[number] = signal.signal(number, self._remember)
         return self

@@ -19,11 +19,12 @@ from swift.tuners.adapter import OtherAdapter, adapter_of
 from swift.tuners.blocks import BLOCK_TYPES, attach_blocks
 from swift.tuners.freeze import freeze
 from swift.tuners.llamapro import add_layers
-from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, lora_layers
+from swift.tuners.lora import AdapterSpec, LoraLinear, lora_layers
 from swift.tuners.peft_adapter import attach_with_peft
 from swift.tuners.registry import peft_method
 from swift.tuners.saved_module import SavedModule, saved_modules
 from swift.tuners.starts import keeps_start, needs_data, start_from_weights
+from swift.tuners.switch import AdapterSwitch
 from swift.tuners.targets import find_saved, find_targets, short_names
 
 __all__ = ["TunedModel", "apply_tuner", "attach_adapter", "module_seed", "remove_adapter", "tuned_model"]
@@ -152,7 +153,7 @@ def attach_adapter(
     for module_name, spec in specs.items():
         module = model.get_submodule(module_name)
         if not isinstance(module, LoraLinear):
-            module = LoraLinear(module, tuned.switch)
+            module = LoraLinear(module, tuned.switch, key=module_seed(0, module_name))
             model.set_submodule(module_name, module)
         module.add_adapter(name, spec, dtype=dtype, seed=module_seed(seed, module_name))
     for module_name in saved:
