@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 __all__ = ["AdapterSwitch", "Draw"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,16 @@ class AdapterSwitch:
             yield
         finally:
             self.rows, self._groups = before
+
+    def bound(self, function: Callable[..., T]) -> Callable[..., T]:
+        """``function`` with the adapter that acts now, whenever it is called."""
+        active = self.active
+
+        def call(*args: Any) -> T:
+            with self.use(active):
+                return function(*args)
+
+        return call
 
     def groups(self, total: int) -> tuple[tuple[str | None, int], ...]:
         """``(adapter or None, size)`` of ``total`` consecutive tokens, those of a row side by side.
