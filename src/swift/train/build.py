@@ -47,6 +47,7 @@ from swift.train.preflight import check_tuner_options
 from swift.train.prepare import Prepared
 from swift.train.reference import precompute, reference_options
 from swift.train.schedules import learning_rate_schedule
+from swift.train.shared_base import SharedBase
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
 from swift.train.task_evaluation import TaskEvaluator
@@ -69,21 +70,28 @@ def build(
     say: Callable[[str], None],
     closing: contextlib.ExitStack,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] = (),
+    base: SharedBase | None = None,
 ) -> Trainer:
     """Model, engine and trainer, ready for the next step.
 
-    ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss.
+    ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss;
+    ``base`` is the model where it is shared with other runs.
     """
     resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
     pad_token_id: int = tokenizer.pad_token_id
-    tuned = _tune(_load_weights(prepared), prepared)
+    if base is None:
+        tuned = _tune(_load_weights(prepared), prepared)
+    else:
+        adapter = base.new_name()
+        closing.callback(base.remove, adapter)
+        tuned = _tune(base.weights(prepared, _load_weights), prepared, adapter)
     reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
     engine = _engine(prepared, tuned, reference)
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
     if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
-        start_from_data(engine, prepared.data.train, resolved, pad_token_id)
+        start_from_data(engine, prepared.data.train, resolved, pad_token_id, tuned.adapter or DEFAULT_ADAPTER)
     state = _restored(prepared, tuned, engine)
     if config.rlhf.precompute_ref_log_probs:
         assert isinstance(engine, AnswerEngine)
@@ -227,8 +235,11 @@ def _load_weights(prepared: Prepared) -> Any:
     return model
 
 
-def _tune(model: Any, prepared: Prepared) -> TunedModel:
-    """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing."""
+def _tune(model: Any, prepared: Prepared, adapter: str = DEFAULT_ADAPTER) -> TunedModel:
+    """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing.
+
+    ``adapter``: the name under which LoRA is attached.
+    """
     resolved, dtype = prepared.resolved, prepared.dtype
     config = resolved.config
     if config.model.adapters:
@@ -240,7 +251,7 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
             )
         folder = adapter_folder(config.model.adapters[0])
         check_tuner_options(resolved, folder)
-        tuned = load_adapter(model, folder, trainable=True)
+        tuned = load_adapter(model, folder, adapter, trainable=True)
         names = [name for group in tuned.parameter_sets().values() for name in group]
         if config.task.has_score_head and not any(SCORE in name.split(".") for name in names):
             raise ConfigError(
@@ -255,11 +266,12 @@ def _tune(model: Any, prepared: Prepared) -> TunedModel:
             tuner_of(resolved),
             seed=config.training.seed,
             param_dtype=param_dtype(resolved),
+            adapter_name=adapter,
             total_steps=prepared.plan.total_steps,
             restored=prepared.checkpoint is not None,
         )
         if config.tuner.init_weights == "loftq" and prepared.checkpoint is None:
-            start_from_rounding(model, DEFAULT_ADAPTER, stored_weights(prepared.model_path))
+            start_from_rounding(model, adapter, stored_weights(prepared.model_path))
         for parameter in model.parameters():
             if not parameter.requires_grad and tuned.kind == "full":
                 parameter.data = parameter.data.to(dtype)
