@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from swift.data.collate import Batch
-from swift.objectives.base import PooledOutputs
+from swift.objectives.base import PooledOutputs, TokenOutputs
 from swift.parallel.native import NativeEngine
 
 __all__ = ["AnswerEngine", "other_weights"]
@@ -51,8 +51,8 @@ class AnswerEngine(NativeEngine):
     def predict(self, batch: Batch) -> PooledOutputs:
         """The values of a batch, in evaluation mode."""
         self.model.eval()
-        self._average(True)
-        return self._outputs(batch.to(self.device))
+        self.average(True)
+        return self.objective_inputs(batch.to(self.device))
 
     @torch.no_grad()
     def reference_sums(self, batch: Batch) -> Tensor:
@@ -74,10 +74,10 @@ class AnswerEngine(NativeEngine):
             return torch.zeros(len(batch.target_counts or []), device=self.device)
         return self._sums(logprobs, batch, self.ld_alpha)
 
-    def _outputs(self, batch: Batch) -> PooledOutputs:  # type: ignore[override]
+    def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> PooledOutputs:
         mismatched = self._mismatched_ratios(batch) if self.mismatched else None
         reference = self.reference_sums(batch)
-        logprobs = self.token_outputs(batch).logprobs
+        logprobs = (tokens or self.token_outputs(batch)).logprobs
         plain = self._sums(logprobs, batch, None)
         policy = plain if self.ld_alpha is None else self._sums(logprobs, batch, self.ld_alpha)
         lengths = torch.tensor(batch.target_counts or [], device=self.device)

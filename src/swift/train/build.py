@@ -39,11 +39,12 @@ from swift.train.neftune import add_embedding_noise
 from swift.train.precision import param_dtype
 from swift.train.prepare import Prepared
 from swift.train.reference import precompute, reference_options
+from swift.train.shared_base import SharedBase
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
 from swift.train.task_evaluation import TaskEvaluator
 from swift.train.tasks import classifier_head
-from swift.tuners.apply import TunedModel
+from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.starts import needs_data
 
 __all__ = ["build"]
@@ -57,23 +58,33 @@ def build(
     say: Callable[[str], None],
     closing: contextlib.ExitStack,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] = (),
+    base: SharedBase | None = None,
 ) -> Trainer:
     """Model, engine and trainer, ready for the next step.
 
-    ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss.
+    ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss;
+    ``base`` is the model where it is shared with other runs.
     """
     resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
     pad_token_id: int = tokenizer.pad_token_id
     steps = prepared.plan.total_steps
+    name = DEFAULT_ADAPTER
+    if base is None:
+        model = _load_weights(prepared)
+    else:
+        name = base.new_name()
+        closing.callback(base.remove, name)
+        model = base.weights(prepared, _load_weights)
     tuned = tune_model(
-        _load_weights(prepared),
+        model,
         resolved,
         device=prepared.device,
         dtype=prepared.dtype,
         total_steps=steps,
         base=prepared.model_path,
         restored=checkpoint is not None,
+        name=name,
     )
     reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
     engine = make_engine(
@@ -88,7 +99,7 @@ def build(
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
     if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
-        start_from_data(engine, prepared.data.train, resolved, pad_token_id)
+        start_from_data(engine, prepared.data.train, resolved, pad_token_id, tuned.adapter or DEFAULT_ADAPTER)
     state = _restored(prepared, tuned, engine)
     if config.rlhf.precompute_ref_log_probs:
         assert isinstance(engine, AnswerEngine)
