@@ -27,7 +27,7 @@ from swift.models.facts import ModelFacts
 from swift.models.quantised import check_loadable, check_packages, stored_method
 from swift.quantize.merge import keep_stored_precision, merge, merge_context
 from swift.quantize.parity import REPORT_FILE, Limits, ParityReport, kept_tensors, weights_size
-from swift.quantize.texts import calibration_rows, held_out_probes, no_calibration, read_template
+from swift.quantize.texts import calibration_rows, held_out_probes, read_template
 from swift.runs.lock import FolderLock
 from swift.toolchains.toolchain import Toolchain, ToolchainError, find_toolchain
 
@@ -67,13 +67,9 @@ def export(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path
 
 
 def check_before(resolved: Resolved) -> Toolchain | None:
-    """What can be refused before a model is looked for (and perhaps downloaded): data and programs that are missing."""
+    """What can be refused before a model is looked for (and perhaps downloaded): programs that are missing."""
     name = resolved.config.quantization.quant_method
     method = METHODS[name or ""]
-    model, data = resolved.config.model, resolved.config.data
-    is_here = model.model is None or Path(model.model).expanduser().exists()
-    if method.calibrated and not data.dataset and not model.adapters and not is_here:
-        raise no_calibration(resolved)
     if method.toolchain is not None:
         return find_toolchain(method.toolchain)
     check_packages(resolved.config.quantization)

@@ -71,6 +71,7 @@ class FusedGroup:
         say: receives the few lines meant for the terminal.
         signals: those of the process; a signal stops every member.
         on_done: called with every member that ends, in whatever way.
+        gradients: computes the steps of several members together.
     """
 
     def __init__(
@@ -79,11 +80,12 @@ class FusedGroup:
         say: Callable[[str], None] = print,
         signals: StopSignals | None = None,
         on_done: Callable[[Member], None] = lambda member: None,
+        gradients: Callable[..., list[StepOutput]] = fused_gradients,
     ) -> None:
         self.base = SharedBase()
         self.members: list[Member] = []
         self.largest: int | None = None
-        self._say, self._on_done = say, on_done
+        self._say, self._on_done, self._gradients = say, on_done, gradients
         self._signals = signals or StopSignals()
         self._counter = 0
 
@@ -128,7 +130,7 @@ class FusedGroup:
         """
         steps = [step for _, step in parts]
         try:
-            outputs = fused_gradients(steps, self.base.switch)
+            outputs = self._gradients(steps, self.base.switch)
         except Exception as error:  # of a member alone, it ends that run and no other
             clear_gradients(steps)
             self._recover(parts, error)
