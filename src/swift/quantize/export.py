@@ -19,10 +19,12 @@ from typing import Any
 
 from swift.config.export_rules import METHODS, Method
 from swift.config.schema import Resolved
+from swift.core.devices import describe_cpu
 from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.core.files import atomic_directory, atomic_write_json, free_bytes, remove_partial
 from swift.core.format import format_bytes
 from swift.inference.context import InferenceContext, find_context
+from swift.inference.engines.vllm_server import check_weights
 from swift.models.facts import ModelFacts
 from swift.models.quantised import check_loadable, check_packages, stored_method
 from swift.quantize.merge import keep_stored_precision, merge, merge_context
@@ -428,6 +430,11 @@ class _Flow:
             toolchain = find_toolchain("vllm")
         except ToolchainError as error:
             return f"not tried: {error.message} ({error.fix})"
+        if toolchain.variant == "cpu":
+            try:
+                check_weights(folder, describe_cpu()["features"])
+            except ModelError as error:
+                return f"not tried: {error.message} ({error.why})"
         worker = Path(__file__).with_name("workers") / "vllm_load.py"
         payload = {"model": str(folder), "ids": ids[:16], "bytes": weights_size(folder)}
         try:
