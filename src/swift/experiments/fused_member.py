@@ -59,7 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     except TimeoutError as error:
         print(f"the process of the fused group cannot be reached: {error}", file=sys.stderr)
         return EXIT_HOST_DIED
-    connection.sendall(Path(request).read_bytes().strip() + b"\n")
+    try:
+        return _follow(connection, Path(request).read_bytes().strip(), stopped)
+    except ConnectionError:
+        print("the process of the fused group died; the run goes on alone", file=sys.stderr)
+        return EXIT_HOST_DIED
+
+
+def _follow(connection: socket.socket, request: bytes, stopped: list[int]) -> int:
+    """Print and pass on until the run has ended; its exit code. Raises ConnectionError."""
+    connection.sendall(request + b"\n")
     connection.settimeout(0.2)
     buffer, told = b"", 0
     while True:
@@ -70,11 +79,8 @@ def main(argv: list[str] | None = None) -> int:
             received = connection.recv(65536)
         except TimeoutError:
             continue
-        except ConnectionError:
-            received = b""
         if not received:
-            print("the process of the fused group died; the run goes on alone", file=sys.stderr)
-            return EXIT_HOST_DIED
+            raise ConnectionError("the host has ended")
         *lines, buffer = (buffer + received).split(b"\n")
         for line in lines:
             message = json.loads(line)

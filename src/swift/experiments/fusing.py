@@ -38,7 +38,7 @@ __all__ = [
 GROUP_FILE = "group.json"
 FUSED_SOCKET = "fused.sock"
 MAX_MEMBERS = 16
-_SPOILT = ("crash", "out_of_memory", "lost", "stall")
+_SPOILT = ("crash", "out_of_memory", "lost", "stall", "launch")
 """A job that failed so is tried again alone: whatever it was, it shall not take others with it twice."""
 
 
