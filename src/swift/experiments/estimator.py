@@ -129,6 +129,7 @@ class Estimator:
             "parameters": plan.model.get("parameters"),
             "trainable_parameters": plan.model.get("trainable_parameters"),
             "dtype": plan.model.get("dtype"),
+            "seconds": plan.time.get("seconds"),
             "disk_bytes": disk.get("total_bytes"),
             "devices_needed": plan.parallel.get("devices_needed", 1),
             "device": plan.parallel.get("device"),
