@@ -121,6 +121,7 @@ class Estimator:
         disk = plan.memory.get("disk", {})
         return {
             "memory_bytes": memory,
+            "weights_bytes": plan.memory.get("parts", {}).get("weights"),
             "memory_key": _memory_key(resolved, plan.model),
             "steps": total,
             "steps_per_epoch": plan.steps.get("steps_per_epoch"),

@@ -47,7 +47,7 @@ from swift.train.tasks import classifier_head
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.starts import needs_data
 
-__all__ = ["build"]
+__all__ = ["build", "load_weights"]
 
 
 def build(
@@ -71,11 +71,11 @@ def build(
     steps = prepared.plan.total_steps
     name = DEFAULT_ADAPTER
     if base is None:
-        model = _load_weights(prepared)
+        model = load_weights(prepared)
     else:
         name = base.new_name()
         closing.callback(base.remove, name)
-        model = base.weights(prepared, _load_weights)
+        model = base.weights(prepared, load_weights)
     tuned = tune_model(
         model,
         resolved,
@@ -219,7 +219,7 @@ def _set_aside(folder: RunFolder, state: TrainState, say: Callable[[str], None])
             folder.mark("best", state.best_step)
 
 
-def _load_weights(prepared: Prepared) -> Any:
+def load_weights(prepared: Prepared) -> Any:
     """The base model; a full run that goes on takes the weights of its checkpoint."""
     config = prepared.resolved.config
     resumes_full = prepared.checkpoint is not None and config.tuner.trains_whole_model

@@ -208,7 +208,7 @@ def train_fused(
     """Run several configurations on one base model; every one leaves what it would leave alone.
 
     Args:
-        configs: runs that differ in data, adapter and optimization (`swift.train.shared_base.fusing_problem`).
+        configs: runs that differ in data, adapter and optimization (`swift.config.fusing`).
         options: for each run, those of `swift.train.run.train`.
         on_done: called with every member that ends.
 

@@ -1,4 +1,4 @@
-"""A base model that several LoRA runs share, and which runs can share one."""
+"""A base model that several LoRA runs share."""
 
 from __future__ import annotations
 
@@ -8,52 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from swift.config.schema import Resolved
+from swift.config.fusing import fusing_problem, model_options
 from swift.core.errors import ConfigError
 from swift.models.facts import ModelFacts
 from swift.train.prepare import Prepared
 from swift.tuners.apply import remove_adapter, tuned_model
 from swift.tuners.switch import AdapterSwitch
 
-__all__ = ["SharedBase", "fusing_problem"]
-
-_SAME = {
-    "model": ("torch_dtype", "attn_impl", "trust_remote_code"),
-    "quantization": (
-        "quant_method",
-        "quant_bits",
-        "bnb_4bit_quant_type",
-        "bnb_4bit_use_double_quant",
-        "bnb_4bit_compute_dtype",
-    ),
-    "training": ("gradient_checkpointing", "recompute_num_layers", "use_liger_kernel"),
-}
-"""Options that change the model itself, so that runs on one model have them in common."""
-
-
-def fusing_problem(resolved: Resolved) -> tuple[str, str] | None:
-    """(option, why) that keeps a run from sharing its base model; None when it can."""
-    config = resolved.config
-    tuner, training = config.tuner, config.training
-    if tuner.tuner_type != "lora" or tuner.use_dora or tuner.target_parameters:
-        return "--tuner_type", "only LoRA adapters share a base model"
-    refused = {
-        "--neftune_noise_alpha": (
-            training.neftune_noise_alpha,
-            "its noise would reach the rows of other runs",
-        ),
-        "--torch_compile": (
-            training.torch_compile,
-            "members come and go, which would compile again and again",
-        ),
-        "--activation_cpu_offload": (training.activation_cpu_offload, "it is not built for several runs"),
-        "--longlora_group_size": (tuner.longlora_group_size, "it changes the attention of the model"),
-        "--qat_bits": (config.quantization.qat_bits is not None, "it changes the layers of the model"),
-        "--fp8": (config.quantization.fp8, "it changes the layers of the model"),
-        "--task_type": (config.task.task_type != "causal_lm", "the head of the model belongs to the task"),
-        "--rlhf_type": (config.rlhf.rlhf_type == "rm", "the head of the model belongs to the task"),
-    }
-    return next(((option, why) for option, (is_set, why) in refused.items() if is_set), None)
+__all__ = ["SharedBase"]
 
 
 @dataclass(frozen=True)
@@ -67,17 +29,12 @@ class _Key:
 
     @classmethod
     def of(cls, prepared: Prepared) -> _Key:
-        config = prepared.resolved.config
-        options = {
-            f"--{name}": getattr(getattr(config, section), name)
-            for section, names in _SAME.items()
-            for name in names
-        }
+        options = model_options(prepared.resolved.config)
         return cls(
             str(prepared.model_path.resolve()),
             str(prepared.device),
             str(prepared.dtype),
-            json.dumps(options, sort_keys=True, default=str),
+            json.dumps(options, sort_keys=True),
         )
 
     def difference(self, other: _Key) -> str | None:
@@ -127,7 +84,7 @@ class SharedBase:
         Raises:
             ConfigError: this run cannot share a model, or not this one.
         """
-        problem = fusing_problem(prepared.resolved)
+        problem = fusing_problem(prepared.resolved.config)
         if problem is not None:
             raise ConfigError(
                 "this run cannot be fused with others",
