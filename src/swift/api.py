@@ -59,16 +59,10 @@ class SwiftTrainer:
 
     def train(self) -> RunResult:
         """Run to the end; returns the run folder and the summary."""
+        from swift.rl.run import train as run_training
         from swift.train.callbacks.progress import ProgressLine
-        from swift.train.run import train as run_training
 
-        evaluators = None
-        if self.resolved.config.evaluation.eval_tasks is not None:
-            from swift.evaluate.training import suite_evaluators
-
-            evaluators = suite_evaluators(self.resolved)
-        callbacks = [ProgressLine(), *self.callbacks]
-        return run_training(self.resolved, callbacks=callbacks, evaluators=evaluators)
+        return run_training(self.resolved, callbacks=[ProgressLine(), *self.callbacks])
 
 
 def train(

@@ -227,19 +227,40 @@ class NativeEngine:
                 head = self._split[1]
                 weight = _output_matrix(head)
                 if weight is not None:
+                    hidden = hidden if batch.temperature == 1 else hidden / batch.temperature
                     result = linear_logprobs(hidden, weight, targets, chunk_size=self.chunk_size)
                 else:
-                    result = module_logprobs(hidden, head, targets, chunk_size=self.chunk_size)
+                    tempered = _tempered(head, batch.temperature)
+                    result = module_logprobs(hidden, tempered, targets, chunk_size=self.chunk_size)
             else:
+                tempered = _tempered(nn.Identity(), batch.temperature)
                 result = module_logprobs(
-                    outputs.logits[learned], nn.Identity(), targets, chunk_size=self.chunk_size
+                    outputs.logits[learned], tempered, targets, chunk_size=self.chunk_size
                 )
         return TokenOutputs(*result)
+
+    @torch.no_grad()
+    def token_entropies(self, batch: Batch) -> Tensor:
+        """``[num_targets]`` float32: entropies (nats) of the distributions that the batch's targets come from."""
+        learned = batch.targets != -100
+        with self._precision():
+            outputs = self._run(batch)
+            head = self._split[1] if self._split else nn.Identity()
+            rows = outputs.last_hidden_state if self._split else outputs.logits
+            parts = [
+                torch.distributions.Categorical(logits=head(part).float() / batch.temperature).entropy()
+                for part in rows[learned].split(self.chunk_size)
+            ]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
         with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
             yield
+
+
+def _tempered(head: nn.Module, temperature: float) -> Callable[[Tensor], Tensor]:
+    return head if temperature == 1 else lambda hidden: head(hidden) / temperature
 
 
 def _output_matrix(head: nn.Module) -> Tensor | None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from swift.train.seeds import seed_everything
 from swift.train.signals import StopSignals
 from swift.train.state import LogWindow, TrainState
 
-__all__ = ["Interrupted", "StepPlan", "Trainer"]
+__all__ = ["Interrupted", "PolicyLoader", "StepPlan", "Trainer"]
 
 logger = get_logger(__name__)
 
@@ -59,6 +59,13 @@ class StepPlan:
     total_steps: int
     steps_per_epoch: int | None
     accumulation: int
+
+
+class PolicyLoader(Protocol):
+    """Serves the micro-batches of each step, as `BatchLoader` does; it samples them with the weights as they are."""
+
+    def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Any]]: ...
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -91,7 +98,7 @@ class Trainer:
         folder: RunFolder,
         engine: Engine,
         objective: Objective,
-        loader: BatchLoader | StreamLoader,
+        loader: BatchLoader | StreamLoader | PolicyLoader,
         plan: StepPlan,
         state: TrainState,
         save: Callable[[Path, TrainState], None],
@@ -169,7 +176,7 @@ class Trainer:
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         state, loader = self.state, self.loader
-        if isinstance(loader, BatchLoader):
+        if not isinstance(loader, StreamLoader):
             yield from loader.steps(state.epoch, self.plan.accumulation, state.step_in_epoch)
             return
         for batches in loader.steps(

@@ -24,7 +24,7 @@ from swift.runs.curves import draw_curves
 from swift.runs.folder import RunFolder
 from swift.runs.record import write_environment, write_provenance, write_summary
 from swift.runs.status import StatusFile
-from swift.train.build import build
+from swift.train.build import PolicyFactory, build
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.trackers import tracker_callbacks
 from swift.train.callbacks.user import load_callbacks
@@ -56,8 +56,9 @@ def train(
     arguments: Sequence[str] | None = None,
     announce: Callable[[Sequence[int]], None] | None = None,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] | None = None,
+    policy: PolicyFactory | None = None,
 ) -> RunResult:
-    """Run ``pt`` or ``sft`` as configured.
+    """Run ``pt``, ``sft`` or ``rlhf`` as configured.
 
     Args:
         resolved: from `swift.config.bind.resolve`; derived values are filled in.
@@ -66,6 +67,7 @@ def train(
         arguments: the command line, for provenance.json.
         announce: called with the token length of every sample before the weights are read.
         evaluators: make what is measured beside the validation loss (`swift.evaluate.training.suite_evaluators`).
+        policy: makes what policy optimisation samples and learns from (`swift.rl.run`).
 
     Raises:
         SwiftError: with cause and fix; bad options, model or data are found before anything slow.
@@ -75,6 +77,10 @@ def train(
     if resolved.config.evaluation.eval_tasks is not None and evaluators is None:
         raise ConfigError(
             "nobody evaluates the tasks", where="--eval_tasks", fix="evaluators=suite_evaluators(resolved)"
+        )
+    if resolved.config.rlhf.is_policy and policy is None:
+        raise ConfigError(
+            "nobody samples the answers", where="--rlhf_type", fix="swift.rl.run.train(resolved)"
         )
     own_callbacks = load_callbacks(resolved.config.report.callbacks)
     prepared = prepare(resolved)
@@ -98,7 +104,7 @@ def train(
         everyone = [*callbacks, *tracker_callbacks(resolved.config.report.report_to), *own_callbacks]
         for callback in everyone:
             closing.callback(callback.close)
-        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or ())
+        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), policy)
         if resumed_step >= prepared.plan.total_steps:
             say(f"nothing is left to do: all {resumed_step} steps are done; a larger --max_steps goes on")
         elif resumed_step:
