@@ -29,6 +29,20 @@ def test_no_word_is_both_trained_and_held_out(tmp_path: Path) -> None:
     assert len(set(words(train)) | set(words(heldout))) == 5200
 
 
+def test_the_second_task_has_files_of_its_own(tmp_path: Path) -> None:
+    write_task(tmp_path, num_train=3, num_heldout=2, seed=3)
+    train, heldout = write_task(tmp_path, num_train=3, num_heldout=2, seed=3, verb="Rotate")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "train.jsonl",
+        "heldout.jsonl",
+        train.name,
+        heldout.name,
+    }
+    question, answer = json.loads(heldout.read_text(encoding="utf-8").splitlines()[0])["messages"]
+    word = question["content"].removeprefix("Rotate ")
+    assert answer["content"] == word[1:] + word[:1]
+
+
 def test_a_seed_gives_the_same_task(tmp_path: Path) -> None:
     first, _ = write_task(tmp_path / "a", num_train=50, num_heldout=5, seed=3)
     second, _ = write_task(tmp_path / "b", num_train=50, num_heldout=5, seed=3)
@@ -89,7 +103,7 @@ def test_answer_table_shows_control_characters_and_long_answers_safely() -> None
 
 
 @pytest.mark.slow
-def test_four_experiments_their_report_and_the_winner_quantised_and_served(tmp_path: Path) -> None:
+def test_four_experiments_their_report_and_the_winner_merged_quantised_and_served(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "swift", "demo", "--output_dir", "demo"]
     done = subprocess.run(
@@ -97,8 +111,9 @@ def test_four_experiments_their_report_and_the_winner_quantised_and_served(tmp_p
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "winner: bold" in done.stdout
-    parity = json.loads((tmp_path / "demo" / "winner-nf4" / "parity.json").read_text())
-    assert parity["passed"], parity
+    for made in ("winner", "winner-nf4"):
+        parity = json.loads((tmp_path / "demo" / made / "parity.json").read_text())
+        assert parity["passed"], parity
     assert "ok    the service is stopped" in done.stdout
     assert not (tmp_path / "demo" / "serving.json").exists(), "the server of the winner still runs"
     report = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")

@@ -14,10 +14,11 @@ import pytest
 
 from swift.config.bind import resolve
 from swift.core.errors import ConfigError, SwiftError, UsageError
+from swift.core.format import parse_size
 from swift.core.process import ProcessIdentity
 from swift.experiments.estimator import changed_data
 from swift.experiments.expand import expand, single
-from swift.experiments.fields import parse_duration, parse_size
+from swift.experiments.fields import parse_duration
 from swift.experiments.file import is_experiment_file, parse_experiments, read_experiments
 from swift.experiments.types import JobSpec, Needs
 

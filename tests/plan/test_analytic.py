@@ -10,12 +10,15 @@ import pytest
 from swift.config.sections.tuner import TunerSection
 from swift.models.facts import ModelFacts
 from swift.plan.analytic import (
-    FRAMEWORK_BYTES,
+    CONTEXT_BYTES,
+    RESERVE_SHARE,
     LinearShape,
     Setup,
-    activation_bytes_per_token,
     checkpoint_bytes,
+    kept_bytes_per_token,
     memory_parts,
+    moments,
+    with_overhead,
 )
 from swift.tuners.registry import count_layer
 
@@ -43,7 +46,15 @@ ADAPTED = [
     for name, outputs in (("q_proj", 8), ("v_proj", 4))
 ]
 LORA = Setup(compute="float32", is_lora=True, trainable=112, tokens=10, adapted=ADAPTED, rank=2, dropout=0.05)
-FULL = Setup(compute="bfloat16", is_lora=False, trainable=1704, tokens=10, checkpointing=True, device="cuda")
+FULL = Setup(
+    compute="bfloat16",
+    is_lora=False,
+    trainable=1704,
+    trains_head=True,
+    tokens=10,
+    checkpointing=True,
+    device="cuda",
+)
 
 
 def test_adapter_parameters() -> None:
@@ -52,37 +63,44 @@ def test_adapter_parameters() -> None:
     assert counted == 2 * (2 * (8 + 8) + 2 * (8 + 4)) == 112
 
 
-def test_activations_of_a_token() -> None:
-    # norms 2 (32 + 32), attention 4 (8 + 8) + 2 x 32 + 8, feed-forward 4 x 64; adapters 2 a layer: 2 (8 + 2 x 8)
-    assert activation_bytes_per_token(FACTS, LORA) == 128 + 136 + 256 + 48
-    # norms 2 (32 + 16), attention 2 (8 + 8) + 2 x 16 + 8, feed-forward 4 x 32, normalised inputs 2 x 16
-    assert activation_bytes_per_token(FACTS, FULL) == 96 + 72 + 128 + 32
+def test_what_a_layer_keeps_of_a_token() -> None:
+    # norms 2 (32 + 4) + 2 x 32; attention 2 x 4 (8 + 4) + 4 x 2; feed-forward 4 x 64; adapters 2 (8 + 2 x 8)
+    assert kept_bytes_per_token(FACTS, LORA) == 136 + 104 + 256 + 48
+    # several documents in a row: their results once more, joined
+    assert kept_bytes_per_token(FACTS, replace(LORA, documents=2)) == 544 + 4 * 8
+    # autocast: norms 2 (32 + 4) + normalised 2 x 32 + five casts 5 x 16; attention 2 x 2 (8 + 4) + 8; 4 x 32
+    assert kept_bytes_per_token(FACTS, FULL) == 216 + 56 + 128
+
+
+LAST_NORM = 24 + 2 * 4 * 4 + 8 * 8  # ids, positions, targets; rotations; input and result of the last norm
 
 
 def test_lora_on_cpu() -> None:
     assert memory_parts(FACTS, LORA) == {
         "weights": 1704 * 4,
         "adapters": 448,
-        "gradients": 448,
         "optimizer": 896,
-        "activations": 10 * (2 * 568 + 96),
+        "gradients": 448,
+        # the first norm keeps nothing; hidden states, Jacobian and a chunk's share of both: 4 x 32
+        "activations": 10 * (2 * 544 - 36 + LAST_NORM) + 10 * 4 * 32,
         "logits": 10 * 32 * 4,
         "temporary": 0,
-        "framework": FRAMEWORK_BYTES["cpu"],
     }
+    assert moments(FACTS, replace(LORA, accumulates=False))["loss"]["gradients"] == 0
 
 
 def test_recomputed_and_offloaded_layers() -> None:
-    def kept(**changes: Any) -> int:
-        return memory_parts(FACTS, replace(FULL, **changes))["activations"]
+    def kept(**changes: Any) -> float:
+        setup = replace(FULL, **changes)
+        return moments(FACTS, setup)["backward of the last layer"]["activations"]
 
-    last_norm = 4 * 8 + 2 * 2 * 8
-    assert kept() == 10 * (2 * 16 + 328 + last_norm)
-    # one layer's input, and that layer again while it is recomputed; the other as it is
-    assert kept(recomputed=1) == 10 * (16 + 2 * 328 + last_norm)
+    rest = 24 + 2 * 2 * 4 + 6 * 8 + 2 * 8
+    assert kept() == 10 * (2 * 32 + 400 + rest)  # the stream is float32 under autocast
+    # one layer's input; the other layer as it is, and nothing is recomputed when the backward pass begins
+    assert kept(recomputed=1) == 10 * (32 + 400 + rest)
     assert kept(recomputed=9) == kept()
-    assert kept(checkpointing=False) == 10 * (2 * 328 + last_norm)
-    assert kept(offloaded=True) == 10 * (328 + last_norm)
+    assert kept(checkpointing=False) == 10 * (2 * 400 + rest)
+    assert kept(offloaded=True) == 10 * (400 + rest)
     assert kept(offloaded=True, device="cpu") == kept()
 
 
@@ -90,22 +108,36 @@ def test_full_training_with_master_weights_and_checkpointing() -> None:
     assert memory_parts(FACTS, FULL) == {
         "weights": 6816,
         "adapters": 0,
-        "gradients": 6816,
         "optimizer": 13632,
-        "activations": 10 * (2 * 2 * 8 + 328 + 64),
-        "logits": 10 * 32 * 8,
-        "temporary": 32 * 8 * 4 + 1704 * 2,
-        "framework": FRAMEWORK_BYTES["cuda"],
+        "gradients": 6816,
+        "activations": 10 * (2 * 32 + 104) + 10 * 2 * 8,
+        "logits": 10 * 32 * 6,
+        "temporary": 1704 * 2 + 256 * 6,  # casts of all weights; the head's gradient, summed and of a chunk
     }
+    # Long rows: the layer that is recomputed outweighs the loss.
+    assert memory_parts(FACTS, replace(FULL, tokens=100, chunk=10))["activations"] == 100 * (
+        2 * 32 + 104 + 400
+    )
+
+
+def test_an_update_that_needs_room() -> None:
+    parts = memory_parts(FACTS, replace(FULL, tokens=1, update_numbers=9.0))
+    assert (parts["temporary"], parts["activations"]) == (9 * 256 * 4, 0)
+
+
+def test_overhead_is_for_devices() -> None:
+    parts = memory_parts(FACTS, LORA)
+    assert with_overhead(parts, "cpu") == {**parts, "reserve": 0, "context": CONTEXT_BYTES["cpu"]}
+    passing = parts["gradients"] + parts["activations"] + parts["logits"]
+    assert with_overhead(parts, "cuda")["reserve"] == round(RESERVE_SHARE * passing)
 
 
 def test_chunk_bounds_logits_and_devices_share() -> None:
-    import dataclasses
-
-    parts = memory_parts(FACTS, dataclasses.replace(LORA, chunk=4, model_shares=4, sequence_shares=2))
-    assert parts["logits"] == 4 * 32 * 4
-    assert parts["weights"] == 1704
-    assert parts["activations"] == 5 * (2 * 568 + 96)
+    shared = replace(LORA, chunk=4, model_shares=4)
+    assert moments(FACTS, shared)["loss"]["logits"] == 4 * 32 * 4
+    assert memory_parts(FACTS, shared)["weights"] == 1704
+    whole, half = (moments(FACTS, replace(LORA, sequence_shares=shares))["loss"] for shares in (1, 2))
+    assert whole["activations"] - half["activations"] == 5 * (2 * 544 - 36 + LAST_NORM) + 5 * 2 * 32
 
 
 @pytest.mark.parametrize(

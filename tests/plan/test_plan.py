@@ -18,19 +18,7 @@ from swift.plan.plan import make_plan
 from swift.plan.rows import fit_lengths
 from swift.plan.steps import plan_epoch, step_counts
 
-KEYS = [
-    "command",
-    "config",
-    "sources",
-    "model",
-    "data",
-    "steps",
-    "memory",
-    "parallel",
-    "export",
-    "fits",
-    "warnings",
-]
+KEYS = "command config sources model data steps memory parallel export time solution fits warnings".split()
 
 
 @pytest.fixture(scope="module")

@@ -104,5 +104,7 @@ def test_where_the_nine_gigabytes_of_a_7b_qlora_go(tmp_path) -> None:
     trained = 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert parts["adapters"] == parts["gradients"] == 4 * trained
     assert parts["optimizer"] == 8 * trained
-    assert parts["temporary"] == 2 * 4096 * 11008
-    assert plan.memory["total"] / 1e9 == pytest.approx(8.45, abs=0.01)
+    # While the last layer is computed again: its largest matrix unpacked, and gradients inside it (3 h + 2 f).
+    assert parts["temporary"] == 2 * 4096 * 11008 + 2048 * 2 * (3 * 4096 + 2 * 11008)
+    assert parts["logits"] == 0
+    assert plan.memory["total"] / 1e9 == pytest.approx(8.37, abs=0.05)

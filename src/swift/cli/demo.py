@@ -44,11 +44,15 @@ def run(argv: list[str]) -> int:
     if result.accuracy_after < GOAL:
         print(f"the goal is {GOAL:.0%}: this seed did not get there", file=sys.stderr)
         return 1
-    return 0 if arguments.single else _experiments(Path(arguments.output_dir), arguments.seed)
+    return (
+        0
+        if arguments.single
+        else _experiments(Path(arguments.output_dir), result.run / "last", arguments.seed)
+    )
 
 
-def _experiments(folder: Path, seed: int) -> int:
-    """Four experiments at once, their evaluation and report, with a service of their own; then the winner's use."""
+def _experiments(folder: Path, model: Path, seed: int) -> int:
+    """Four adapters at once, their evaluation and report, with a service of their own; then the winner's use."""
     from swift.cli import compare, report, service
     from swift.cli import run as run_command
     from swift.demo.experiments import LEARNING_RATES, write_experiments
@@ -59,9 +63,10 @@ def _experiments(folder: Path, seed: int) -> int:
     shutil.rmtree(folder / "experiments", ignore_errors=True)
     home = Home.find(folder / "service")
     os.environ["SWIFT_HOME"] = str(home.root)
-    path = write_experiments(folder, seed=seed)
+    path = write_experiments(folder, model, seed=seed)
     print(
-        f"\n{len(LEARNING_RATES)} experiments at once: which learning rate learns it best?\n\n$ swift run {path}"
+        f"\n{len(LEARNING_RATES)} experiments at once teach this model a second task with LoRA: "
+        f"which learning rate learns it best?\n\n$ swift run {path}"
     )
     try:
         code = run_command.run([str(path)])
@@ -77,7 +82,7 @@ def _experiments(folder: Path, seed: int) -> int:
     winner = compare.compare([group], "exact_match").winner
     if winner is None or winner.run_dir is None:
         raise SwiftError("no experiment has won", where=str(path), fix=f"swift compare {group}")
-    return ask_the_winner(folder, Path(winner.run_dir) / "last")
+    return ask_the_winner(folder, Path(winner.run_dir) / "last", folder / "rotate-heldout.jsonl")
 
 
 def _show(result: DemoResult) -> None:

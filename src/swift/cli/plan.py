@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from swift.cli.fit import command_meant
 from swift.config.schema import Resolved
 from swift.core.errors import UsageError
 from swift.core.registry import closest
 
-__all__ = ["run", "show_plan"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from swift.models.facts import ModelFacts
+    from swift.plan.analytic import Setup
+    from swift.plan.setup import Widest
+
+__all__ = ["run", "show_plan", "traced"]
 
 
 def run(argv: list[str]) -> int:
@@ -19,12 +27,18 @@ def run(argv: list[str]) -> int:
     from swift.config.commands import COMMANDS, LATER_COMMANDS
     from swift.config.read import FILE_ENDINGS
 
-    words = [word for word in argv if word not in ("--json", "--dry_run", "--dry-run")]
+    words, wishes, memory = _take_wishes(argv)
     if words and words[0].lower().endswith(FILE_ENDINGS):
         from pathlib import Path
 
         if Path(words[0]).is_file() and _is_experiments(words[0]):
-            return _show_forecast(words, as_json="--json" in argv)
+            if wishes - {"json"} or memory is not None:
+                raise UsageError(
+                    "a file of experiments is planned by the formulas",
+                    where=words[0],
+                    fix="swift plan sft ... --exact plans one run",
+                )
+            return _show_forecast(words, as_json="json" in wishes)
         command = command_of(Path(words[0]), words[0])
     elif words and not words[0].startswith("-"):
         command, words = words[0].replace("_", "-"), words[1:]
@@ -41,14 +55,62 @@ def run(argv: list[str]) -> int:
             why=f"plans exist for {', '.join(planned)}",
             fix=f"did you mean swift plan {near}?" if near else None,
         )
-    return show_plan(resolve(command, words, planning=True), as_json="--json" in argv)
+    resolved = resolve(command, words, planning=True)
+    return show_plan(
+        resolved,
+        as_json="json" in wishes,
+        exact="exact" in wishes,
+        solving="solve" in wishes,
+        device_memory=memory,
+    )
 
 
-def show_plan(resolved: Resolved, *, as_json: bool) -> int:
-    """Print the plan as one JSON object, or as a card under the options that are not at their default."""
+def _take_wishes(argv: list[str]) -> tuple[list[str], set[str], int | None]:
+    """(words of the planned command, words that say how to plan, bytes of ``--device_memory``)."""
+    from swift.core.format import parse_size
+
+    words: list[str] = []
+    wishes: set[str] = set()
+    memory: int | None = None
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+        if name in ("json", "exact", "solve", "dry_run") and not equals:
+            wishes.add(name)
+        elif name == "device_memory":
+            text = value if equals else next(rest, "")
+            memory = parse_size(text)
+            if not memory:
+                raise UsageError(
+                    f"{text!r} is not a size", where="--device_memory", fix="--device_memory 24GiB"
+                )
+        else:
+            words.append(word)
+    return words, wishes - {"dry_run"}, memory
+
+
+def show_plan(
+    resolved: Resolved,
+    *,
+    as_json: bool,
+    exact: bool = False,
+    solving: bool = False,
+    device_memory: int | None = None,
+) -> int:
+    """Print the plan as one JSON object, or as a card under the options that are not at their default.
+
+    Args:
+        exact: memory by traced steps of the real training path (imports torch).
+        solving: also what would fit.
+        device_memory: bytes of a device that is not here.
+    """
     from swift.plan.plan import make_plan
 
-    plan = make_plan(resolved).to_dict()
+    method = traced if exact else None
+    plan = make_plan(
+        resolved, device_memory=device_memory, exact=method, solving=solving, probe=exact
+    ).to_dict()
     if as_json:
         print(json.dumps(plan, ensure_ascii=False, indent=2))
         return 0
@@ -57,6 +119,19 @@ def show_plan(resolved: Resolved, *, as_json: bool) -> int:
     _print_options(resolved, plan)
     print_plan_card(plan)
     return 0
+
+
+def traced(
+    resolved: Resolved, facts: ModelFacts, folder: Path | None, widest: Widest, setup: Setup
+) -> dict[str, int]:
+    """Bytes by part from traced steps of the real training path."""
+    from swift.train.memory import BatchShape, trace_memory
+
+    # Every token but the first of each sequence is a target; tasks over whole sequences read their ends.
+    reads_tokens = resolved.config.task.task_type == "causal_lm"
+    targets = widest.tokens - widest.sequences if reads_tokens else widest.sequences
+    shape = BatchShape(widest.rows, widest.width, targets, widest.sequences)
+    return trace_memory(resolved, facts, folder, shape, device=setup.device, dtype=setup.compute)
 
 
 def _print_options(resolved: Resolved, plan: dict[str, object]) -> None:

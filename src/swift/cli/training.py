@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from swift.config.bind import resolve
 from swift.config.schema import Resolved
@@ -56,10 +57,19 @@ def _train(resolved: Resolved, words: Sequence[str]) -> int:
         arguments=["swift", *words],
         announce=partial(_announce, resolved),
     )
+    _remember_speed(resolved, result.summary)
     from swift.runs.cards import print_end_card
 
     print_end_card(result.folder, result.summary)
     return 0
+
+
+def _remember_speed(resolved: Resolved, summary: dict[str, Any]) -> None:
+    """What the run has taught about the next one like it."""
+    from swift.plan.plan import remember_run
+
+    if summary.get("tokens_per_second") and summary["steps"] > 1:
+        remember_run(resolved, summary["tokens_per_second"])
 
 
 def _announce(resolved: Resolved, lengths: Sequence[int]) -> None:

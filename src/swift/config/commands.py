@@ -210,7 +210,7 @@ COMMANDS: dict[str, Command] = {
             "plan",
             "swift.cli.plan",
             "Show what a command will do and cost, without doing it.",
-            usage="COMMAND [FILE.yaml ...] [--option value ...] [--json]",
+            usage="COMMAND [FILE.yaml ...] [--option value ...] [--exact] [--solve] [--device_memory 24GiB] [--json]",
             own_arguments=True,
         ),
         Command(

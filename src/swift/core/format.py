@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtKMGT])(i?)[bB]?|[bB])?")
+
 
 def format_bytes(num_bytes: float) -> str:
     """``1536`` -> ``1.5 KiB``."""
@@ -28,3 +32,15 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of ``8GiB``, ``500 MB`` (powers of 1000), ``8G`` (like GiB) or a plain number; None for other words."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        return None
+    number, unit, binary = match.groups()
+    if unit is None:
+        return round(float(number))
+    base = 1024 if binary or not text.strip().lower().endswith("b") else 1000
+    return round(float(number) * base ** (1 + "kmgt".index(unit.lower())))

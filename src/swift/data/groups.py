@@ -40,6 +40,7 @@ __all__ = [
     "question_of",
     "read_group",
     "read_texts",
+    "sequences_of",
     "task_format",
 ]
 
@@ -127,6 +128,17 @@ def task_format(config: Config) -> TaskFormat | None:
         section.max_positive_samples if ranks else 1,
         section.max_negative_samples if ranks else section.infonce_hard_negatives,
     )
+
+
+def sequences_of(task: TaskFormat | None) -> int:
+    """How many sequences a row becomes; where rows may differ (negatives), as many as one may have, or usually has."""
+    if task is None or task.task_type in ("kto", "seq_cls"):
+        return 1
+    if task.task_type in ("preference", "reward"):
+        return 2
+    if task.task_type == "embedding":
+        return 2 + (task.num_negatives or 0)
+    return task.num_positives + (task.num_negatives or 0)
 
 
 @dataclass

@@ -140,6 +140,12 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def sequence_lengths(self, number: int) -> list[int]:
+        """Tokens of each sequence of a sample that is a group."""
+        ends = self.learned if self.ends is None else self.ends
+        places = np.flatnonzero(ends[self.offsets[number] : self.offsets[number + 1]])
+        return [int(length) for length in np.diff(places, prepend=-1)]
+
     def __getstate__(self) -> dict[str, Any]:
         # A worker process reopens the maps: pickling a memory map would copy all of it.
         return {"path": self.path} if self.path is not None else dict(self.__dict__)

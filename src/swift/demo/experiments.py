@@ -1,4 +1,4 @@
-"""The second part of the demo: the same task as four experiments at once."""
+"""The second part of the demo: a second task for the trained model, as four LoRA experiments at once."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ from pathlib import Path
 import yaml
 
 from swift.core.files import atomic_write_text
-from swift.demo.run import BATCH_SIZE
+from swift.demo.run import BATCH_SIZE, NUM_HELDOUT
+from swift.demo.task import write_task
 
 __all__ = ["LEARNING_RATES", "write_experiments"]
 
-LEARNING_RATES = {"careful": 3e-4, "steady": 1e-3, "bold": 3e-3, "reckless": 3e-2}
+LEARNING_RATES = {"careful": 3e-4, "steady": 1e-3, "bold": 1e-2, "reckless": 0.3}
 """Experiment -> learning rate. The question that the report answers: which of them learns the task?"""
 
 NUM_STEPS = 120
 
 
-def write_experiments(folder: Path, *, seed: int) -> Path:
-    """Write ``experiments.yaml`` for the model and data that `run_demo` left in ``folder``; returns its path."""
+def write_experiments(folder: Path, model: Path, *, seed: int) -> Path:
+    """Write the second task's data and ``experiments.yaml`` into ``folder``; returns the latter's path.
+
+    Args:
+        model: what `run_demo` has trained. The experiments train adapters for it.
+        seed: of data and training.
+    """
+    train, heldout = write_task(
+        folder, num_train=NUM_STEPS * BATCH_SIZE, num_heldout=NUM_HELDOUT, seed=seed, verb="Rotate"
+    )
     defaults = {
         "command": "sft",
-        "model": str(folder / "model"),
+        "model": str(model),
         "device": "cpu",
-        "dataset": str(folder / "train.jsonl"),
-        "val_dataset": str(folder / "heldout.jsonl"),
+        "dataset": str(train),
+        "val_dataset": str(heldout),
         "max_length": 64,
-        "tuner_type": "full",
+        "tuner_type": "lora",
+        "lora_rank": 16,
         "max_steps": NUM_STEPS,
         "per_device_train_batch_size": BATCH_SIZE,
         "gradient_accumulation_steps": 1,

@@ -1,32 +1,43 @@
-"""The demo's task, one that a tiny model visibly masters: spell a word of five capital letters backwards."""
+"""The demo's two tasks, which a tiny model visibly masters, on words of five capital letters.
+
+``Reverse`` is what the model learns first; adapters then teach it ``Rotate`` (the first letter goes to the end).
+"""
 
 from __future__ import annotations
 
 import json
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TOKENIZER_TEXTS", "WORD_LENGTH", "write_task"]
+__all__ = ["TASKS", "TOKENIZER_TEXTS", "WORD_LENGTH", "write_task"]
+
+TASKS: dict[str, Callable[[str], str]] = {
+    "Reverse": lambda word: word[::-1],
+    "Rotate": lambda word: word[1:] + word[0],
+}
 
 WORD_LENGTH = 5
 # Merges are learned from these words only, so the capital letters of a question stay one token each.
-TOKENIZER_TEXTS = ("user", "assistant", "Reverse")
+TOKENIZER_TEXTS = ("user", "assistant", *TASKS)
 
 
-def write_task(folder: Path, *, num_train: int, num_heldout: int, seed: int) -> tuple[Path, Path]:
-    """Write ``train.jsonl`` and ``heldout.jsonl`` (rows of ``messages``); no word stands in both, or twice.
+def write_task(
+    folder: Path, *, num_train: int, num_heldout: int, seed: int, verb: str = "Reverse"
+) -> tuple[Path, Path]:
+    """Write rows of ``messages`` to train and to hold out; no word stands in both, or twice.
 
-    Returns the two paths.
+    Returns the two paths: ``train.jsonl`` and ``heldout.jsonl``, for other tasks ``VERB-train.jsonl`` and so on.
     """
     words = _distinct_words(random.Random(seed))
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.jsonl", folder / "heldout.jsonl"
+    prefix = "" if verb == "Reverse" else f"{verb.lower()}-"
+    paths = folder / f"{prefix}train.jsonl", folder / f"{prefix}heldout.jsonl"
     for path, count in zip(paths, (num_train, num_heldout), strict=True):
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(_row(next(words))) + "\n" for _ in range(count))
+            file.writelines(json.dumps(_row(verb, next(words))) + "\n" for _ in range(count))
     return paths
 
 
@@ -39,10 +50,10 @@ def _distinct_words(rng: random.Random) -> Iterator[str]:
             yield word
 
 
-def _row(word: str) -> dict[str, Any]:
+def _row(verb: str, word: str) -> dict[str, Any]:
     return {
         "messages": [
-            {"role": "user", "content": f"Reverse {word}"},
-            {"role": "assistant", "content": word[::-1]},
+            {"role": "user", "content": f"{verb} {word}"},
+            {"role": "assistant", "content": TASKS[verb](word)},
         ]
     }

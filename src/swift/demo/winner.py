@@ -1,4 +1,4 @@
-"""The last part of the demo: the winner is quantised, served, asked once, and the service stopped.
+"""The last part of the demo: the winner is merged, quantised, served, asked once, and the service stopped.
 
 Every step is a public command; the demo only reads what they print and write.
 """
@@ -29,26 +29,24 @@ END_SECONDS = 60.0
 POLL_SECONDS = 0.1
 
 
-def ask_the_winner(folder: Path, model: Path, *, say: Callable[[str], None] = print) -> int:
-    """Quantise ``model`` with bitsandbytes, serve the result, and ask it for a held-out word.
+def ask_the_winner(folder: Path, adapter: Path, heldout: Path, *, say: Callable[[str], None] = print) -> int:
+    """Merge ``adapter``, quantise with bitsandbytes, serve the result, and ask it for a held-out word.
 
-    Returns 0 when the answer is right, 1 when it is not, or when the quantised model is not what it should be.
+    Returns 0 when the answer is right, 1 when it is not, or when a model written is not what it should be.
     """
-    small = folder / "winner-nf4"
-    shutil.rmtree(small, ignore_errors=True)
+    merged, small = folder / "winner", folder / "winner-nf4"
+    for made in (merged, small):
+        shutil.rmtree(made, ignore_errors=True)
+    checked = ["--parity_dataset", str(heldout), "--device", "cpu"]
+    merge = ["--adapters", str(adapter), "--output_dir", str(merged), *checked]
+    if code := _export("merge-lora", merge, say):
+        return code
     if find_spec("bitsandbytes") is None:
         say("\nbitsandbytes is not here (pip install 'swift-forge[bnb]'): the winner is served as it is")
-        return _serve_and_ask(folder, model, say)
-    quantise = ["--model", str(model), "--quant_method", "bnb", "--quant_bits", "4"]
-    quantise += [
-        "--output_dir",
-        str(small),
-        "--parity_dataset",
-        str(folder / "heldout.jsonl"),
-        "--device",
-        "cpu",
-    ]
-    return _export("export", quantise, say) or _serve_and_ask(folder, small, say)
+        return _serve_and_ask(folder, merged, heldout, say)
+    quantise = ["--model", str(merged), "--quant_method", "bnb", "--quant_bits", "4"]
+    quantise += ["--output_dir", str(small), *checked]
+    return _export("export", quantise, say) or _serve_and_ask(folder, small, heldout, say)
 
 
 def _export(command: str, argv: list[str], say: Callable[[str], None]) -> int:
@@ -59,8 +57,8 @@ def _export(command: str, argv: list[str], say: Callable[[str], None]) -> int:
     return 0 if report.passed else 1
 
 
-def _serve_and_ask(folder: Path, model: Path, say: Callable[[str], None]) -> int:
-    question, wanted = _held_out_row(folder / "heldout.jsonl")
+def _serve_and_ask(folder: Path, model: Path, heldout: Path, say: Callable[[str], None]) -> int:
+    question, wanted = _held_out_row(heldout)
     ready, log = folder / "serving.json", folder / "serving.log"
     ready.unlink(missing_ok=True)
     argv = ["deploy", "--model", str(model), "--device", "cpu", "--port", "0", "--ready_file", str(ready)]

@@ -138,9 +138,9 @@ class Estimator:
 
 def _inference_bytes(model: dict[str, Any]) -> int:
     """Weights, a fifth more for keys, values and logits, and the framework itself."""
-    from swift.plan.analytic import DTYPE_BYTES, FRAMEWORK_BYTES
+    from swift.plan.analytic import CONTEXT_BYTES, DTYPE_BYTES
 
-    return round(model["parameters"] * DTYPE_BYTES.get(model["dtype"], 4) * 1.2) + FRAMEWORK_BYTES["cuda"]
+    return round(model["parameters"] * DTYPE_BYTES.get(model["dtype"], 4) * 1.2) + CONTEXT_BYTES["cuda"]
 
 
 def _inference_like(command: str, like: dict[str, Any]) -> dict[str, Any]:

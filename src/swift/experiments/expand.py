@@ -42,7 +42,7 @@ _ANSWER_METRICS = tuple(name for name in ANSWER_METRICS if name != "loss")
 _METRICS = ("loss", "eval_loss", "eval_token_accuracy", "eval_perplexity")
 _LIGHT = ("config", "doctor", "plan")
 _LIGHT_BYTES = 1 << 30
-"""Commands that load no model, and twice what their imports take (see ``plan.analytic.FRAMEWORK_BYTES``)."""
+"""Commands that load no model, and twice what their imports take (see ``plan.analytic.CONTEXT_BYTES``)."""
 
 
 def expand(

@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 from swift.config.kinds import is_none_word, parse_bool
 from swift.config.read import Written
 from swift.core.errors import ConfigError
+from swift.core.format import parse_size
 from swift.core.registry import closest
 
-__all__ = ["NOWHERE", "Fields", "as_number", "fail", "mapping", "parse_duration", "parse_size", "suggest"]
+__all__ = ["NOWHERE", "Fields", "as_number", "fail", "mapping", "parse_duration", "suggest"]
 
 Amount = TypeVar("Amount", int, float)
 
 NOWHERE = Written({}, {}, "", {})
 """An empty mapping that stands in no file."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtKMGT])(i?)[bB]?|[bB])?")
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
@@ -41,18 +41,6 @@ def mapping(items: dict[str, Written], place: str) -> Written:
     """Entries as one mapping, as if they stood at ``place``."""
     values = {key: entry.value for key, entry in items.items()}
     return Written(values, {key: entry.text for key, entry in items.items()}, place, items)
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of ``8GiB``, ``500 MB`` (powers of 1000), ``8G`` (like GiB) or a plain number; None for other words."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        return None
-    number, unit, binary = match.groups()
-    if unit is None:
-        return round(float(number))
-    base = 1024 if binary or not text.strip().lower().endswith("b") else 1000
-    return round(float(number) * base ** (1 + "kmgt".index(unit.lower())))
 
 
 def parse_duration(text: str) -> float | None:

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from swift.config.sections.rlhf import RlhfSection
-from swift.config.sections.task import TaskSection
 from swift.core.format import format_bytes, format_duration
 from swift.experiments.runner import Exit
 from swift.experiments.types import Job
+from swift.plan.ladder import AFTER_FAILURE, changes, is_in_batch
 
 __all__ = ["Action", "Failure", "Policies", "after_failure", "classify", "is_stalled"]
 
@@ -218,48 +217,25 @@ def _retry(
 def _smaller(
     job: Job, failure: Failure, options: Mapping[str, Any], policies: Policies, largest_bytes: int | None
 ) -> Action:
-    """The ladder: a smaller micro-batch with the same effective batch, checkpointing, a larger slot.
+    """The first rungs of `swift.plan.ladder`, which leave the results as they are, then a larger slot.
 
     The micro-batch of an in-batch loss stays: with another one it would be another loss.
     """
     before = sum(entry.get("kind") == "out_of_memory" for entry in job.retries)
     if before >= policies.out_of_memory:
         return Action(False, f"{failure} ({before} times made smaller)")
-    batch = int(options.get("per_device_train_batch_size") or 1) if options else 1
-    accumulation = int(options.get("gradient_accumulation_steps") or 1) if options else 1
-    in_batch = _is_in_batch(options)
-    if batch > 1 and not in_batch:
-        factor = next(number for number in range(2, batch + 1) if batch % number == 0)
-        smaller = batch // factor
-        overrides: dict[str, Any] = {"per_device_train_batch_size": smaller}
-        if not options.get("global_batch_size"):  # else it follows from it, and naming both is refused
-            overrides["gradient_accumulation_steps"] = accumulation * factor
-        if int(options.get("per_device_eval_batch_size") or 0) > smaller:
-            overrides["per_device_eval_batch_size"] = smaller
-        change = f"micro-batch {batch} -> {smaller}, accumulation {accumulation} -> {accumulation * factor}"
-        return _retry(job, failure, f"out of memory: {change}", change, overrides=overrides)
-    if options and not options.get("gradient_checkpointing"):
-        change = "gradient checkpointing switched on"
-        return _retry(
-            job, failure, f"out of memory: {change}", change, overrides={"gradient_checkpointing": True}
-        )
+    change = next(changes(options, AFTER_FAILURE), None) if options else None
+    if change is not None:
+        reason = f"out of memory: {change.words}"
+        return _retry(job, failure, reason, change.words, overrides=change.overrides)
     held = job.placement.memory_bytes if job.placement else 0
     if held and largest_bytes and held < 0.9 * largest_bytes:
         wanted = min(2 * held, math.floor(0.94 * largest_bytes))
-        change = f"memory {format_bytes(held)} -> {format_bytes(wanted)}"
-        return _retry(job, failure, f"out of memory: {change}", change, memory_bytes=wanted)
-    loss = options.get("loss_type") or " and ".join(options.get("rlhf_loss_type", []))
-    note = f" ({loss} with a smaller micro-batch is another loss)" if in_batch else ""
+        words = f"memory {format_bytes(held)} -> {format_bytes(wanted)}"
+        return _retry(job, failure, f"out of memory: {words}", words, memory_bytes=wanted)
+    loss = options.get("loss_type") or " and ".join(options.get("rlhf_loss_type") or [])
+    note = f" ({loss} with a smaller micro-batch is another loss)" if is_in_batch(options) else ""
     return Action(False, f"{failure}; there is nothing smaller to try{note}")
-
-
-def _is_in_batch(options: Mapping[str, Any]) -> bool:
-    """Whether the loss compares the rows of a micro-batch."""
-    sections = (TaskSection, ("loss_type", "infonce_use_batch")), (RlhfSection, ("rlhf_loss_type",))
-    return any(
-        section(**{name: options[name] for name in known if options.get(name) is not None}).is_in_batch
-        for section, known in sections
-    )
 
 
 def is_stalled(

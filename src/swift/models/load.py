@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelBundle",
+    "choose_attention",
     "find_class",
     "isolates_documents",
     "load_bundle",
@@ -240,7 +241,7 @@ def _loading_options(
     attention: str, config: Any, folder: Path, *, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     """Which functions of transformers compute attention and experts."""
-    implementation = _choose_attention(attention, config, folder)
+    implementation = choose_attention(attention, config, folder)
     options: dict[str, Any] = {"attn_implementation": implementation} if implementation else {}
     if device.startswith("cpu") and str(dtype) != "torch.float32":
         # transformers' default for experts, grouped_mm, is 2.6x slower in bf16 on CPU, and knows no float64.
@@ -254,7 +255,7 @@ def isolates_documents(path: Path | str, attention: str = "auto", *, trust_remot
 
     folder = Path(path)
     _, config = find_class(folder, trust_remote_code)
-    return _choose_attention(attention, config, folder) == VARLEN
+    return choose_attention(attention, config, folder) == VARLEN
 
 
 def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -313,7 +314,8 @@ def _auto_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> 
         ) from error
 
 
-def _choose_attention(attention: str, config: Any, folder: Path) -> str | None:
+def choose_attention(attention: str, config: Any, folder: Path) -> str | None:
+    """The implementation that an option means for a configuration; None: what transformers chooses itself."""
     from swift.models.attention import VARLEN, register_varlen_attention, supports_varlen
 
     if attention not in ("auto", "varlen"):

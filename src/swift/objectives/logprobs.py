@@ -56,6 +56,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 # Dividing by the sums after the product touches [n, d] numbers instead of [n, v].
                 mean_row = (exponentials.to(dtype) @ compute_weight).div_(sums.to(dtype))
                 jacobian[rows] = compute_weight.index_select(0, chunk_targets).sub_(mean_row)
+            del exponentials  # else it lives until the next chunk has its own
         saved = (hidden, weight) if needs_weight else (jacobian, None)
         ctx.save_for_backward(*saved, targets)
         ctx.dtype, ctx.chunk_size, ctx.hidden_dtype = dtype, chunk_size, hidden.dtype
@@ -81,6 +82,7 @@ class _LinearLogprobs(torch.autograd.Function):
             residual = residual.to(ctx.dtype)
             grad_hidden[rows] = (residual @ compute_weight).to(hidden.dtype)
             grad_weight += residual.T @ chunk
+            del exponentials, residual
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 

@@ -21,12 +21,12 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
         small = tensor.numel() * tensor.element_size() < _LEAST_BYTES
-        if small or tensor.untyped_storage().data_ptr() in self._parameters:
+        if small or tensor.untyped_storage()._cdata in self._parameters:
             return tensor
         host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         host.copy_(tensor, non_blocking=tensor.is_cuda)

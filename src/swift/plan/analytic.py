@@ -3,30 +3,40 @@
 The formulas follow what this program keeps (engine, LoRA layer and loss of ours), with the accounting of Korthikanti
 et al. (arXiv 2205.05198, section 4) for transformer layers, adapted to RMS norms, gated feed-forward layers, grouped
 keys and values, and fused attention, which keeps no [tokens, tokens] matrix. All results are bytes on one device.
+
+The peak is the largest of four moments of a step, in which different things are there at once: the loss of a chunk, the
+backward pass of the last layer, that of the first layer, and the update. What is there all the time is the table
+``HELD``: another part of memory (a reference model, a cache) is one more entry in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from swift.config.schema import Config
-from swift.config.sections.rlhf import DPO_TYPES
+from swift.models.counting import has_gate
 from swift.models.facts import ModelFacts
 
 __all__ = [
+    "CONTEXT_BYTES",
     "DTYPE_BYTES",
+    "HELD",
     "LinearShape",
     "Setup",
-    "activation_bytes_per_token",
     "checkpoint_bytes",
+    "kept_bytes_per_token",
     "memory_parts",
+    "moments",
     "reference_bytes",
+    "with_overhead",
 ]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-FRAMEWORK_BYTES = {"cpu": 500 << 20, "cuda": 600 << 20}
+CONTEXT_BYTES = {"cpu": 500 << 20, "cuda": 600 << 20}
 """Python, torch and transformers in memory (measured on Linux: 0.45-0.5 GiB resident); CUDA context and cuBLAS."""
+RESERVE_SHARE = 0.05
+"""What a caching allocator keeps beyond living tensors, as a share of what comes and goes. Not measured on a device."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +58,24 @@ class Setup:
         trainable: trained parameters, adapters and modules_to_save included.
         trainable_bytes: bytes of one of them in storage (4: float32 master weights).
         saved_modules: parameters of the trained copies that modules_to_save makes.
+        trains_head: the output matrix is trained.
         adapted: the linear layers that have an adapter.
         rank, dropout: of the adapters.
         tokens: tokens of a micro-batch, padding included.
+        documents: in each row; the CPU computes them one by one and joins the results.
+        accumulates: a step has several micro-batches, so gradients are there while the next one is computed.
         checkpointing: activations are recomputed in the backward pass.
         recomputed: of the first so many layers only; None: of all.
         offloaded: activations wait in host memory.
-        chunk: label positions whose logits exist at once.
+        chunk: label positions whose logits exist at once; 0: no logits are made.
         device: kind of device.
         model_shares: devices that share the weights (tensor x pipeline parallel).
         sequence_shares: devices that share the activations (tensor x context parallel).
         weights_bytes: frozen weights in memory when some are quantised; None: all in the compute precision.
         unpacked: numbers of the largest quantised layer, which is unpacked for each product.
         optimizer_bytes: what the optimizer keeps; None: AdamW's two numbers for each trained one.
+        update_numbers: numbers that the update of a matrix needs for the time being, as a multiple of the matrix.
+        judged_passes: passes without gradients in each micro-batch: of a reference, and over KTO's mismatched pairs.
     """
 
     compute: str
@@ -69,9 +84,12 @@ class Setup:
     tokens: int
     trainable_bytes: int = 4
     saved_modules: int = 0
+    trains_head: bool = False
     adapted: Sequence[LinearShape] = ()
     rank: int = 0
     dropout: float = 0.0
+    documents: int = 1
+    accumulates: bool = True
     checkpointing: bool = False
     recomputed: int | None = None
     offloaded: bool = False
@@ -82,6 +100,8 @@ class Setup:
     weights_bytes: int | None = None
     unpacked: int = 0
     optimizer_bytes: int | None = None
+    update_numbers: float = 0.0
+    judged_passes: int = 0
 
     @property
     def compute_bytes(self) -> int:
@@ -100,33 +120,56 @@ class Setup:
         return not self.is_lora and self.trainable_bytes > self.compute_bytes
 
 
-def activation_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
+def kept_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
     """What one layer keeps of one token for its backward pass.
 
-    With b the bytes of the compute precision, h hidden size, q = heads x head size, k = key heads x head size,
-    f = feed-forward size (of the experts a token visits)::
+    With b the bytes of the compute precision, h hidden size, q = heads x head size, k = key heads x head size::
 
-        norms        2 x (4 h + b h)    input of the norm in float32; its result, the input of the matrices
-        attention    b (q + 2 k) + 2 b q + 4 heads    queries, keys, values; result, once more as o_proj's input;
-                                                      log-sum-exp
-        feed-forward 4 b f              gate, its activation, up, and their product
+        norms        2 x (4 h + 4)    input in float32 and its size; four of them in Gemma 2 and 3
+                     2 x b h          what the matrices take; with autocast a copy for each of the matrices q, k, v,
+                                      gate and up; full training keeps the normalised input too (4 h with autocast)
+        attention    2 b (q + k) + 4 heads    queries, keys, values, result; log-sum-exp; b q for joined results
+        head norms   4 (q + k + heads + key heads)    Qwen3, Gemma 3; full training: b (q + k) more
+        feed-forward `_feed_forward_bytes`
 
-    Full training also keeps the normalised input of each norm (for the norm's weight), 2 b h. Qwen3-like head norms
-    add 4 (q + k). An adapter keeps its [rank] projection, and with dropout what was dropped: one byte an input
-    element (two on the CPU).
+    An adapter keeps its [rank] projection, and with dropout what was dropped: one byte an input element (two on the
+    CPU). Tensors were listed with autograd's hooks for saved tensors.
     """
     b, h = setup.compute_bytes, facts.hidden_size
-    q = facts.num_attention_heads * facts.head_dim
-    k = facts.num_key_value_heads * facts.head_dim
-    total = 2 * (4 * h + b * h) + b * (q + 2 * k) + 2 * b * q + 4 * facts.num_attention_heads
-    total += 4 * b * _feed_forward_size(facts)
+    heads, key_heads = facts.num_attention_heads, facts.num_key_value_heads
+    q, k = heads * facts.head_dim, key_heads * facts.head_dim
+    norms = 4 if facts.model_type.startswith(("gemma2", "gemma3")) else 2
+    total = norms * (4 * h + 4) + 2 * b * (q + k) + 4 * heads + _feed_forward_bytes(facts, setup)
+    if setup.documents > 1 and setup.device == "cpu":
+        total += b * q
+    if setup.has_cast_copies:
+        total += norms * 4 * h + (4 if facts.is_mixture_of_experts else 5) * b * h
+    else:
+        total += 2 * b * h + (0 if setup.is_lora else norms * b * h)
     if facts.model_type.startswith(("qwen3", "gemma3")):
-        total += 4 * (q + k)
-    if not setup.is_lora:
-        return total + 2 * b * h
+        total += 4 * (q + k + heads + key_heads) + (0 if setup.is_lora else b * (q + k))
     mask = 0 if setup.dropout == 0 else 2 if setup.device == "cpu" else 1
     adapters = sum(b * setup.rank + mask * layer.inputs for layer in setup.adapted)
     return total + adapters / facts.num_layers
+
+
+def _feed_forward_bytes(facts: ModelFacts, setup: Setup) -> float:
+    """Gate, its activation, up, their product: 4 b f; without a gate b f for both sides of the activation.
+
+    Of experts, k a token with f numbers each: gate and up 2 f, the gate's activation f and the result h, before it is
+    weighted. Trained ones also keep their inputs (h, and the product f). Router: its probabilities in float32, and
+    which tokens go where.
+    """
+    b, h = setup.compute_bytes, facts.hidden_size
+    if not facts.is_mixture_of_experts:
+        gated = 4 if has_gate(facts.model_type) else 2
+        return gated * b * facts.intermediate_size
+    chosen = facts.num_experts_per_token
+    inner = facts.config.get("moe_intermediate_size") or facts.intermediate_size
+    shared = facts.config.get("shared_expert_intermediate_size") or 0
+    shared += (facts.config.get("n_shared_experts") or 0) * inner
+    experts = b * chosen * (3 * inner + h + (0 if setup.is_lora else inner + h))
+    return experts + 4 * b * shared + 4 * facts.num_experts + 36 * chosen
 
 
 def _feed_forward_size(facts: ModelFacts) -> int:
@@ -134,61 +177,144 @@ def _feed_forward_size(facts: ModelFacts) -> int:
     if not facts.is_mixture_of_experts:
         return facts.intermediate_size
     inner = facts.config.get("moe_intermediate_size") or facts.intermediate_size
-    shared = facts.config.get("shared_expert_intermediate_size") or 0
-    shared += (facts.config.get("n_shared_experts") or 0) * inner
-    return inner * facts.num_experts_per_token + shared
+    return int(inner * facts.num_experts_per_token)
+
+
+def _head_numbers(facts: ModelFacts) -> int:
+    return facts.vocab_size * facts.hidden_size
+
+
+HELD: dict[str, Callable[[ModelFacts, Setup], float]] = {
+    "weights": lambda facts, setup: (
+        (setup.weights_bytes if setup.weights_bytes is not None else _frozen(facts, setup) * setup.compute_bytes)
+        + (0 if setup.is_lora else setup.trainable * setup.trainable_bytes)
+    ) / setup.model_shares,
+    "adapters": lambda facts, setup: (
+        setup.trainable * setup.trainable_bytes / setup.model_shares if setup.is_lora else 0
+    ),
+    "optimizer": lambda facts, setup: setup.state_bytes / setup.model_shares,
+}  # fmt: skip
+"""Part -> bytes that are there during the whole step:
+
+- weights: frozen ones in the compute precision or as they are quantised, trained ones in their storage precision.
+- adapters: LoRA matrices and trained copies of modules.
+- optimizer: AdamW keeps two numbers; others: `swift.train.optimizers.state_bytes`.
+"""
+
+
+def _frozen(facts: ModelFacts, setup: Setup) -> int:
+    return facts.num_parameters - (0 if setup.is_lora else setup.trainable)
+
+
+def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
+    """What comes and goes at the moments of a step that can be its peak, by part."""
+    b, h = setup.compute_bytes, facts.hidden_size
+    tokens = setup.tokens / setup.sequence_shares
+    all_gradients = setup.trainable * setup.trainable_bytes / setup.model_shares
+    earlier = all_gradients if setup.accumulates else 0
+    layer = kept_bytes_per_token(facts, setup)
+    # Ids, targets and positions; rotations; the input of the last norm and its result.
+    always = 8 * 3 + 2 * b * facts.head_dim + (4 + b) * h + (0 if setup.is_lora else b * h)
+    kept = _kept_of_layers(facts, setup, layer) + always
+    casts = facts.num_parameters * b / setup.model_shares if setup.has_cast_copies else 0
+    late_casts = casts / facts.num_layers if setup.checkpointing else casts
+    in_layer = _backward_bytes(facts, setup)
+    head, loss = _loss_bytes(facts, setup, tokens)
+    logits = head.pop("logits")
+    first_of_full = 4 * _head_numbers(facts) if not setup.is_lora else 0
+    matrix = max(_head_numbers(facts), _feed_forward_size(facts) * h) if not setup.is_lora else 0
+    largest_update = max(matrix, setup.saved_modules) * setup.update_numbers * 4
+    is_last_recomputed = setup.checkpointing and (setup.recomputed or facts.num_layers) >= facts.num_layers
+    recomputing = layer if is_last_recomputed or setup.offloaded else 0
+    if is_last_recomputed and b == 4:
+        recomputing -= 4 * h  # the layer's input in float32 is the one that was kept
+    unpacked = setup.unpacked * b / setup.model_shares
+    return {
+        "loss": {
+            "activations": tokens * kept + loss, "logits": logits, "gradients": earlier,
+            "temporary": casts + head["temporary"],
+        },
+        "backward of the last layer": {
+            "activations": tokens * (kept + recomputing), "gradients": max(earlier, head["gradients"]),
+            "temporary": late_casts + tokens * in_layer + unpacked,
+        },
+        "backward of the first layer": {
+            "activations": tokens * (layer + always), "gradients": all_gradients,
+            "temporary": max(tokens * in_layer + unpacked, first_of_full / setup.model_shares),
+        },
+        "update": {"gradients": all_gradients, "temporary": largest_update / setup.model_shares},
+    }  # fmt: skip
 
 
 def _kept_of_layers(facts: ModelFacts, setup: Setup, layer: float) -> float:
-    """Bytes of one token in all layers, ``layer`` being what one keeps that is not recomputed."""
-    recomputed = 0
-    if setup.checkpointing:
-        recomputed = min(facts.num_layers, setup.recomputed or facts.num_layers)
+    """Bytes of one token in all layers; ``layer`` is what one keeps that is not recomputed.
+
+    Nothing before the first adapter needs a gradient, so the first norm of a frozen model keeps nothing.
+    """
     if setup.offloaded and setup.device != "cpu":
-        return layer
-    inputs = recomputed * setup.compute_bytes * facts.hidden_size
-    return inputs + (facts.num_layers - recomputed + bool(recomputed)) * layer
+        return 0
+    recomputed = min(facts.num_layers, setup.recomputed or facts.num_layers) if setup.checkpointing else 0
+    stream = 4 if setup.has_cast_copies else setup.compute_bytes
+    whole = facts.num_layers - recomputed
+    first = 4 * facts.hidden_size + 4 if setup.is_lora and whole == facts.num_layers else 0
+    return recomputed * stream * facts.hidden_size + whole * layer - first
+
+
+def _backward_bytes(facts: ModelFacts, setup: Setup) -> float:
+    """Gradients of one token inside a layer: of the residual stream, and of both sides of the feed-forward product.
+
+    In full training the product itself is gone by then; an adapter holds it until its own gradient is done.
+    """
+    h, f = facts.hidden_size, _feed_forward_size(facts)
+    return setup.compute_bytes * (3 * h + 2 * f if setup.is_lora else 2 * h + f)
+
+
+def _loss_bytes(facts: ModelFacts, setup: Setup, tokens: float) -> tuple[dict[str, float], float]:
+    """(parts of the loss, bytes of hidden states beside them).
+
+    A chunk's logits exist in float32, and beside that in the compute precision when this is another one. A trained
+    output matrix has its gradient summed in float32, and a chunk's share of it in the compute precision.
+    """
+    b, numbers = setup.compute_bytes, _head_numbers(facts)
+    chunk = min(setup.chunk, setup.tokens)
+    wide = chunk * facts.vocab_size * (4 if b == 4 else 4 + b)
+    parts = {"logits": float(wide), "gradients": 0.0, "temporary": 0.0}
+    if not setup.chunk:
+        return parts, 0.0
+    if not setup.trains_head:
+        # Hidden states of the targets, their Jacobian, and the rows that a chunk adds to it.
+        return parts, (tokens + chunk) * 2 * b * facts.hidden_size
+    parts["temporary"] = numbers * (4 + b)
+    parts["gradients"] = numbers * setup.trainable_bytes
+    return parts, tokens * b * facts.hidden_size
 
 
 def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
-    """Bytes by part at the peak of a training step.
+    """Bytes of tensors by part at the peak of a training step.
 
-    - weights: frozen ones in the compute precision or as they are quantised, trained ones in their storage precision.
-    - adapters: LoRA matrices and trained copies of modules.
+    ``HELD``, and of the largest of the `moments`:
+
     - gradients: one number for each trained parameter, in its storage precision.
-    - optimizer: AdamW keeps two; others: `swift.train.optimizers.state_bytes`.
-    - activations: layers x tokens x ``activation_bytes_per_token``; of recomputed layers their inputs and all of one
-      layer; offloaded, all of one layer. The last norm's input and output come on top.
-    - logits: of one chunk, in the compute precision and in float32.
-    - temporary: the largest matrix's gradient before it is added, casts of master weights, and the largest quantised
-      layer unpacked.
-    - framework: the libraries, or the CUDA context.
+    - activations: of recomputed layers their inputs and all of one layer.
+    - logits: of one chunk.
+    - temporary: gradients inside a layer, the output matrix's gradient before it is added, casts of master weights, and
+      the largest quantised layer unpacked.
     """
-    b, h, tokens = setup.compute_bytes, facts.hidden_size, setup.tokens / setup.sequence_shares
-    extra = setup.trainable if setup.is_lora else 0
-    frozen = facts.num_parameters - (0 if setup.is_lora else setup.trainable)
-    trained_base = 0 if setup.is_lora else setup.trainable
-    shares = setup.model_shares
-    layer = activation_bytes_per_token(facts, setup)
-    layers = _kept_of_layers(facts, setup, layer)
-    largest = max(facts.vocab_size, _feed_forward_size(facts)) * h
-    trains_matrix = not setup.is_lora or setup.saved_modules > 0
-    temporary = largest * setup.trainable_bytes if trains_matrix else 0
-    if setup.has_cast_copies:
-        temporary += trained_base * b
-    temporary += setup.unpacked * b
-    weights = frozen * b if setup.weights_bytes is None else setup.weights_bytes
-    chunk = min(setup.chunk, setup.tokens)
-    logits = chunk * facts.vocab_size * (4 if b == 4 else 2 * b + 4)
+    at_peak = max(moments(facts, setup).values(), key=lambda parts: sum(parts.values()))
+    parts = {name: term(facts, setup) for name, term in HELD.items()}
+    for name in ("gradients", "activations", "logits", "temporary"):
+        parts[name] = at_peak.get(name, 0.0)
+    return {name: round(value) for name, value in parts.items()}
+
+
+def with_overhead(parts: Mapping[str, int], device: str) -> dict[str, int]:
+    """The parts, and what the allocator and the process need on top: ``reserve`` and ``context``."""
+    passing = sum(parts.get(name, 0) for name in ("gradients", "activations", "logits", "temporary"))
+    on_device = device != "cpu"
     return {
-        "weights": (weights + trained_base * setup.trainable_bytes) // shares,
-        "adapters": extra * setup.trainable_bytes // shares,
-        "gradients": setup.trainable * setup.trainable_bytes // shares,
-        "optimizer": setup.state_bytes // shares,
-        "activations": round(tokens * (layers + (4 + 2 * b) * h)),
-        "logits": logits,
-        "temporary": temporary // shares,
-        "framework": FRAMEWORK_BYTES["cpu" if setup.device == "cpu" else "cuda"],
+        **parts,
+        "reserve": round(RESERVE_SHARE * passing) if on_device else 0,
+        "context": CONTEXT_BYTES["cuda" if on_device else "cpu"],
     }
 
 
@@ -198,11 +324,11 @@ def reference_bytes(config: Config, facts: ModelFacts, setup: Setup) -> int:
     Nothing where LoRA is switched off for it; a copy of the trained weights; or a model of its own, of this size.
     """
     rlhf = config.rlhf
-    reads = rlhf.rlhf_type in (*DPO_TYPES, "kto") and not rlhf.reference_free
-    if not reads or rlhf.precompute_ref_log_probs:
+    if not rlhf.runs_reference:
         return 0
-    if rlhf.ref_model is not None or rlhf.ref_adapters:
-        return facts.num_parameters * setup.compute_bytes
+    if rlhf.ref_model is not None or (rlhf.ref_adapters and rlhf.ref_adapters != config.model.adapters):
+        whole = facts.num_parameters * setup.compute_bytes
+        return whole if setup.weights_bytes is None else setup.weights_bytes
     copies = (
         not setup.is_lora or config.model.adapters or config.tuner.init_weights not in ("default", "gaussian")
     )

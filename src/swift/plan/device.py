@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -20,8 +20,18 @@ class DeviceFacts:
     memory_bytes: int | None
 
 
-def find_device(name: str) -> DeviceFacts:
-    """The device a ``--device`` value will mean on this machine."""
+def find_device(name: str, memory_bytes: int | None = None) -> DeviceFacts:
+    """The device a ``--device`` value will mean on this machine.
+
+    ``memory_bytes``: it has so much memory, whether it is here or not.
+    """
+    found = _find(name)
+    if memory_bytes is None:
+        return found
+    return replace(found, count=found.count or None, memory_bytes=memory_bytes)
+
+
+def _find(name: str) -> DeviceFacts:
     kind, _, index = name.partition(":")
     if kind in ("auto", "cuda"):
         memory = nvidia_memory()

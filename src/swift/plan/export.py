@@ -12,7 +12,7 @@ from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
 from swift.models.facts import ModelFacts
-from swift.plan.analytic import DTYPE_BYTES, FRAMEWORK_BYTES, LinearShape
+from swift.plan.analytic import CONTEXT_BYTES, DTYPE_BYTES, LinearShape
 from swift.plan.device import DeviceFacts
 from swift.plan.modules import linear_layers, parameter_sizes
 from swift.plan.quantised import layer_bytes
@@ -199,7 +199,7 @@ def _memory(
         "weights": part["bytes_before"],
         "logits": _PROBE_TOKENS * facts.vocab_size * 4 * 2,
         "calibration": rows * facts.hidden_size * width * 2,
-        "framework": FRAMEWORK_BYTES["cpu" if device == "cpu" else "cuda"],
+        "context": CONTEXT_BYTES["cpu" if device == "cpu" else "cuda"],
     }
     target = Path(resolved.config.checkpoint.output_dir).expanduser().absolute()
     total = part["bytes_after"] + resolved.config.export.parity_tokens * facts.vocab_size * 4

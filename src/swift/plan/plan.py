@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,31 +14,23 @@ from typing import Any
 from swift.config.adapter_names import split_name
 from swift.config.bind import dump
 from swift.config.schema import Resolved
-from swift.core.errors import ConfigError, SwiftError
-from swift.core.files import free_bytes
+from swift.core.errors import ConfigError, SwiftError, UsageError
 from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.locate import derive_chat_template, find_model, not_here
-from swift.models.quantised import stored_method
 from swift.models.registry import ModelEntry, find_entry, own_folder
-from swift.plan.analytic import DTYPE_BYTES, Setup, checkpoint_bytes, memory_parts, reference_bytes
+from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
-from swift.plan.modules import (
-    adapted_layers,
-    linear_layers,
-    parameter_sizes,
-    saved_parameters,
-    trainable_parameters,
-)
-from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 from swift.plan.serving import base_of_adapter, serving_memory
-from swift.plan.verdict import fits
-from swift.train.optimizers import is_target, state_bytes
-from swift.tuners.registry import METHODS
+from swift.plan.setup import ExactMethod, Widest, compute_dtype, make_setup, memory_of
+from swift.plan.solve import Situation, solve
+from swift.plan.speed import measure_pace, read_pace, remember, run_key, time_of
+from swift.plan.steps import Epoch, plan_epoch, step_counts
+from swift.plan.verdict import TIGHT_SHARE, fits
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "remember_run"]
 
 LONG_SHARE = 0.02
 """More rows than this above max_length are worth a warning."""
@@ -59,6 +52,8 @@ class Plan:
     memory: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    time: dict[str, Any] = field(default_factory=dict)
+    solution: dict[str, Any] = field(default_factory=dict)
     fits: bool | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -67,16 +62,28 @@ class Plan:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
+def make_plan(
+    resolved: Resolved,
+    lengths: Sequence[int] | None = None,
+    *,
+    device_memory: int | None = None,
+    exact: ExactMethod | None = None,
+    solving: bool = False,
+    probe: bool = False,
+) -> Plan:
     """Plan ``resolved`` without changing it. Raises ConfigError only for options that contradict what is known.
 
     Args:
         lengths: tokens of every sample (those set aside by split_dataset_ratio included) when the data is tokenised
             already; else rows are counted and tokens estimated from a sample of them.
+        device_memory: bytes of a device that is not here, or of the share of it that may be used.
+        exact: another method than the formulas.
+        solving: also find out what would fit.
+        probe: measure how fast this device trains when nobody knows yet (imports torch).
     """
     resolved = copy.deepcopy(resolved)
     warnings = list(resolved.warnings)
-    device = find_device(resolved.config.model.device)
+    device = find_device(resolved.config.model.device, device_memory)
     facts, folder = _read_model(resolved, warnings)
     _derive(resolved, facts, device, warnings)
     _look_for_files(resolved, warnings)
@@ -85,24 +92,43 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
     data: dict[str, Any] = {}
     steps: dict[str, Any] = {}
     memory: dict[str, Any] = {}
+    time: dict[str, Any] = {}
     parallel = _parallel(resolved, device)
     if training:
         rows = (
             known_rows(resolved, lengths) if lengths is not None else _plan_rows(resolved, folder, warnings)
         )
         data, lengths = _data(resolved, rows, warnings)
-        widest = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
+        widest = _widest(resolved, rows.sequences)
         if lengths:
             steps, widest = _steps(resolved, rows, lengths, warnings)
         if facts is not None:
-            setup = _setup(resolved, facts, folder, device, widest, warnings)
-            memory = _memory(resolved, facts, setup, device, steps)
+            setup = make_setup(resolved, facts, folder, device, widest, warnings)
+            parts = exact(resolved, facts, folder, widest, setup) if exact else None
+            memory = memory_of(resolved, facts, setup, device, steps, parts)
+            if steps:
+                if probe and device_memory is None and device.count:
+                    _probe_once(resolved, device, setup)
+                time = time_of(resolved, facts, setup, device, steps)
     export: dict[str, Any] = {}
     if resolved.command == "export":
         read = partial(_plan_rows, resolved, folder, warnings)
         export, memory = export_plan(resolved, facts, folder, device, warnings, read)
     elif resolved.command == "deploy" and facts is not None:
-        memory = serving_memory(resolved, facts, device, _compute_dtype(resolved, device))
+        memory = serving_memory(resolved, facts, device, compute_dtype(resolved, device))
+    solution: dict[str, Any] = {}
+    if solving:
+        if facts is None or setup is None or device.memory_bytes is None:
+            raise UsageError(
+                "nothing can be solved for",
+                where="--solve",
+                why="it needs a training whose model is known, and a device of known memory",
+                fix="--device cuda --device_memory 24GiB",
+            )
+        longest = rows.longest or (-(-max(lengths) // rows.sequences) if lengths else None)
+        largest = partial(_widest, sequences=rows.sequences, longest=longest)
+        limit = int(TIGHT_SHARE * device.memory_bytes)
+        solution = solve(Situation(resolved, facts, folder, device, limit, largest))
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
@@ -113,10 +139,27 @@ def make_plan(resolved: Resolved, lengths: Sequence[int] | None = None) -> Plan:
         memory=memory,
         parallel=parallel,
         export=export,
+        time=time,
+        solution=solution,
         warnings=warnings,
     )
     plan.fits = fits(plan, device)
     return plan
+
+
+def remember_run(resolved: Resolved, tokens_per_second: float) -> None:
+    """Keep the speed of a run that ended, for plans of runs like it."""
+    device = find_device(resolved.config.model.device)
+    facts, folder = _read_model(resolved, [])
+    if facts is not None:
+        setup = make_setup(resolved, facts, folder, device, _widest(resolved), [])
+        remember("runs", run_key(resolved, facts, setup, device), {"tokens_per_second": tokens_per_second})
+
+
+def _probe_once(resolved: Resolved, device: DeviceFacts, setup: Setup) -> None:
+    if read_pace(device, setup.compute, resolved) is None:
+        print(f"measuring once how fast this {device.kind} trains in {setup.compute}", file=sys.stderr)
+        measure_pace(resolved, device, setup.compute)
 
 
 def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | None, Path | None]:
@@ -264,10 +307,8 @@ def _count_validation(resolved: Resolved, rows: RowPlan, warnings: list[str]) ->
 
 def _steps(
     resolved: Resolved, rows: RowPlan, lengths: list[int], warnings: list[str]
-) -> tuple[dict[str, Any], int]:
-    """The steps part, and the tokens of the largest micro-batch."""
-    from swift.plan.steps import plan_epoch, step_counts
-
+) -> tuple[dict[str, Any], Widest]:
+    """The steps part, and the largest micro-batch."""
     section, training = resolved.config.data, resolved.config.training
     mode = batch_mode(section)
     max_length = section.max_length or DEFAULT_MAX_LENGTH
@@ -280,7 +321,7 @@ def _steps(
         max(1, num_samples),
         batch_size=training.per_device_train_batch_size,
         mode=mode,
-        max_length=max_length,
+        max_length=_row_length(resolved),
         group_by_length=section.group_by_length,
         ranks=resolved.config.parallel.data_parallel_size,
     )
@@ -310,120 +351,35 @@ def _steps(
         "largest_micro_batch_tokens": epoch.widest,
         "padding": round(epoch.padding, 4),
         "samples_per_row": round(epoch.samples_per_row, 2),
-    }, epoch.widest
+    }, _widest(resolved, rows.sequences, rows.longest, epoch)
 
 
-def _compute_dtype(resolved: Resolved, device: DeviceFacts) -> str:
-    name = resolved.config.model.torch_dtype
-    if name != "auto":
-        return name
-    return "bfloat16" if device.kind in ("cuda", "npu", "xpu") else "float32"
+def _widest(
+    resolved: Resolved, sequences: int = 1, longest: int | None = None, epoch: Epoch | None = None
+) -> Widest:
+    """The largest micro-batch; where no epoch is known, of sequences that are all as long as they may be.
+
+    Args:
+        sequences: that each sample becomes.
+        longest: tokens of the longest one, None: not known.
+    """
+    mode, batch = batch_mode(resolved.config.data), resolved.config.training.per_device_train_batch_size
+    if mode == "packed":
+        count = round(batch * (epoch.samples_per_row if epoch else 1) * sequences)
+        return Widest(batch, _row_length(resolved), count)
+    count = batch * sequences
+    limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
+    tokens = count * min(limit, longest or limit)
+    if epoch is not None and (mode == "padding_free" or sequences == 1 or longest is None):
+        tokens = epoch.widest
+    rows = 1 if mode == "padding_free" else min(count, tokens)
+    return Widest(rows, -(-tokens // rows), count)
 
 
-def _setup(
-    resolved: Resolved,
-    facts: ModelFacts,
-    folder: Path | None,
-    device: DeviceFacts,
-    widest: int,
-    warnings: list[str],
-) -> Setup:
-    config = resolved.config
-    tuner, parallel = config.tuner, config.parallel
-    shapes = parameter_sizes(folder)
-    is_lora = not tuner.trains_whole_model
-    adapts_linear = is_lora and tuner.tuner_type in METHODS
-    layers = linear_layers(facts, {} if stored_method(facts.config) else shapes)
-    adapted = adapted_layers(layers, tuner) if adapts_linear else []
-    saved = saved_parameters(facts, shapes, tuner) if is_lora else 0
-    if adapts_linear and not adapted and not tuner.target_parameters:
-        warnings.append("no linear layer of this model matches target_modules: nothing would be adapted")
-    compute = _compute_dtype(resolved, device)
-    if config.task.has_score_head:
-        saved += facts.hidden_size * (config.task.num_labels or 1)
-    trainable = trainable_parameters(facts, shapes, adapted, tuner) + saved
-    if is_lora:
-        stored = tuner.lora_dtype
-        matrices = [(one.inputs, tuner.lora_rank) for one in adapted]
-        matrices += [(one.outputs, tuner.lora_rank) for one in adapted]
-    else:
-        stored = "bfloat16" if config.model.param_dtype == "bfloat16" else "float32"
-        targets = config.optimizer.galore_target_modules
-        matrices = [
-            (one.outputs, one.inputs) for one in layers if is_target(f"{one.name}.weight", 2, targets, None)
-        ]
-    return Setup(
-        compute=compute,
-        is_lora=is_lora,
-        trainable=trainable,
-        trainable_bytes=DTYPE_BYTES[stored],
-        saved_modules=saved,
-        adapted=adapted,
-        rank=tuner.lora_rank,
-        dropout=tuner.lora_dropout if is_lora else 0.0,
-        tokens=widest,
-        checkpointing=bool(config.training.gradient_checkpointing),
-        recomputed=config.training.recompute_num_layers,
-        offloaded=config.training.activation_cpu_offload,
-        chunk=config.training.logits_chunk_size if config.task.task_type == "causal_lm" else 1,
-        device=device.kind,
-        model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
-        sequence_shares=parallel.tensor_parallel_size * parallel.context_parallel_size,
-        weights_bytes=frozen_bytes(facts, layers, config.quantization, DTYPE_BYTES[compute])
-        if is_lora
-        else None,
-        unpacked=largest_unpacked(layers, config.quantization),
-        optimizer_bytes=state_bytes(config.optimizer, trainable, DTYPE_BYTES[stored], matrices),
-    )
-
-
-def _memory(
-    resolved: Resolved, facts: ModelFacts, setup: Setup, device: DeviceFacts, steps: dict[str, Any]
-) -> dict[str, Any]:
-    if resolved.config.tuner.tuner_type == "llamapro":  # the model as it will be, with its new layers
-        grown = facts.num_layers + resolved.config.tuner.llamapro_num_new_blocks
-        mlp = facts.parts["mlp"] + setup.trainable
-        facts = replace(facts, num_layers=grown, parts={**facts.parts, "mlp": mlp})
-    parts = memory_parts(facts, setup)
-    reference = reference_bytes(resolved.config, facts, setup)
-    parts |= {"reference": reference} if reference else {}
-    options = resolved.config.checkpoint
-    one = checkpoint_bytes(
-        facts,
-        setup,
-        only_model=options.save_only_model,
-        export_bytes=DTYPE_BYTES.get(facts.dtype) if facts.dtype else None,
-    )
-    number = _num_checkpoints(resolved, steps)
-    return {
-        "parts": parts,
-        "total": sum(parts.values()),
-        "device": device.kind,
-        "device_bytes": device.memory_bytes,
-        "disk": {
-            "checkpoint_bytes": one,
-            "checkpoints": number,
-            # While one is written, the ones before it are still there.
-            "total_bytes": one * number,
-            "free_bytes": free_bytes(Path(options.output_dir).expanduser().absolute()),
-        },
-    }
-
-
-def _num_checkpoints(resolved: Resolved, steps: dict[str, Any]) -> int:
-    """Checkpoints on disk at most: those saved, or save_total_limit besides best and last, and one being written."""
-    options = resolved.config.checkpoint
-    if not steps:
-        return 1
-    if options.save_strategy == "no":
-        saved = 1
-    elif options.save_strategy == "epoch":
-        saved = math.ceil(steps["total"] / steps["steps_per_epoch"])
-    else:
-        saved = math.ceil(steps["total"] / options.save_steps)
-    if options.save_total_limit is None:
-        return saved
-    return min(saved, options.save_total_limit + 3)
+def _row_length(resolved: Resolved) -> int:
+    """Tokens of a packed row: a pair of answers is two sequences, each of which may be as long as a sample."""
+    length = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
+    return length * (2 if resolved.config.rlhf.is_paired else 1)
 
 
 def _parallel(resolved: Resolved, device: DeviceFacts) -> dict[str, Any]:
@@ -462,7 +418,7 @@ def _model(
         "vocab_size": facts.vocab_size,
         "context_length": facts.max_position_embeddings,
         "stored_dtype": facts.dtype,
-        "dtype": _compute_dtype(resolved, device)
+        "dtype": compute_dtype(resolved, device)
         if resolved.command != "export"
         else facts.dtype or "float32",
         "quantized": _quantized(resolved),

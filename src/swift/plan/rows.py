@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
 from swift.data.formats import RowError, Sample, to_sample
-from swift.data.groups import task_format
+from swift.data.groups import sequences_of, task_format
 from swift.data.hub import with_hub
 from swift.data.persona import dataset_specs
 from swift.data.rows import Row
@@ -42,6 +42,8 @@ class RowPlan:
         datasets: name, rows in the files, rows taken.
         warnings: what could not be resolved.
         is_cut: the lengths are those after the truncation policy, which holds for each sequence of a row.
+        sequences: that a row becomes: 2 of a pair of answers.
+        longest: tokens of the longest sequence of such rows; None: not known.
     """
 
     rows: int = 0
@@ -51,6 +53,8 @@ class RowPlan:
     datasets: list[dict[str, object]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     is_cut: bool = False
+    sequences: int = 1
+    longest: int | None = None
 
     @property
     def tokens_exact(self) -> bool:
@@ -87,7 +91,7 @@ def plan_rows(
     What cannot be found or read becomes a warning: a plan may be made on another machine than the run.
     """
     task = task_format(resolved.config)
-    plan = RowPlan(is_cut=task is not None)
+    plan = RowPlan(is_cut=task is not None, sequences=sequences_of(task))
     teaching = TeachingReport(all_learned=resolved.config.template.loss_scale == "all")
     sizes: list[int] = []
     found: list[float] = []
@@ -125,8 +129,10 @@ def plan_rows(
 def known_rows(resolved: Resolved, lengths: Sequence[int]) -> RowPlan:
     """The same of data that is tokenised already: nothing is estimated."""
     datasets: list[dict[str, object]] = [{"name": text} for text in resolved.config.data.dataset]
-    is_cut = task_format(resolved.config) is not None
-    return RowPlan(len(lengths), True, list(lengths), len(lengths), datasets, is_cut=is_cut)
+    task = task_format(resolved.config)
+    plan = RowPlan(len(lengths), True, list(lengths), len(lengths), datasets)
+    plan.is_cut, plan.sequences = task is not None, sequences_of(task)
+    return plan
 
 
 def _count(file: Path) -> tuple[int, bool, list[int] | None]:
@@ -197,6 +203,10 @@ def _sample_groups(
     store = encode_rows(rows, Encoder(template, section.max_length, section.truncation_strategy, task))
     plan.sampled += len(rows)
     plan.lengths += (store.offsets[1:] - store.offsets[:-1]).tolist()
+    groups = [store.sequence_lengths(number) for number in range(len(store))]
+    if groups:
+        plan.longest = max(plan.longest or 0, *map(max, groups))
+        plan.sequences = max(map(len, groups))
     plan.warnings += [f"{where}: {reason}" for where, reason in store.report.bad_rows]
     if store.report.deleted:
         count = sum(len(numbers) for numbers in store.report.deleted.values())

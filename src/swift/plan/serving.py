@@ -10,7 +10,7 @@ from swift.config.adapter_names import split_name
 from swift.config.schema import Resolved
 from swift.core.format import format_bytes
 from swift.models.facts import ModelFacts
-from swift.plan.analytic import DTYPE_BYTES, FRAMEWORK_BYTES
+from swift.plan.analytic import CONTEXT_BYTES, DTYPE_BYTES
 from swift.plan.device import DeviceFacts
 from swift.plan.modules import linear_layers
 from swift.plan.quantised import frozen_bytes
@@ -30,7 +30,7 @@ def serving_memory(resolved: Resolved, facts: ModelFacts, device: DeviceFacts, d
     options, size = resolved.config.engine, DTYPE_BYTES.get(dtype, 4)
     weights = frozen_bytes(facts, linear_layers(facts, {}), resolved.config.quantization, size)
     parts = {
-        "framework": FRAMEWORK_BYTES.get(device.kind, FRAMEWORK_BYTES["cuda"]),
+        "context": CONTEXT_BYTES.get(device.kind, CONTEXT_BYTES["cuda"]),
         "weights": facts.num_parameters * size if weights is None else weights,
         "adapters": sum(_adapter_bytes(entry) for entry in resolved.config.model.adapters),
     }

@@ -32,8 +32,7 @@ def fits(plan: Plan, device: DeviceFacts) -> bool | None:
                 + (
                     "another machine, or --device cpu"
                     if plan.export
-                    else "a smaller --per_device_train_batch_size or --max_length,"
-                    " --gradient_checkpointing true or --tuner_type lora lowers it"
+                    else f"swift plan {plan.command} ... --solve says what makes it fit"
                 )
             )
     if "disk" in plan.memory:

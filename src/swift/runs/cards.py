@@ -79,6 +79,8 @@ def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
         lines += _step_lines(steps)
     if plan.get("export"):
         lines += _export_lines(plan["export"])
+    if plan.get("time"):
+        lines.append(("time", _time_text(plan["time"])))
     if memory:
         lines.append(("memory", _memory_text(memory, plan["fits"])))
         cache = memory.get("cache")
@@ -103,6 +105,8 @@ def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
                     f" ({format_bytes(disk['free_bytes'])} free)",
                 )
             )
+    if plan.get("solution"):
+        lines += _solution_lines(plan["solution"])
     parallel = plan["parallel"]
     if parallel and parallel["devices_needed"] > 1:
         lines.append(("parallel", f"{parallel['devices_needed']} devices: {parallel['layout']}"))
@@ -182,7 +186,36 @@ def _memory_text(memory: Mapping[str, Any], fits: bool | None) -> str:
     device = memory.get("device_bytes")
     verdict = {True: "fits", False: "does NOT fit", None: "not compared with a device"}[fits]
     room = f" of {format_bytes(device)}" if device else ""
-    return f"about {format_bytes(memory['total'])}{room}, {verdict}: {shown}"
+    traced = " (traced)" if memory.get("method") == "traced" else ""
+    return f"about {format_bytes(memory['total'])}{room}{traced}, {verdict}: {shown}"
+
+
+def _time_text(time: Mapping[str, Any]) -> str:
+    flops = f"{time['flops_per_step'] / 1e12:.3g} TFLOP a step"
+    if time["seconds"] is None:
+        return f"not known yet ({flops}): swift plan ... --exact measures this machine once, a first run does as well"
+    return f"about {format_duration(time['seconds'])} by {time['source']} ({flops})"
+
+
+def _solution_lines(solution: Mapping[str, Any]) -> Lines:
+    """What fits by the formulas, and the cheapest changes that make the run fit."""
+    largest = ", ".join(
+        f"{name} {'does not help' if value is None else value}" for name, value in solution["largest"].items()
+    )
+    lines = [
+        ("largest", f"{largest}; each with all else as it is, in {format_bytes(solution['limit_bytes'])}")
+    ]
+    changes = solution["changes"]
+    steps = [
+        (change["flags"], f"{change['flags']}  -> {format_bytes(change['total_bytes'])}")
+        for change in changes
+    ]
+    lines += [("change" if place == 0 else "", text) for place, (_, text) in enumerate(steps)]
+    if changes and solution["fits"]:
+        lines.append(("fits with", solution["flags"]))
+    elif not solution["fits"]:
+        lines.append(("", "no change known here makes it fit: a smaller model, or more devices"))
+    return lines
 
 
 def end_card_lines(folder: Path, summary: Mapping[str, Any]) -> Lines:

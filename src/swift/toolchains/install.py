@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -295,12 +294,16 @@ class _Work:
             )
         if uv is not None and self.wanted.installer != "pip":
             return uv
-        if importlib.util.find_spec("pip") is None:
+        try:
+            # Not find_spec("pip"): looking for that module makes setuptools' import hook give up its own distutils
+            # for the rest of the process, and torch.utils.cpp_extension cannot be imported any more.
+            metadata.version("pip")
+        except metadata.PackageNotFoundError:
             raise ToolchainError(
                 "there is neither uv on PATH nor pip beside this Python",
                 where=sys.executable,
                 fix="python -m ensurepip, or install uv",
-            )
+            ) from None
         return None
 
     def _command(self, title: str, command: list[str]) -> list[str]:

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from swift.config.schema import Resolved
-from swift.core.errors import ConfigError, SwiftError
+from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.data.collate import collate
 from swift.data.loader import BatchLoader
 from swift.data.stream import StreamLoader
 from swift.data.tokens import TokenDataset
-from swift.models.classifier import SCORE
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
-from swift.models.quantised import stored_weights
 from swift.objectives.base import Objective
 from swift.objectives.policy.objective import PolicyObjective
 from swift.objectives.pooled import PooledObjective
-from swift.objectives.sft import SftObjective
 from swift.parallel.answers import AnswerEngine
-from swift.parallel.engine import ParameterSet
 from swift.parallel.isolation import check_isolation
 from swift.parallel.native import NativeEngine
 from swift.runs.folder import RunFolder
 from swift.runs.metrics import MetricsLog
 from swift.runs.status import StatusFile
+from swift.train.assemble import make_engine, make_objective, tune_model
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.lisa import LisaCallback
 from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
@@ -40,24 +36,16 @@ from swift.train.config_record import recorded_dataset
 from swift.train.evaluation import Evaluator, Evaluators, LossEvaluator
 from swift.train.inspection import inspection_report
 from swift.train.loop import PolicyLoader, Trainer
-from swift.train.low_precision import train_in_float8, train_quantisation_aware
 from swift.train.neftune import add_embedding_noise
-from swift.train.optimizers import build_optimizer
 from swift.train.precision import param_dtype
-from swift.train.preflight import check_tuner_options
 from swift.train.prepare import Prepared
 from swift.train.reference import precompute, reference_options
-from swift.train.schedules import learning_rate_schedule
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
 from swift.train.task_evaluation import TaskEvaluator
-from swift.train.tasks import classifier_head, engine_of, pooled_objective, tuner_of
-from swift.tuners.adapter import OtherAdapter
-from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
-from swift.tuners.longlora import use_shifted_groups
-from swift.tuners.peft_format import adapter_folder, load_adapter
-from swift.tuners.starts import needs_data, start_from_rounding
-from swift.tuners.targets import decoder_layers, output_head_name
+from swift.train.tasks import classifier_head
+from swift.tuners.apply import TunedModel
+from swift.tuners.starts import needs_data
 
 __all__ = ["PolicyFactory", "PolicyParts", "build"]
 
@@ -107,9 +95,26 @@ def build(
     resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
     pad_token_id: int = tokenizer.pad_token_id
-    tuned = _tune(_load_weights(prepared), prepared)
+    steps = prepared.plan.total_steps
+    tuned = tune_model(
+        _load_weights(prepared),
+        resolved,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        total_steps=steps,
+        base=prepared.model_path,
+        restored=checkpoint is not None,
+    )
     reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
-    engine = _engine(prepared, tuned, reference)
+    engine = make_engine(
+        tuned,
+        resolved,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        total_steps=steps,
+        tokenizer=tokenizer,
+        **reference,
+    )
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
     if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
@@ -264,115 +269,6 @@ def _load_weights(prepared: Prepared) -> Any:
     return model
 
 
-def _tune(model: Any, prepared: Prepared) -> TunedModel:
-    """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing."""
-    resolved, dtype = prepared.resolved, prepared.dtype
-    config = resolved.config
-    if config.model.adapters:
-        if len(config.model.adapters) > 1 or config.tuner.tuner_type != "lora":
-            raise ConfigError(
-                "training goes on from one adapter, whose folder says of what kind it is",
-                where="--adapters",
-                fix="name one adapter, and leave out --tuner_type",
-            )
-        folder = adapter_folder(config.model.adapters[0])
-        check_tuner_options(resolved, folder)
-        tuned = load_adapter(model, folder, trainable=True)
-        names = [name for group in tuned.parameter_sets().values() for name in group]
-        if config.task.has_score_head and not any(SCORE in name.split(".") for name in names):
-            raise ConfigError(
-                "this adapter brings no score head",
-                where=f"--adapters {config.model.adapters[0]}",
-                why="it was trained for another task; its run would learn with a random head that is not kept",
-                fix="leave it out, or merge it first (swift merge-lora) and train on the merged model",
-            )
-    else:
-        tuned = apply_tuner(
-            model,
-            tuner_of(resolved),
-            seed=config.training.seed,
-            param_dtype=param_dtype(resolved),
-            total_steps=prepared.plan.total_steps,
-            restored=prepared.checkpoint is not None,
-        )
-        if config.tuner.init_weights == "loftq" and prepared.checkpoint is None:
-            start_from_rounding(model, DEFAULT_ADAPTER, stored_weights(prepared.model_path))
-        for parameter in model.parameters():
-            if not parameter.requires_grad and tuned.kind == "full":
-                parameter.data = parameter.data.to(dtype)
-    if config.tuner.longlora_group_size:
-        use_shifted_groups(model, config.tuner.longlora_group_size)
-    if config.quantization.qat_bits is not None:
-        train_quantisation_aware(model, config.quantization, output_head_name(model))
-    if config.quantization.fp8:
-        train_in_float8(model, prepared.device, output_head_name(model))
-    if config.training.gradient_checkpointing:
-        _recompute(model, config.training.recompute_num_layers)
-    return tuned
-
-
-def _recompute(model: Any, num_layers: int | None) -> None:
-    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if num_layers is None:
-        return
-    layers: Any = decoder_layers(model)[1]
-    for layer in layers[num_layers:]:
-        if not hasattr(layer, "gradient_checkpointing"):
-            why = f"{type(layer).__name__} cannot be told apart from the others"
-            raise ConfigError("all layers or none", where="--recompute_num_layers", why=why)
-        layer.gradient_checkpointing = False
-
-
-def _engine(prepared: Prepared, tuned: TunedModel, reference: dict[str, Any]) -> NativeEngine:
-    training = prepared.resolved.config.training
-    assert training.learning_rate is not None
-    total = prepared.plan.total_steps
-    warmup = training.warmup_steps
-    schedule = learning_rate_schedule(
-        training.lr_scheduler_type,
-        peak=training.learning_rate,
-        total_steps=total,
-        warmup_steps=math.ceil(total * training.warmup_ratio) if warmup is None else warmup,
-        min_ratio=training.min_lr_ratio,
-        decay_ratio=training.lr_decay_ratio,
-    )
-    head = output_head_name(tuned.model)
-    sets = [
-        ParameterSet(
-            name,
-            parameters,
-            build_optimizer(
-                parameters, training, prepared.resolved.config.optimizer, prepared.device, head=head
-            ),
-            schedule,
-            training.max_grad_norm,
-        )
-        for name, parameters in tuned.parameter_sets().items()
-    ]
-    if tuned.other is not None:
-        sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
-    make = engine_of(prepared.resolved.config, tuned.model, prepared.template.tokenizer)
-    return make(
-        tuned.model,
-        sets,
-        device=prepared.device,
-        dtype=prepared.dtype,
-        chunk_size=training.logits_chunk_size,
-        compile_model=training.torch_compile,
-        penalty=tuned.other.penalty if tuned.other else None,
-        offload_activations=training.activation_cpu_offload,
-        **reference,
-    )
-
-
-def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        adapter.after_step()
-
-    return hook
-
-
 def _evaluator(
     prepared: Prepared, pad_token_id: int, others: Sequence[Evaluator], parts: PolicyParts | None
 ) -> Evaluator | None:
@@ -401,16 +297,10 @@ def _validation(prepared: Prepared, dataset: TokenDataset, pad_token_id: int) ->
 
 
 def _objective(prepared: Prepared, *, validation: bool) -> Objective:
-    """Dynamic weights are for learning only: what is measured stays the cross-entropy."""
-    config = prepared.resolved.config
-    pooled = pooled_objective(config)
-    if pooled is not None:
-        return pooled
-    dynamic = config.training.enable_dft_loss and not validation
-    if not prepared.data.channels:
-        return SftObjective(dynamic=dynamic)
-    channels = prepared.data.channels[1 if validation else 0]
-    return SftObjective(dynamic=dynamic, groups=channels.of_targets, num_groups=len(channels.names))
+    channels = prepared.data.channels
+    return make_objective(
+        prepared.resolved, channels[1 if validation else 0] if channels else None, validation=validation
+    )
 
 
 def _metric_names(prepared: Prepared, objective: Objective) -> tuple[str, ...]:

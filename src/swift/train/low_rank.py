@@ -104,7 +104,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         if state["step"] < state.get("due", 1):
             return self._load(state, wide)
         before = self._load(state, wide) if "projection" in state else None
-        matrix = torch.linalg.svd(wide, full_matrices=False)[0][:, :rank].t().contiguous()
+        # A copy: the transpose of LAPACK's columns is contiguous already, and as a view keeps all of them.
+        vectors = torch.linalg.svd(wide, full_matrices=False)[0]
+        matrix = vectors[:, :rank].t().clone(memory_format=torch.contiguous_format)
         gap = state.get("gap", self.gap)
         if self.quantized and before is not None:
             similarity = torch.nn.functional.cosine_similarity(before, matrix, dim=1).abs().mean().item()

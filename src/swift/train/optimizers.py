@@ -34,6 +34,7 @@ class OptimizerKind:
         state_bytes: bytes it keeps of one trained number, by that number's own bytes in storage.
         module: the module it comes from, when that is an extra.
         extra: the extra that installs the module.
+        update_numbers: numbers its update makes for the time being, as a multiple of the largest matrix.
         paged: its state lies in memory that the driver moves between device and host (CUDA).
     """
 
@@ -42,6 +43,7 @@ class OptimizerKind:
     module: str | None = None
     extra: str | None = None
     paged: bool = False
+    update_numbers: float = 0.0
 
 
 def check_optimizer(section: OptimizerSection) -> None:

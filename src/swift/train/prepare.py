@@ -106,7 +106,7 @@ def prepare(resolved: Resolved) -> Prepared:
             split=1 if config.rlhf.is_policy else split,
             mode=batch_mode(config.data),
             # A pair of answers is two sequences, each of which may be that long.
-            max_length=config.data.max_length * (2 if _is_paired(config) else 1),
+            max_length=config.data.max_length * (2 if config.rlhf.is_paired else 1),
             group_by_length=config.data.group_by_length,
             shuffle=config.data.dataset_shuffle,
             seed=config.data.data_seed or 0,
@@ -128,10 +128,6 @@ def prepare(resolved: Resolved) -> Prepared:
         plan,
         stream,
     )
-
-
-def _is_paired(config: Config) -> bool:
-    return config.rlhf.rlhf_type not in (None, "kto") and not config.rlhf.is_policy
 
 
 def _settle_cpu(resolved: Resolved) -> None:

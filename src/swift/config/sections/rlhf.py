@@ -155,6 +155,17 @@ class RlhfSection(Section):
         return self.rlhf_type in PAIR_TYPES
 
     @property
+    def is_paired(self) -> bool:
+        """A sample is two answers."""
+        return self.rlhf_type in (*PAIR_TYPES, "rm")
+
+    @property
+    def runs_reference(self) -> bool:
+        """The reference is computed in every step."""
+        reads = self.rlhf_type in (*DPO_TYPES, "kto") and not self.reference_free
+        return reads and not self.precompute_ref_log_probs
+
+    @property
     def is_in_batch(self) -> bool:
         """The loss compares the rows of a micro-batch with one another."""
         return bool({"kto", "aot", "aot_unpaired"} & set(self.rlhf_loss_type))

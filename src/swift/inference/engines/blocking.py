@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -62,13 +64,17 @@ class BlockingEngine:
 
     def __init__(self, engine: InferenceEngine) -> None:
         self._engine, self._runner = engine, asyncio.Runner()
-        self._streams: dict[str, AsyncIterator[Delta]] = {}
         self._aborted: set[str] = set()
+        self._numbers = itertools.count()
         self._runner.run(engine.start())
 
     @property
     def max_model_len(self) -> int:
         return self._engine.max_model_len
+
+    def _submit(self, request: Request) -> AsyncIterator[Delta]:
+        # The engine may still be ending a cancelled request of the same id: callers count from 0 each time.
+        return self._engine.submit(dataclasses.replace(request, id=f"{next(self._numbers)}-{request.id}"))
 
     def generate(
         self, requests: Sequence[Request], on_delta: Callable[[int, Delta], None] = lambda index, delta: None
@@ -78,7 +84,7 @@ class BlockingEngine:
         async def answer(index: int, request: Request, places: asyncio.Semaphore) -> Completion:
             result = Completion()
             async with places:
-                stream = self._engine.submit(request)
+                stream = self._submit(request)
                 async for delta in stream:
                     result.add(delta)
                     on_delta(index, delta)
@@ -103,7 +109,7 @@ class BlockingEngine:
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """See `Writer`."""
-        stream = self._engine.submit(request)
+        stream = self._submit(request)
 
         async def following() -> Delta | None:
             return await anext(stream, None)

@@ -1,0 +1,207 @@
+"""What decides the memory of a run, from its options and its model; and the memory and disk parts of a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swift.config.schema import Resolved
+from swift.config.sections.rlhf import RlhfSection
+from swift.core.files import free_bytes
+from swift.models.facts import ModelFacts
+from swift.models.quantised import stored_method
+from swift.plan.analytic import (
+    DTYPE_BYTES,
+    Setup,
+    checkpoint_bytes,
+    memory_parts,
+    reference_bytes,
+    with_overhead,
+)
+from swift.plan.device import DeviceFacts
+from swift.plan.modules import (
+    adapted_layers,
+    linear_layers,
+    parameter_sizes,
+    saved_parameters,
+    trainable_parameters,
+)
+from swift.plan.quantised import frozen_bytes, largest_unpacked
+from swift.train.optimizers import OPTIMIZERS, is_target, state_bytes
+from swift.tuners.registry import METHODS
+
+__all__ = ["ExactMethod", "Widest", "compute_dtype", "grown", "make_setup", "memory_of"]
+
+
+@dataclass(frozen=True)
+class Widest:
+    """The largest micro-batch: rows of so many tokens each, which hold so many sequences."""
+
+    rows: int
+    width: int
+    sequences: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.width
+
+
+ExactMethod = Callable[[Resolved, ModelFacts, Path | None, Widest, Setup], dict[str, int]]
+"""Another way to bytes by part, from the same things (`swift.train.memory`, which needs torch)."""
+
+
+def compute_dtype(resolved: Resolved, device: DeviceFacts) -> str:
+    """The precision that ``torch_dtype`` means on a device."""
+    name = resolved.config.model.torch_dtype
+    if name != "auto":
+        return name
+    return "bfloat16" if device.kind in ("cuda", "npu", "xpu") else "float32"
+
+
+def make_setup(
+    resolved: Resolved,
+    facts: ModelFacts,
+    folder: Path | None,
+    device: DeviceFacts,
+    widest: Widest,
+    warnings: list[str],
+) -> Setup:
+    """What decides memory."""
+    config = resolved.config
+    tuner, parallel = config.tuner, config.parallel
+    shapes = parameter_sizes(folder)
+    is_lora = not tuner.trains_whole_model
+    adapts_linear = is_lora and tuner.tuner_type in METHODS
+    layers = linear_layers(facts, {} if stored_method(facts.config) else shapes)
+    adapted = adapted_layers(layers, tuner) if adapts_linear else []
+    saved = saved_parameters(facts, shapes, tuner) if is_lora else 0
+    if adapts_linear and not adapted and not tuner.target_parameters:
+        warnings.append("no linear layer of this model matches target_modules: nothing would be adapted")
+    compute = compute_dtype(resolved, device)
+    if config.task.has_score_head:
+        saved += facts.hidden_size * (config.task.num_labels or 1)
+    trainable = trainable_parameters(facts, shapes, adapted, tuner) + saved
+    if is_lora:
+        stored = tuner.lora_dtype
+        matrices = [(one.inputs, tuner.lora_rank) for one in adapted]
+        matrices += [(one.outputs, tuner.lora_rank) for one in adapted]
+    else:
+        stored = "bfloat16" if config.model.param_dtype == "bfloat16" else "float32"
+        targets = config.optimizer.galore_target_modules
+        matrices = [
+            (one.outputs, one.inputs) for one in layers if is_target(f"{one.name}.weight", 2, targets, None)
+        ]
+    return Setup(
+        compute=compute,
+        is_lora=is_lora,
+        trainable=trainable,
+        trainable_bytes=DTYPE_BYTES[stored],
+        saved_modules=saved,
+        adapted=adapted,
+        rank=tuner.lora_rank,
+        dropout=tuner.lora_dropout if is_lora else 0.0,
+        trains_head=_trains_head(facts, resolved),
+        tokens=widest.tokens,
+        documents=widest.sequences // widest.rows,
+        accumulates=(config.training.gradient_accumulation_steps or 1) > 1,
+        checkpointing=bool(config.training.gradient_checkpointing),
+        recomputed=config.training.recompute_num_layers,
+        offloaded=config.training.activation_cpu_offload,
+        chunk=_chunk(resolved, widest),
+        device=device.kind,
+        model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+        sequence_shares=parallel.tensor_parallel_size * parallel.context_parallel_size,
+        weights_bytes=frozen_bytes(facts, layers, config.quantization, DTYPE_BYTES[compute])
+        if is_lora
+        else None,
+        unpacked=largest_unpacked(layers, config.quantization),
+        optimizer_bytes=state_bytes(config.optimizer, trainable, DTYPE_BYTES[stored], matrices),
+        update_numbers=OPTIMIZERS[config.optimizer.optim].update_numbers,
+        judged_passes=_judged_passes(config.rlhf),
+    )
+
+
+def _judged_passes(rlhf: RlhfSection) -> int:
+    reference = int(rlhf.runs_reference)
+    return reference + (1 + reference if rlhf.rlhf_type == "kto" else 0)
+
+
+def _trains_head(facts: ModelFacts, resolved: Resolved) -> bool:
+    tuner = resolved.config.tuner
+    named = {"lm_head"} | ({"embed_tokens"} if facts.tie_word_embeddings else set())
+    if not tuner.trains_whole_model:
+        return bool(named & {name.rpartition(".")[2] for name in tuner.modules_to_save})
+    return tuner.tuner_type == "full" and not any(name in named for name in tuner.freeze_parameters)
+
+
+def _chunk(resolved: Resolved, widest: Widest) -> int:
+    """Positions whose logits exist at once; a generative reranker makes those of each sequence's end, others none."""
+    kind = resolved.config.task.task_type
+    if kind == "causal_lm":
+        return resolved.config.training.logits_chunk_size
+    return widest.sequences if kind == "generative_reranker" else 0
+
+
+def grown(resolved: Resolved, facts: ModelFacts, trainable: int) -> ModelFacts:
+    """The model as it will be: LLaMA-Pro adds layers."""
+    if resolved.config.tuner.tuner_type != "llamapro":
+        return facts
+    layers = facts.num_layers + resolved.config.tuner.llamapro_num_new_blocks
+    parts = {**facts.parts, "mlp": facts.parts["mlp"] + trainable}
+    return replace(facts, num_layers=layers, parts=parts)
+
+
+def memory_of(
+    resolved: Resolved,
+    facts: ModelFacts,
+    setup: Setup,
+    device: DeviceFacts,
+    steps: dict[str, Any],
+    exact: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """The memory part of a plan, and the disk part in it; ``exact``: bytes by part that were found otherwise."""
+    facts = grown(resolved, facts, setup.trainable)
+    parts = with_overhead(memory_parts(facts, setup) if exact is None else exact, device.kind)
+    reference = reference_bytes(resolved.config, facts, setup)
+    parts |= {"reference": reference} if reference else {}
+    options = resolved.config.checkpoint
+    one = checkpoint_bytes(
+        facts,
+        setup,
+        only_model=options.save_only_model,
+        export_bytes=DTYPE_BYTES.get(facts.dtype) if facts.dtype else None,
+    )
+    number = _num_checkpoints(resolved, steps)
+    return {
+        "parts": parts,
+        "total": sum(parts.values()),
+        "method": "formula" if exact is None else "traced",
+        "device": device.kind,
+        "device_bytes": device.memory_bytes,
+        "disk": {
+            "checkpoint_bytes": one,
+            "checkpoints": number,
+            # While one is written, the ones before it are still there.
+            "total_bytes": one * number,
+            "free_bytes": free_bytes(Path(options.output_dir).expanduser().absolute()),
+        },
+    }
+
+
+def _num_checkpoints(resolved: Resolved, steps: dict[str, Any]) -> int:
+    """Checkpoints on disk at most: those saved, or save_total_limit besides best and last, and one being written."""
+    options = resolved.config.checkpoint
+    if not steps:
+        return 1
+    if options.save_strategy == "no":
+        saved = 1
+    elif options.save_strategy == "epoch":
+        saved = math.ceil(steps["total"] / steps["steps_per_epoch"])
+    else:
+        saved = math.ceil(steps["total"] / options.save_steps)
+    if options.save_total_limit is None:
+        return saved
+    return min(saved, options.save_total_limit + 3)

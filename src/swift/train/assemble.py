@@ -1,0 +1,180 @@
+"""From a model to an engine: tuner, checkpointing, optimizers, objective.
+
+A run does this with weights (`swift.train.build`), an exact memory estimate without (`swift.train.memory`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift.config.schema import Resolved
+from swift.core.errors import ConfigError
+from swift.data.channels import Channels
+from swift.models.classifier import SCORE
+from swift.models.quantised import stored_weights
+from swift.objectives.base import Objective
+from swift.objectives.sft import SftObjective
+from swift.parallel.engine import ParameterSet
+from swift.parallel.native import NativeEngine
+from swift.train.low_precision import train_in_float8, train_quantisation_aware
+from swift.train.optimizers import build_optimizer
+from swift.train.precision import param_dtype
+from swift.train.preflight import check_tuner_options
+from swift.train.schedules import learning_rate_schedule
+from swift.train.tasks import engine_of, pooled_objective, tuner_of
+from swift.tuners.adapter import OtherAdapter
+from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
+from swift.tuners.longlora import use_shifted_groups
+from swift.tuners.peft_format import adapter_folder, load_adapter
+from swift.tuners.starts import start_from_rounding
+from swift.tuners.targets import decoder_layers, output_head_name
+
+__all__ = ["make_engine", "make_objective", "tune_model"]
+
+
+def tune_model(
+    model: Any,
+    resolved: Resolved,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    total_steps: int,
+    base: Path | None,
+    restored: bool = False,
+) -> TunedModel:
+    """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing.
+
+    Args:
+        dtype: the computing precision.
+        base: folder of the model, for starts that read its weights.
+        restored: the values come from a checkpoint (or do not matter), so no start is computed.
+    """
+    config = resolved.config
+    if config.model.adapters:
+        if len(config.model.adapters) > 1 or config.tuner.tuner_type != "lora":
+            raise ConfigError(
+                "training goes on from one adapter, whose folder says of what kind it is",
+                where="--adapters",
+                fix="name one adapter, and leave out --tuner_type",
+            )
+        folder = adapter_folder(config.model.adapters[0])
+        check_tuner_options(resolved, folder)
+        tuned = load_adapter(model, folder, trainable=True)
+        names = [name for group in tuned.parameter_sets().values() for name in group]
+        if config.task.has_score_head and not any(SCORE in name.split(".") for name in names):
+            raise ConfigError(
+                "this adapter brings no score head",
+                where=f"--adapters {config.model.adapters[0]}",
+                why="it was trained for another task; its run would learn with a random head that is not kept",
+                fix="leave it out, or merge it first (swift merge-lora) and train on the merged model",
+            )
+    else:
+        tuned = apply_tuner(
+            model,
+            tuner_of(resolved),
+            seed=config.training.seed,
+            param_dtype=param_dtype(resolved),
+            total_steps=total_steps,
+            restored=restored,
+        )
+        if config.tuner.init_weights == "loftq" and not restored:
+            assert base is not None
+            start_from_rounding(model, DEFAULT_ADAPTER, stored_weights(base))
+        for parameter in model.parameters():
+            if not parameter.requires_grad and tuned.kind == "full":
+                parameter.data = parameter.data.to(dtype)
+    if config.tuner.longlora_group_size:
+        use_shifted_groups(model, config.tuner.longlora_group_size)
+    if config.quantization.qat_bits is not None:
+        train_quantisation_aware(model, config.quantization, output_head_name(model))
+    if config.quantization.fp8:
+        train_in_float8(model, device, output_head_name(model))
+    if config.training.gradient_checkpointing:
+        _recompute(model, config.training.recompute_num_layers)
+    return tuned
+
+
+def _recompute(model: Any, num_layers: int | None) -> None:
+    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if num_layers is None:
+        return
+    layers: Any = decoder_layers(model)[1]
+    for layer in layers[num_layers:]:
+        if not hasattr(layer, "gradient_checkpointing"):
+            why = f"{type(layer).__name__} cannot be told apart from the others"
+            raise ConfigError("all layers or none", where="--recompute_num_layers", why=why)
+        layer.gradient_checkpointing = False
+
+
+def make_engine(
+    tuned: TunedModel,
+    resolved: Resolved,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    total_steps: int,
+    tokenizer: Any,
+    **options: Any,
+) -> NativeEngine:
+    """The engine of the task, with an optimizer for each parameter set; ``options`` go to the engine."""
+    training = resolved.config.training
+    assert training.learning_rate is not None
+    warmup = training.warmup_steps
+    schedule = learning_rate_schedule(
+        training.lr_scheduler_type,
+        peak=training.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=math.ceil(total_steps * training.warmup_ratio) if warmup is None else warmup,
+        min_ratio=training.min_lr_ratio,
+        decay_ratio=training.lr_decay_ratio,
+    )
+    head = output_head_name(tuned.model)
+    sets = [
+        ParameterSet(
+            name,
+            parameters,
+            build_optimizer(parameters, training, resolved.config.optimizer, device, head=head),
+            schedule,
+            training.max_grad_norm,
+        )
+        for name, parameters in tuned.parameter_sets().items()
+    ]
+    if tuned.other is not None:
+        sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
+    make = engine_of(resolved.config, tuned.model, tokenizer)
+    return make(
+        tuned.model,
+        sets,
+        device=device,
+        dtype=dtype,
+        chunk_size=training.logits_chunk_size,
+        compile_model=training.torch_compile,
+        penalty=tuned.other.penalty if tuned.other else None,
+        offload_activations=training.activation_cpu_offload,
+        **options,
+    )
+
+
+def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        adapter.after_step()
+
+    return hook
+
+
+def make_objective(resolved: Resolved, channels: Channels | None = None, *, validation: bool) -> Objective:
+    """Dynamic weights are for learning only: what is measured stays the cross-entropy."""
+    config = resolved.config
+    pooled = pooled_objective(config)
+    if pooled is not None:
+        return pooled
+    dynamic = config.training.enable_dft_loss and not validation
+    if channels is None:
+        return SftObjective(dynamic=dynamic)
+    return SftObjective(dynamic=dynamic, groups=channels.of_targets, num_groups=len(channels.names))
