@@ -155,8 +155,8 @@ def test_replay_learns_the_same_from_the_same_answers(run_policy):
     again = run_policy(max_steps=1, beta=0, replay=str(first.folder), reward_funcs=[])
     assert largest_difference(weights(first), weights(again)) < 1e-6
     assert lines(again)[0]["reward"] == lines(first)[0]["reward"]
-    with pytest.raises(DataError, match="in groups of 2"):
-        run_policy(replay=str(first.folder), reward_funcs=[], num_generations=2)
+    with pytest.raises(DataError, match="in groups of 8"):
+        run_policy(replay=str(first.folder), reward_funcs=[], num_generations=8)
     with pytest.raises(DataError, match="no answers are kept here"):
         run_policy(replay=str(again.folder), reward_funcs=[])
 
@@ -274,7 +274,10 @@ def test_a_reward_model_of_ours_is_a_reward(run_policy, tiny_model_dir, tmp_path
         ({"generation_batch_size": 24}, "cannot be dealt out in steps of 16"),
         ({"loss_type": "sigmoid"}, "no loss of policy optimisation"),
         ({"rlhf_type": "sapo", "epsilon": 0.2}, "epsilon has no effect on sapo"),
-        ({"rlhf_type": "real", "per_device_train_batch_size": 2}, "must lie in one micro-batch"),
+        (
+            {"rlhf_type": "real", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+            "must lie in one micro-batch",
+        ),
         ({"rlhf_type": "rloo", "scale_rewards": "group"}, "scale_rewards has no effect on"),
         ({"algo": "no_such"}, "unknown algorithm"),
         ({"algo_args": {"cliprange": 1}}, "no knob 'cliprange'"),

@@ -251,7 +251,10 @@ class RolloutSource:
     def _probe(self, answers: Sequence[Trajectory]) -> None:
         count = min(self.config.policy.probe_sequences, len(answers))
         if count:
-            places = np.linspace(0, len(answers) - 1, count).round().astype(int)
+            # Others every time: in the end all places of a batch have been looked at.
+            places = (
+                np.linspace(0, len(answers), count, endpoint=False).astype(int) + self.batches_made
+            ) % len(answers)
             with self.stages("probe"):
                 chosen = self._batch([answers[at] for at in dict.fromkeys(places.tolist())])
                 probe(

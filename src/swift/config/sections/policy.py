@@ -82,7 +82,7 @@ class PolicySection(Section):
         gt=0,
     )
     probe_sequences: int = option(
-        2, "Answers of each batch whose log-probabilities are compared with the trainer's; 0: none.", ge=0
+        1, "Answers of each batch whose log-probabilities are compared with the trainer's; 0: none.", ge=0
     )
     dynamic_sample: bool | None = option(
         None,
