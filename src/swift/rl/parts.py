@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from swift.core.errors import ConfigError
+from swift.core.logging import get_logger
 from swift.data.mode import batch_mode
 from swift.objectives.policy.objective import PolicyObjective
 from swift.parallel.answers import PolicyEngine
@@ -29,6 +32,8 @@ from swift.train.evaluation import Evaluator
 from swift.train.prepare import Prepared
 
 __all__ = ["policy_parts"]
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -55,6 +60,8 @@ def policy_parts(
     """Sampler, source of batches, objective and evaluator of a run whose model is loaded."""
     resolved, config = prepared.resolved, prepared.resolved.config
     policy = config.policy
+    if count := _without_dropout(engine.model):
+        logger.info("dropout is switched off in %d modules: sampler and trainer must compute the same", count)
     data = prepared.data
     sampler = None
     if rewards is not None:
@@ -98,6 +105,19 @@ def policy_parts(
         evaluator = RewardEvaluator(data.validation, config.data, sampler, rewards)
     objective = PolicyObjective(settings.algorithm, config.generation.max_new_tokens)
     return _Parts(objective, source, evaluator, [_Measured(source)], source.save)
+
+
+def _without_dropout(model: nn.Module) -> int:
+    """Switch dropout off for good; returns in how many modules it was on."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            module.p = 0.0
+            count += 1
+        if getattr(module, "attention_dropout", 0.0):  # of transformers' attention classes
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (not an attribute of every module)
+            count += 1
+    return count
 
 
 def _remove_later(folder: Path, updates: int) -> None:
