@@ -20,11 +20,12 @@ from swift.demo.task import TOKENIZER_TEXTS
 from swift.models.tiny import make_tiny_model
 from swift.rl.run import train
 from swift.runs.metrics import read_metrics
-from swift.train.callbacks.base import Callback
+from swift.train.callbacks.base import Callback, RunView
 
 __all__ = ["PolicyDemo", "run_policy_demo", "write_policy_files"]
 
-WARM_UP_STEPS = 45
+WARM_UP_STEPS, WARM_UP_LOSS = 100, 0.6
+"""At most so many steps; the loss, in nats a token, at which few answers are right and some digits are."""
 NUM_STEPS = 40
 _REWARD = '''"""The reward of the demo: the share of digits that stand where they should."""
 
@@ -111,6 +112,12 @@ def run_policy_demo(
     )
 
 
+class _Enough(Callback):
+    def on_log(self, run: RunView, metrics: dict[str, Any]) -> None:
+        if metrics["loss"] < WARM_UP_LOSS:
+            run.stop("warm enough")
+
+
 def _warm_up(folder: Path, seed: int) -> Path:
     """A model that has seen a few answers: nothing can be rewarded where no answer is ever right."""
     model = make_tiny_model(folder / "model", texts=TOKENIZER_TEXTS, seed=seed, **DEMO_MODEL)
@@ -126,8 +133,10 @@ def _warm_up(folder: Path, seed: int) -> Path:
         "lr_scheduler_type": "constant",
         "max_length": 32,
         "num_threads": 1,
+        "logging_steps": 1,
         "seed": seed,
         "save_only_model": True,
         "output_dir": str(folder / "warm-up"),
     }
-    return train(resolve("sft", values=values), say=lambda text: None).folder / "last"
+    run = train(resolve("sft", values=values), callbacks=[_Enough()], say=lambda text: None)
+    return run.folder / "last"
