@@ -88,8 +88,11 @@ def test_trainers_with_the_arguments_of_the_articles():
         model="Qwen3-7B", tokenizer=None, train_dataset=rows, reward_model="my_reward_model", **options
     )
     assert trainer.resolved.value("learning_rate") == 1e-6
-    with pytest.raises(UsageError, match="GRPO comes with a later version"):
+    assert any("vLLM samplers comes with a later version" in text for text in trainer.resolved.warnings)
+    with pytest.raises(ConfigError, match="leave it out: the embedded engine samples in this process"):
         trainer.train()
+    assert GRPOTrainer(model="Qwen3-7B", train_dataset=rows).resolved.value("beta") == 0.1
+    assert GRPOTrainer(model="Qwen3-7B", train_dataset=rows, rlhf_type="dapo").resolved.value("beta") is None
     with pytest.raises(ConfigError, match="unknown option"):
         GRPOTrainer(model="Qwen3-7B", train_dataset=rows, bata=0.1)
     trainer = SwiftTrainer({"model_type": "qwen3-omni-7b", "train_type": "dpo", "dataset": "mm.jsonl"})

@@ -59,16 +59,10 @@ class SwiftTrainer:
 
     def train(self) -> RunResult:
         """Run to the end; returns the run folder and the summary."""
+        from swift.rl.run import train as run_training
         from swift.train.callbacks.progress import ProgressLine
-        from swift.train.run import train as run_training
 
-        evaluators = None
-        if self.resolved.config.evaluation.eval_tasks is not None:
-            from swift.evaluate.training import suite_evaluators
-
-            evaluators = suite_evaluators(self.resolved)
-        callbacks = [ProgressLine(), *self.callbacks]
-        return run_training(self.resolved, callbacks=callbacks, evaluators=evaluators)
+        return run_training(self.resolved, callbacks=[ProgressLine(), *self.callbacks])
 
 
 def train(
@@ -116,18 +110,22 @@ class DPOTrainer(SwiftTrainer):
 
 
 class GRPOTrainer:
-    """Group relative policy optimisation with the arguments that the articles give it. This version checks them;
-    training comes with a later one.
+    """Learns from rewards of the model's own answers, as ``swift rlhf --rlhf_type grpo`` does.
 
     Args:
         model: a transformers model (the one of its folder is meant), or a name as on the command line.
         tokenizer: that of the model; it is read from the model's folder.
-        train_dataset: a file, or rows.
-        reward_model: name of a reward model.
-        options: further options of ``swift rlhf``, such as ``beta``, ``use_vllm_sampler``, ``vllm_config``.
+        train_dataset: a file, the name of a data set, or rows (dicts; also a data set of the library datasets).
+        reward_model: a reward model (folder of a run of ``swift rlhf --rlhf_type rm``), or several.
+        reward_funcs: rewards, by name or as functions or classes of a file, or several.
+        eval_dataset: as ``train_dataset``, to validate with.
+        beta: weight of the KL to the reference; default: 0.1, with another ``rlhf_type`` that of its paper.
+        callbacks: observers of the run.
+        options: further options of ``swift rlhf``, such as ``rlhf_type``, ``num_generations``, ``vllm_config``.
 
     Raises:
-        ConfigError: unknown options or wrong values, at once.
+        ConfigError: unknown options or wrong values, at once; what can only be planned (``use_vllm_sampler``), when
+            training begins.
     """
 
     def __init__(
@@ -135,19 +133,65 @@ class GRPOTrainer:
         model: PreTrainedModel | str | Path,
         tokenizer: Any = None,
         train_dataset: Any = None,
-        reward_model: str | None = None,
+        reward_model: str | Sequence[str] | None = None,
+        *,
+        reward_funcs: Any = None,
+        eval_dataset: Any = None,
+        beta: float | None = None,
+        callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
-        name = str(getattr(model, "name_or_path", model))
-        given = {"model": name, "reward_model": reward_model, "rlhf_type": "grpo", **options}
-        if isinstance(train_dataset, str | Path):
-            given["dataset"] = str(train_dataset)
-        self.tokenizer, self.train_dataset = tokenizer, train_dataset
-        self.resolved: Resolved = resolve("rlhf", values=given, planning=True)
+        if beta is None and {"rlhf_type", "algo"}.isdisjoint(options):
+            beta = 0.1
+        self._rows: dict[str, list[Any]] = {}
+        given: dict[str, Any] = {
+            "model": str(getattr(model, "name_or_path", model)),
+            "rlhf_type": "grpo",
+            "dataset": self._data(train_dataset),
+            "val_dataset": self._data(eval_dataset),
+            "reward_model": [reward_model] if isinstance(reward_model, str) else reward_model,
+            "reward_funcs": _reward_names(reward_funcs),
+            "beta": beta,
+        }
+        self._values = {**{name: value for name, value in given.items() if value is not None}, **options}
+        self.resolved: Resolved = resolve("rlhf", values=self._values, planning=True)
+        self.tokenizer, self.train_dataset, self.callbacks = tokenizer, train_dataset, callbacks
+
+    def _data(self, source: Any) -> str | None:
+        """The name of a data set; that of rows is a file which `train` writes."""
+        if source is None or isinstance(source, str | Path):
+            return None if source is None else str(source)
+        import hashlib
+        import json
+
+        from swift.core.home import swift_home
+
+        lines = [json.dumps(dict(row), ensure_ascii=False, default=str) for row in source]
+        digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=10).hexdigest()
+        path = str(swift_home() / "rows" / f"{digest}.jsonl")
+        self._rows[path] = lines
+        return path
 
     def train(self) -> RunResult:
-        """Refused in this version. Raises UsageError."""
-        raise UsageError("GRPO comes with a later version", fix="DPOTrainer learns from preferences")
+        """Run to the end; returns the run folder and the summary. Raises ConfigError for what can only be planned."""
+        from swift.core.files import atomic_write_text
+        from swift.rl.run import train as run_training
+        from swift.train.callbacks.progress import ProgressLine
+
+        self.resolved = resolve("rlhf", values=self._values)
+        for path, lines in self._rows.items():
+            atomic_write_text(Path(path), "".join(f"{line}\n" for line in lines))
+        return run_training(self.resolved, callbacks=[ProgressLine(), *self.callbacks])
+
+
+def _reward_names(rewards: Any) -> list[str] | None:
+    """Names of rewards; a function or class becomes ``FILE.py:name``."""
+    if rewards is None:
+        return None
+    from swift.rl.reward_functions import reward_source
+
+    several = rewards if isinstance(rewards, list | tuple) else [rewards]
+    return [str(one) if isinstance(one, str | Path) else reward_source(one) for one in several]
 
 
 class SwiftModel:

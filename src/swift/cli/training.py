@@ -48,21 +48,14 @@ def _train(resolved: Resolved, words: Sequence[str]) -> int:
     from swift.train.preflight import preflight
 
     preflight(resolved)
+    from swift.rl.run import train
     from swift.train.callbacks.progress import ProgressLine
-    from swift.train.run import train
-
-    evaluators = None
-    if resolved.config.evaluation.eval_tasks is not None:
-        from swift.evaluate.training import suite_evaluators
-
-        evaluators = suite_evaluators(resolved)
 
     result = train(
         resolved,
         callbacks=[ProgressLine()],
         arguments=["swift", *words],
         announce=partial(_announce, resolved),
-        evaluators=evaluators,
     )
     _remember_speed(resolved, result.summary)
     from swift.runs.cards import print_end_card

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from swift.config.schema import SECTIONS, Option, options
+from swift.config.sections.rlhf import LATER_TYPES, POLICY_TYPES, PREFERENCE_TYPES
 
 __all__ = ["COMMANDS", "LATER_COMMANDS", "TRAIN_TYPES", "Command", "known_command"]
 
@@ -105,9 +106,9 @@ COMMANDS: dict[str, Command] = {
         Command(
             "rlhf",
             "swift.cli.rlhf",
-            "Learn from preferences (dpo, kto, orpo, simpo, cpo), or train a reward model (rm).",
-            sections=(*_TRAINING, "rlhf", "generation"),
-            extra=("task_type", "num_labels"),
+            "Learn from preferences (dpo, kto, orpo...) or from rewards (grpo, dapo...), or train a reward model (rm).",
+            sections=(*_TRAINING, "rlhf", "policy", "generation"),
+            extra=("task_type", "num_labels", "max_num_seqs", "max_cache_tokens", "memory_utilization"),
             required=_TRAINING_NEEDS,
             switches=_DRY_RUN,
         ),
@@ -346,6 +347,13 @@ COMMANDS: dict[str, Command] = {
             own_arguments=True,
         ),
         Command(
+            "rollouts",
+            "swift.cli.rollouts",
+            "Look at the answers that reinforcement learning sampled, and at their rewards.",
+            usage="show RUN [--step N] [--worst N | --best N | --group N] [--steps] [--tokens] [--json]",
+            own_arguments=True,
+        ),
+        Command(
             "compare",
             "swift.cli.compare",
             "Experiments side by side: losses, evaluation, cost, and which one won.",
@@ -395,7 +403,7 @@ TRAIN_TYPES: dict[str, str] = {
     "pt": "pt",
     "pretrain": "pt",
     **dict.fromkeys(
-        ("rlhf", "dpo", "ipo", "orpo", "simpo", "kto", "cpo", "rm", "ppo", "grpo", "gkd", "dapo", "gspo"),
+        ("rlhf", *PREFERENCE_TYPES, *POLICY_TYPES, *LATER_TYPES),
         "rlhf",
     ),
 }

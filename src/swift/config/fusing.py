@@ -49,7 +49,10 @@ def fusing_problem(config: Config) -> tuple[str, str] | None:
         "--qat_bits": (quantization.qat_bits is not None, "it changes the layers of the model"),
         "--fp8": (quantization.fp8, "it changes the layers of the model"),
         "--task_type": (config.task.task_type != "causal_lm", belongs),
-        "--rlhf_type": (config.rlhf.rlhf_type == "rm", belongs),
+        "--rlhf_type": (
+            config.rlhf.rlhf_type == "rm" or config.rlhf.is_policy,
+            "reward models have a head of their own, policies sample their answers between the steps",
+        ),
         "--report_to": (
             set(config.report.report_to) - {"none", "tensorboard"},
             "these trackers know one run for each process",

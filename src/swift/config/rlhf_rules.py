@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from swift.config.policy_rules import POLICY_DERIVATIONS, POLICY_OPTIONS, check_policy, policy_metrics
 from swift.config.schema import SECTIONS, Resolved
-from swift.config.sections.rlhf import DPO_TYPES, LATER_TYPES, PAIR_TYPES, PREFERENCE_TYPES
+from swift.config.sections.rlhf import DPO_TYPES, LATER_TYPES, PAIR_TYPES, POLICY_TYPES, PREFERENCE_TYPES
 from swift.core.errors import ConfigError
 
 __all__ = ["RLHF_DERIVATIONS", "RLHF_OPTIONS", "check_rlhf", "rlhf_metrics"]
@@ -26,17 +27,18 @@ RLHF_OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("rpo_alpha", "ld_alpha", "reference_free", "f_divergence_type"), "rlhf_type", DPO_TYPES),
     (("f_alpha_divergence_coef",), "f_divergence_type", ("alpha_divergence",)),
     (("loss_weights",), "rlhf_type", DPO_TYPES),
-    (("beta",), "rlhf_type", (*PAIR_TYPES, "kto", *LATER_TYPES)),
+    (("beta",), "rlhf_type", (*PAIR_TYPES, "kto", *POLICY_TYPES, *LATER_TYPES)),
     (("label_smoothing",), "rlhf_type", ("dpo", "cpo", "simpo")),
     (("cpo_alpha",), "rlhf_type", ("cpo", "simpo")),
     (("simpo_gamma",), "rlhf_type", ("simpo",)),
     (("desirable_weight", "undesirable_weight"), "rlhf_type", ("kto",)),
     (("center_rewards_coefficient",), "rlhf_type", ("rm",)),
-    (("ref_model", "ref_adapters"), "rlhf_type", (*DPO_TYPES, "kto", *LATER_TYPES)),
+    (("ref_model", "ref_adapters"), "rlhf_type", (*DPO_TYPES, "kto", *POLICY_TYPES, *LATER_TYPES)),
     (("precompute_ref_log_probs",), "rlhf_type", DPO_TYPES),
     (("ref_model", "ref_adapters", "precompute_ref_log_probs"), "reference_free", (False,)),
     (("enable_dft_loss", "enable_channel_loss", "neftune_noise_alpha"), "rlhf_type", (None,)),
-    (tuple(SECTIONS["generation"].model_fields), "rlhf_type", (None, *LATER_TYPES)),
+    (tuple(SECTIONS["generation"].model_fields), "rlhf_type", (None, *POLICY_TYPES, *LATER_TYPES)),
+    *POLICY_OPTIONS,
 )
 """(options, another option, the values of it with which they have an effect)"""
 
@@ -54,7 +56,7 @@ def _losses(resolved: Resolved) -> list[str] | None:
 
 def _beta(resolved: Resolved) -> float | None:
     kind = resolved.config.rlhf.rlhf_type
-    return None if kind in ("rm", *LATER_TYPES) else 2.0 if kind == "simpo" else 0.1
+    return None if kind in ("rm", *POLICY_TYPES, *LATER_TYPES) else 2.0 if kind == "simpo" else 0.1
 
 
 def _smoothing(resolved: Resolved) -> float | None:
@@ -82,6 +84,7 @@ RLHF_DERIVATIONS: tuple[tuple[str, tuple[str, ...], Callable[[Resolved], Any]], 
     ("cpo_alpha", ("rlhf_type",), _cpo_alpha),
     ("task_type", ("rlhf_type",), _task_type),
     ("num_labels", ("rlhf_type",), _num_labels),
+    *POLICY_DERIVATIONS,
 )
 """(option, what it follows from, how)"""
 
@@ -91,6 +94,8 @@ _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/ac
 def rlhf_metrics(resolved: Resolved) -> tuple[str, ...]:
     """Names of the metrics of an evaluation, those of TRL and ms-swift."""
     kind = resolved.config.rlhf.rlhf_type
+    if kind in POLICY_TYPES:
+        return policy_metrics(resolved)
     if kind == "rm":
         names: tuple[str, ...] = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward")
     elif kind == "kto":
@@ -115,13 +120,16 @@ def check_rlhf(resolved: Resolved, where: Where, planning: bool) -> None:
     if rlhf.rlhf_type in LATER_TYPES:
         problem = f"{rlhf.rlhf_type} comes with a later version"
         if not planning:
-            fix = f"train with one of {', '.join(PREFERENCE_TYPES)}; swift plan rlhf shows the layout"
+            fix = f"train with one of {', '.join((*PREFERENCE_TYPES, 'grpo'))}; swift plan rlhf shows the layout"
             raise ConfigError(problem, where=where(resolved, "rlhf_type"), fix=fix)
         resolved.warnings.append(f"{where(resolved, 'rlhf_type')}: {problem}; a run refuses it")
         return
-    _check_losses(resolved, where)
     _check_task(resolved, where)
     _check_start(resolved, where)
+    if rlhf.is_policy:
+        check_policy(resolved, where, planning)
+        return
+    _check_losses(resolved, where)
     training = resolved.config.training
     if not rlhf.is_in_batch:
         return
@@ -143,6 +151,8 @@ def check_rlhf(resolved: Resolved, where: Where, planning: bool) -> None:
 def _check_losses(resolved: Resolved, where: Where) -> None:
     rlhf = resolved.config.rlhf
     kind, losses = rlhf.rlhf_type or "", rlhf.rlhf_loss_type
+    if rlhf.beta == 0:
+        raise ConfigError("must be above 0", where=where(resolved, "beta"))
     known = () if kind == "rm" else ("ipo",) if kind == "ipo" else _ALONE.get(kind, _PAIRED)
     for loss in losses:
         if loss not in known:
@@ -206,7 +216,7 @@ def _check_start(resolved: Resolved, where: Where) -> None:
     config = resolved.config
     if config.tuner.init_weights in ("eva", "lora-ga"):
         raise ConfigError(
-            f"{config.tuner.init_weights} measures the model on next tokens, not on preferences",
+            f"{config.tuner.init_weights} measures the model on next tokens, not on preferences or rewards",
             where=where(resolved, "init_weights"),
             fix="--init_weights default or pissa",
         )

@@ -16,6 +16,7 @@ from swift.config.combinations import check_combinations
 from swift.config.commands import Command
 from swift.config.export_rules import check_export
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
+from swift.config.policy_rules import best_metric, whole_groups
 from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
 from swift.config.sections.generation import METRICS
@@ -52,6 +53,8 @@ class Derivation:
 def _accumulation(resolved: Resolved) -> int:
     wanted = PACKED_ROWS_PER_STEP if resolved.config.data.packing else SAMPLES_PER_STEP
     at_once = _samples_at_once(resolved)
+    if resolved.config.rlhf.is_policy and resolved.config.training.global_batch_size is None:
+        wanted = whole_groups(resolved, wanted, at_once)
     return max(1, (resolved.config.training.global_batch_size or wanted) // at_once)
 
 
@@ -103,6 +106,7 @@ def _loss_scale(resolved: Resolved) -> str | None:
 _VALIDATION = ("val_dataset", "split_dataset_ratio", "eval_tasks")
 
 DERIVATIONS: tuple[Derivation, ...] = (
+    Derivation(*RLHF_DERIVATIONS[0]),  # many others depend on the kind of training
     Derivation(
         "learning_rate",
         ("tuner_type",),
@@ -110,11 +114,17 @@ DERIVATIONS: tuple[Derivation, ...] = (
     ),
     Derivation(
         "gradient_accumulation_steps",
-        ("global_batch_size", "per_device_train_batch_size", "packing", "data_parallel_size"),
+        (
+            "global_batch_size",
+            "per_device_train_batch_size",
+            "packing",
+            "data_parallel_size",
+            "num_generations",
+        ),
         _accumulation,
     ),
     Derivation("min_lr_ratio", ("min_lr", "learning_rate"), _min_lr_ratio),
-    Derivation("lora_dropout", ("target_parameters",), derived_dropout),
+    Derivation("lora_dropout", ("target_parameters", "rlhf_type"), derived_dropout),
     Derivation("data_seed", ("seed",), lambda resolved: resolved.config.training.seed),
     Derivation("eval_strategy", (*_VALIDATION, "eval_steps", "save_strategy", "streaming"), _eval_strategy),
     Derivation("eval_steps", ("save_steps",), lambda resolved: resolved.config.checkpoint.save_steps),
@@ -123,6 +133,7 @@ DERIVATIONS: tuple[Derivation, ...] = (
         ("per_device_train_batch_size",),
         lambda resolved: resolved.config.training.per_device_train_batch_size,
     ),
+    Derivation("metric_for_best_model", ("rlhf_type",), best_metric),
     Derivation("greater_is_better", ("metric_for_best_model",), _greater_is_better),
     Derivation("quant_method", ("quant_bits",), quant_method),
     Derivation("quant_bits", ("quant_method",), quant_bits),
@@ -131,7 +142,7 @@ DERIVATIONS: tuple[Derivation, ...] = (
         ("optim",),
         lambda resolved: "constant" if resolved.config.optimizer.optim == "schedule_free_adamw" else None,
     ),
-    *(Derivation(*row) for row in (*RLHF_DERIVATIONS, *TASK_DERIVATIONS)),
+    *(Derivation(*row) for row in (*RLHF_DERIVATIONS[1:], *TASK_DERIVATIONS)),
     Derivation("loss_scale", ("command",), _loss_scale),
 )
 

@@ -20,6 +20,7 @@ from swift.config.sections.generation import GenerationSection
 from swift.config.sections.model import ModelSection
 from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.parallel import ParallelSection
+from swift.config.sections.policy import PolicySection
 from swift.config.sections.quantization import QuantizationSection
 from swift.config.sections.report import ReportSection
 from swift.config.sections.rlhf import RlhfSection
@@ -38,6 +39,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "task": TaskSection,
     "rlhf": RlhfSection,
+    "policy": PolicySection,
     "template": TemplateSection,
     "tuner": TunerSection,
     "quantization": QuantizationSection,
@@ -65,6 +67,7 @@ class Config(Section):
     data: DataSection = Field(default_factory=DataSection)
     task: TaskSection = Field(default_factory=TaskSection)
     rlhf: RlhfSection = Field(default_factory=RlhfSection)
+    policy: PolicySection = Field(default_factory=PolicySection)
     template: TemplateSection = Field(default_factory=TemplateSection)
     tuner: TunerSection = Field(default_factory=TunerSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)

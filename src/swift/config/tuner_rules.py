@@ -67,8 +67,9 @@ TUNER_OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
 
 
 def derived_dropout(resolved: Resolved) -> float | None:
-    """No dropout with ``target_parameters``: a parameter has no input to drop elements of."""
-    return 0.0 if resolved.config.tuner.target_parameters else None
+    """None with ``target_parameters`` (a parameter has no input to drop elements of), and where answers are sampled:
+    the log-probabilities of trainer and sampler would differ."""
+    return 0.0 if resolved.config.tuner.target_parameters or resolved.config.rlhf.is_policy else None
 
 
 def check_tuner(resolved: Resolved, where: Where) -> None:

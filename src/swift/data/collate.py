@@ -35,6 +35,7 @@ class Batch:
         target_counts: of such a task, how many targets each sequence has.
         reference: [sequences] float32, log-probabilities of the answers under a reference, where they are known.
         mismatched: the questions with answers to other ones (KTO).
+        temperature: log-probabilities are those of logits divided by it.
     """
 
     input_ids: torch.Tensor
@@ -51,6 +52,7 @@ class Batch:
     target_counts: list[int] | None = None
     reference: torch.Tensor | None = None
     mismatched: Batch | None = None
+    temperature: float = 1.0
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""

@@ -7,6 +7,7 @@
 - preference (``swift rlhf``): the chosen conversation as ``messages`` (or ``chosen``), the other one as
   ``rejected_messages``, or only its answer as ``rejected_response`` (or ``rejected``); ``margin`` for a reward model.
 - kto: ``messages`` and ``label``, whether the answer is desirable.
+- prompt (policy optimisation): ``messages``, up to where the answer begins; an answer at the end is left out.
 - reranker, generative_reranker: the query as ``messages``, the documents in ``positive_messages`` and
   ``negative_messages``.
 
@@ -36,6 +37,7 @@ __all__ = [
     "GroupTemplate",
     "TaskFormat",
     "encode_group",
+    "question_of",
     "read_group",
     "read_texts",
     "sequences_of",
@@ -61,6 +63,10 @@ class GroupTemplate(Protocol):
     def encode_many(
         self, samples: Sequence[tuple[list[dict[str, Any]], list[Any] | None]], /
     ) -> Sequence[EncodedLike]: ...
+
+    def encode_prompt(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None
+    ) -> list[int]: ...
 
     def encode_sequence(
         self,
@@ -107,6 +113,8 @@ class _FaultError(Exception):
 def task_format(config: Config) -> TaskFormat | None:
     """None where a row is one text to be learned."""
     section, kind = config.task, config.rlhf.rlhf_type
+    if config.rlhf.is_policy:
+        return TaskFormat("prompt", None, None, 1, 1, 1)
     if kind in PREFERENCE_TYPES:
         return TaskFormat(_RLHF_DATA.get(kind, "preference"), None, None, 1, 1, 1)
     if section.task_type == "causal_lm":
@@ -159,13 +167,7 @@ def encode_group(row: Row, template: GroupTemplate, task: TaskFormat) -> Encoded
             return EncodedGroup(
                 [ids for ids, _, _ in encoded], [learned for _, learned, _ in encoded], group.labels
             )
-        sequences = [
-            np.asarray(
-                template.encode_sequence(messages, sample.tools, end_token=task.task_type == "embedding"),
-                np.int32,
-            )
-            for messages in group.conversations
-        ]
+        sequences = [_encode(messages, sample, template, task) for messages in group.conversations]
         if not all(len(one) for one in sequences):
             raise _FaultError(f"text {1 + [len(one) > 0 for one in sequences].index(False)} is empty")
     except _FaultError as fault:
@@ -177,8 +179,28 @@ def encode_group(row: Row, template: GroupTemplate, task: TaskFormat) -> Encoded
     return EncodedGroup(sequences, None, group.labels)
 
 
+def _encode(messages: Messages, sample: Sample, template: GroupTemplate, task: TaskFormat) -> np.ndarray:
+    if task.task_type == "prompt":
+        return np.asarray(template.encode_prompt(messages, sample.tools), np.int32)
+    ids = template.encode_sequence(messages, sample.tools, end_token=task.task_type == "embedding")
+    return np.asarray(ids, np.int32)
+
+
+def question_of(messages: Messages) -> Messages:
+    """A conversation up to where the answer begins; raises ValueError when there is no question."""
+    question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not question:
+        raise ValueError("there is no question before the answer")
+    return question
+
+
 def read_group(sample: Sample, task: TaskFormat, number: int) -> Group:
     """The conversations and labels of a row; ``number`` of the row decides which documents are drawn."""
+    if task.task_type == "prompt":
+        try:
+            return Group([question_of(sample.messages)], [0.0])
+        except ValueError as fault:
+            raise _FaultError(str(fault)) from None
     if task.task_type == "seq_cls":
         return Group([sample.messages], _class_labels(sample, task))
     if task.task_type == "kto":

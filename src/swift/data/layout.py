@@ -15,7 +15,7 @@ from swift.data.batching import MicroBatch, Mode
 from swift.data.store import IGNORE
 from swift.data.tokens import TokenDataset
 
-__all__ = ["Layout", "lay_out", "lay_out_in_worker"]
+__all__ = ["Layout", "Sequence", "lay_out", "lay_out_in_worker", "lay_out_sequences"]
 
 
 @dataclass
@@ -92,10 +92,10 @@ Sequence = tuple[np.ndarray, np.ndarray]
 
 
 def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
-    """The sequences of all samples, laid out by `_lay_out_sequences`."""
+    """The sequences of all samples, laid out by `lay_out_sequences`."""
     samples = [[dataset.group(sample) for sample in row] for row in rows]
     found = [[sequence for group, _ in row for sequence in group] for row in samples]
-    layout = _lay_out_sequences(found, mode, pad_token_id)
+    layout = lay_out_sequences(found, mode, pad_token_id)
     numbers = layout.sample_ids = [sample for row in rows for sample in row]
     layout.samples_per_row = [len(row) for row in rows]
     layout.groups = [len(group) for row in samples for group, _ in row]
@@ -104,11 +104,11 @@ def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_tok
     if dataset.reference is not None:
         layout.reference = dataset.reference[numbers].reshape(-1).astype(np.float32)
     if dataset.mismatched and len(numbers) > 1:
-        layout.mismatched = _lay_out_sequences(_mismatch(found), mode, pad_token_id)
+        layout.mismatched = lay_out_sequences(_mismatch(found), mode, pad_token_id)
     return layout
 
 
-def _lay_out_sequences(rows: list[list[Sequence]], mode: Mode, pad_token_id: int) -> Layout:
+def lay_out_sequences(rows: list[list[Sequence]], mode: Mode, pad_token_id: int) -> Layout:
     """Padded: a line for each sequence; else the sequences of a row one after another."""
     lines = [[sequence] for row in rows for sequence in row] if mode == "padded" else rows
     lines = lines or [[]]

@@ -29,7 +29,7 @@ from swift.data.store import TokenStore
 from swift.data.tokenise import Encoder, TemplateLike, tokenise
 from swift.data.tokens import TokenDataset
 
-__all__ = ["LoadedData", "describe_rows", "load_data", "note_report"]
+__all__ = ["LoadedData", "describe_rows", "load_data", "note_report", "rows_of"]
 
 _PROGRESS_BYTES = 4 << 20
 """From this much data on a progress bar is worth the look."""
@@ -261,6 +261,15 @@ def _channel_column(
     places = [dataset.row(i) for i in range(len(dataset))]
     found = {place: row.values.get("channel") for place, row in _read_again(places, columns, mappings)}
     return [found[place] for place in places]
+
+
+def rows_of(dataset: TokenDataset, section: DataSection) -> dict[tuple[str, int], Row]:
+    """The rows that the samples come from, as they were read: (``Row.source``, ``Row.number``) -> row."""
+    mappings: dict[str, ColumnMapping] = {}
+    for spec in dataset_specs(section, [*section.dataset, *section.val_dataset]):
+        mappings |= {str(file): spec.mapping for file in find_files(spec)}
+    places = dict.fromkeys(dataset.row(i) for i in range(len(dataset)))
+    return dict(_read_again(places, section.columns, mappings))
 
 
 def _read_again(

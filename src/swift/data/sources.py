@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from swift.config.policy_rules import TASK_PREFIX
 from swift.core.errors import DataError
 from swift.core.registry import closest, looks_like_hub_name
 from swift.data.mapping import NO_MAPPING, ColumnMapping
@@ -32,6 +33,7 @@ from swift.data.readers import READERS
 from swift.data.registry import DatasetEntry, find_dataset, nearest_dataset, split_hub
 from swift.data.repository import choose_files
 from swift.data.rows import Row, location_of
+from swift.data.tasks import task_file
 from swift.hubs.clients import find_hub, wants_hf
 from swift.hubs.fetch import find_cached
 from swift.hubs.names import is_repo_name
@@ -84,8 +86,11 @@ class DatasetSpec:
 def parse_dataset_spec(text: str) -> DatasetSpec:
     """Read ``NAME[:SUBSET[/SUBSET]][#N]``: a local path first, then a short name, then a hub's id.
 
-    A file that really has ``#N`` in its name wins. Raises DataError for ``#0``.
+    ``task:NAME:OPTION=VALUE#N`` is made here (`swift.data.tasks`). A file that really has ``#N`` in its name wins.
+    Raises DataError for ``#0``.
     """
+    if text.startswith(TASK_PREFIX):
+        return DatasetSpec(text, task_file(text), None)
     if Path(text).expanduser().exists():
         return DatasetSpec(text, Path(text).expanduser(), None)
     found = re.fullmatch(r"(.+)#(\d+)", text)

@@ -18,7 +18,7 @@ from swift.data.collate import Batch
 from swift.objectives.base import PooledOutputs, TokenOutputs
 from swift.parallel.native import NativeEngine
 
-__all__ = ["AnswerEngine", "other_weights"]
+__all__ = ["AnswerEngine", "PolicyEngine", "other_weights"]
 
 Reference = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -55,22 +55,27 @@ class AnswerEngine(NativeEngine):
         return self.objective_inputs(batch.to(self.device))
 
     @torch.no_grad()
+    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        """``[num_targets]`` under the reference; None without one."""
+        if self.reference_engine is not None:
+            self.reference_engine.model.eval()
+            return self.reference_engine.token_outputs(batch).logprobs
+        if self.reference is None:
+            return None
+        training = self.model.training
+        self.model.eval()  # no dropout
+        try:
+            with self.reference():
+                return self.token_outputs(batch).logprobs
+        finally:
+            self.model.train(training)
+
     def reference_sums(self, batch: Batch) -> Tensor:
         """``[num_sequences]``: log-probabilities of the answers under the reference; 0 without one."""
         if batch.reference is not None:
             return batch.reference
-        if self.reference_engine is not None:
-            self.reference_engine.model.eval()
-            logprobs = self.reference_engine.token_outputs(batch).logprobs
-        elif self.reference is not None:
-            training = self.model.training
-            self.model.eval()  # no dropout
-            try:
-                with self.reference():
-                    logprobs = self.token_outputs(batch).logprobs
-            finally:
-                self.model.train(training)
-        else:
+        logprobs = self.reference_logprobs(batch)
+        if logprobs is None:
             return torch.zeros(len(batch.target_counts or []), device=self.device)
         return self._sums(logprobs, batch, self.ld_alpha)
 
@@ -108,6 +113,23 @@ class AnswerEngine(NativeEngine):
             behind = torch.arange(table.shape[1])[None] >= shared[:, None]
             table = torch.where(behind.to(table.device), table * ld_alpha, table)
         return table.sum(1)
+
+
+class PolicyEngine(AnswerEngine):
+    """The native engine for policy optimisation: every token of an answer is read."""
+
+    def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> TokenOutputs:  # type: ignore[override]
+        return tokens or self.token_outputs(batch)
+
+    @torch.no_grad()
+    def frozen_values(self, batch: Batch, *, training: bool = False) -> Tensor:
+        """Log-probabilities of the batch's targets without gradients ``[num_targets]``; the mode is left as it was."""
+        before = self.model.training
+        self.model.train(training)
+        try:
+            return self.token_outputs(batch.to(self.device)).logprobs
+        finally:
+            self.model.train(before)
 
 
 @contextlib.contextmanager

@@ -231,7 +231,8 @@ class NativeEngine:
     def token_outputs(self, batch: Batch) -> TokenOutputs:
         """Log-probabilities of the batch's targets, in row-major order."""
         with self.precision():
-            return self.of_states(self.states(batch), batch.targets[batch.targets != -100])
+            targets = batch.targets[batch.targets != -100]
+            return self.of_states(self.states(batch), targets, batch.temperature)
 
     def states(self, batch: Batch) -> Tensor:
         """What the head reads of each target, ``[num_targets, size]``; its logits where there is no head apart."""
@@ -239,25 +240,42 @@ class NativeEngine:
         found: Tensor = outputs.last_hidden_state if self._split else outputs.logits
         return found[batch.targets != -100]
 
-    def of_states(self, states: Tensor, targets: Tensor) -> TokenOutputs:
+    def of_states(self, states: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenOutputs:
         """Log-probabilities of ``targets [num_targets]`` by their `states`, with the adapter that acts now."""
         head: Callable[..., Any] = self._split[1] if self._split else nn.Identity()
         weight = _output_matrix(head)
         if weight is not None:
+            states = states if temperature == 1 else states / temperature
             return TokenOutputs(*linear_logprobs(states, weight, targets, chunk_size=self.chunk_size))
         if self.has_own_head and self._switch is not None:
             head = self._switch.bound(head)  # it is run again by the backward pass, when others may act
-        return TokenOutputs(*module_logprobs(states, head, targets, chunk_size=self.chunk_size))
+        tempered = _tempered(head, temperature)
+        return TokenOutputs(*module_logprobs(states, tempered, targets, chunk_size=self.chunk_size))
 
     @property
     def has_own_head(self) -> bool:
         """Whether what comes behind `states` is another function for each adapter."""
         return self._split is not None and isinstance(self._split[1], (LoraLinear, SavedModule))
 
+    @torch.no_grad()
+    def token_entropies(self, batch: Batch) -> Tensor:
+        """``[num_targets]`` float32: entropies (nats) of the distributions that the batch's targets come from."""
+        head = self._split[1] if self._split else nn.Identity()
+        with self.precision():
+            parts = [
+                torch.distributions.Categorical(logits=head(part).float() / batch.temperature).entropy()
+                for part in self.states(batch).split(self.chunk_size)
+            ]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
             yield
+
+
+def _tempered(head: Callable[..., Any], temperature: float) -> Callable[..., Any]:
+    return head if temperature == 1 else lambda hidden: head(hidden) / temperature
 
 
 def _output_matrix(head: Any) -> Tensor | None:

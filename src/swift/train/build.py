@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
@@ -20,6 +20,7 @@ from swift.data.tokens import TokenDataset
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
 from swift.objectives.base import Objective
+from swift.objectives.policy.objective import PolicyObjective
 from swift.objectives.pooled import PooledObjective
 from swift.parallel.answers import AnswerEngine
 from swift.parallel.isolation import check_isolation
@@ -34,7 +35,7 @@ from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_chec
 from swift.train.config_record import recorded_dataset
 from swift.train.evaluation import Evaluator, Evaluators, LossEvaluator
 from swift.train.inspection import inspection_report
-from swift.train.loop import Trainer
+from swift.train.loop import PolicyLoader, Trainer
 from swift.train.neftune import add_embedding_noise
 from swift.train.precision import param_dtype
 from swift.train.prepare import Prepared
@@ -47,7 +48,34 @@ from swift.train.tasks import classifier_head
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.starts import needs_data
 
-__all__ = ["build", "load_weights"]
+__all__ = ["PolicyFactory", "PolicyParts", "build", "load_weights"]
+
+
+class PolicyParts(Protocol):
+    """What policy optimisation brings along: `swift.rl` makes it, training knows no more of it than this.
+
+    Attributes:
+        objective: the policy loss.
+        loader: samples answers and deals them out as batches.
+        evaluator: of validation prompts, or None.
+        callbacks: what has to be done between steps.
+        save: writes what is needed to go on into a checkpoint folder.
+    """
+
+    @property
+    def objective(self) -> PolicyObjective: ...
+    @property
+    def loader(self) -> PolicyLoader: ...
+    @property
+    def evaluator(self) -> Evaluator | None: ...
+    @property
+    def callbacks(self) -> Sequence[Callback]: ...
+    @property
+    def save(self) -> Callable[[Path], None]: ...
+
+
+PolicyFactory = Callable[..., PolicyParts]
+"""(prepared, engine, (parameters, copies) of a reference that moves, folder, status, what is to be closed)."""
 
 
 def build(
@@ -59,11 +87,12 @@ def build(
     closing: contextlib.ExitStack,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] = (),
     base: SharedBase | None = None,
+    policy: PolicyFactory | None = None,
 ) -> Trainer:
     """Model, engine and trainer, ready for the next step.
 
     ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss;
-    ``base`` is the model where it is shared with other runs.
+    ``base`` is the model where it is shared with other runs; ``policy`` makes what policy optimisation learns from.
     """
     resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
@@ -107,13 +136,17 @@ def build(
     _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
     if config.training.neftune_noise_alpha:
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
-    objective = _objective(prepared, validation=False)
-    if prepared.device.type != "cpu":
+    parts: PolicyParts | None = None
+    if policy is not None:
+        moving = reference["reference"].args if config.policy.sync_ref_model else None
+        parts = policy(prepared, engine, moving, folder, status, closing)
+    objective: Objective = parts.objective if parts else _objective(prepared, validation=False)
+    if prepared.device.type != "cpu" and parts is None:
         rows = prepared.schedule.largest_micro_batch()
         engine.rehearse(collate(prepared.data.train, rows, prepared.schedule.mode, pad_token_id), objective)
-    loader = _loader(prepared, pad_token_id)
+    loader = parts.loader if parts else _loader(prepared, pad_token_id)
     closing.callback(loader.close)
-    if config.report.debug_mode:
+    if config.report.debug_mode and not parts:
         batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(prepared.device)
         say(inspection_report(tuned.model, batch, tokenizer))
     if checkpoint is not None:
@@ -129,13 +162,14 @@ def build(
         loader=loader,
         plan=prepared.plan,
         state=state,
-        save=partial(_save, prepared, folder, tuned, engine),
+        save=partial(_save, prepared, folder, tuned, engine, parts.save if parts else None),
         metrics=metrics,
         status=status,
         device=prepared.device,
-        evaluator=_evaluator(prepared, pad_token_id, [make(prepared) for make in evaluators]),
+        evaluator=_evaluator(prepared, pad_token_id, [make(prepared) for make in evaluators], parts),
         group_names=_metric_names(prepared, objective),
-        callbacks=[*callbacks, *_own_callbacks(resolved, tuned, engine)],
+        # What adds metrics to a line comes before those who read it.
+        callbacks=[*(parts.callbacks if parts else ()), *callbacks, *_own_callbacks(resolved, tuned, engine)],
     )
 
 
@@ -175,6 +209,7 @@ def _save(
     folder: RunFolder,
     tuned: TunedModel,
     engine: NativeEngine,
+    also: Callable[[Path], None] | None,
     path: Path,
     at: TrainState,
 ) -> None:
@@ -188,6 +223,7 @@ def _save(
         state=at,
         config_file=folder.path / "config.yaml",
         only_model=prepared.resolved.config.checkpoint.save_only_model,
+        also=also,
     )
 
 
@@ -243,7 +279,12 @@ def load_weights(prepared: Prepared) -> Any:
     return model
 
 
-def _evaluator(prepared: Prepared, pad_token_id: int, others: Sequence[Evaluator]) -> Evaluator | None:
+def _evaluator(
+    prepared: Prepared, pad_token_id: int, others: Sequence[Evaluator], parts: PolicyParts | None
+) -> Evaluator | None:
+    if parts is not None:
+        every = [one for one in (parts.evaluator, *others) if one is not None]
+        return Evaluators(every) if every else None
     if prepared.data.validation is None:
         return Evaluators(others) if others else None
     own = _validation(prepared, prepared.data.validation, pad_token_id)
@@ -274,7 +315,7 @@ def _objective(prepared: Prepared, *, validation: bool) -> Objective:
 
 def _metric_names(prepared: Prepared, objective: Objective) -> tuple[str, ...]:
     """Of the sums that the objective gives beside its loss."""
-    if isinstance(objective, PooledObjective):
+    if isinstance(objective, PooledObjective | PolicyObjective):
         return objective.metric_names
     return tuple(f"loss_{name}" for name in prepared.data.channels[0].names) if prepared.data.channels else ()
 
@@ -282,9 +323,15 @@ def _metric_names(prepared: Prepared, objective: Objective) -> tuple[str, ...]:
 def _cursor_fingerprint(prepared: Prepared) -> str:
     """What the data cursor (epoch, step in epoch) refers to: rows, batching and order."""
     config = prepared.resolved.config
-    parts: tuple[Any, ...] = (
+    batching: tuple[Any, ...] = (
         prepared.schedule.batch_size,
         prepared.plan.accumulation // prepared.schedule.split,
+    )
+    if config.rlhf.is_policy:  # prompts follow one another, whatever the micro-batches of their answers are
+        policy = config.policy
+        batching = (policy.generation_batch_size, policy.num_generations, policy.num_iterations)
+    parts: tuple[Any, ...] = (
+        *batching,
         prepared.schedule.mode,
         config.data.max_length,
         config.data.group_by_length,

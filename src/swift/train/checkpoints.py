@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ def save_checkpoint(
     state: TrainState,
     config_file: Path,
     only_model: bool,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint aside and rename it to ``path``.
+    """Write a checkpoint aside and rename it to ``path``; ``also`` writes more into it.
 
     Raises:
         SwiftError: the disk is full or cannot be written; earlier checkpoints are untouched.
@@ -63,6 +65,8 @@ def save_checkpoint(
                 extra = tuned.other.state() if tuned.other else {}
                 if extra:
                     save_file(extra, folder / TUNER_FILE)
+            if also is not None and not only_model:
+                also(folder)
             (folder / STATE_FILE).write_text(json.dumps(state.to_dict(), indent=2))
     except (OSError, SafetensorError) as error:
         raise SwiftError(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from swift.config.policy_rules import TASK_PREFIX
 from swift.config.schema import Resolved, Source
 from swift.data.sources import parse_dataset_spec
 
@@ -22,6 +23,11 @@ def recorded(resolved: Resolved) -> Resolved:
     config.template.system = _each(_text_file, config.template.system)
     config.template.chat_template = _each(_absolute, config.template.chat_template)
     config.evaluation.eval_tasks = _each(_absolute, config.evaluation.eval_tasks)
+    policy = config.policy
+    policy.chord_sft_dataset = [recorded_dataset(name) for name in policy.chord_sft_dataset]
+    policy.reward_funcs = [_callback(name) if ".py" in name else name for name in policy.reward_funcs]
+    policy.reward_model = [_absolute(name) for name in policy.reward_model]
+    policy.replay = _each(_absolute, policy.replay)
     config.report.callbacks = [_callback(name) for name in config.report.callbacks]
     config.checkpoint.output_dir = str(Path(config.checkpoint.output_dir).expanduser().absolute())
     config.checkpoint.resume_from_checkpoint = None
@@ -41,6 +47,8 @@ def _absolute(name: str) -> str:
 
 def recorded_dataset(name: str) -> str:
     """The name of a data set with an absolute path, when it is a path."""
+    if name.startswith(TASK_PREFIX):
+        return name
     spec = parse_dataset_spec(name)
     if spec.entry is not None or spec.subsets or spec.hub is not None:
         return name

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from swift.train.seeds import derived_seed, seed_everything
 from swift.train.signals import StopSignals
 from swift.train.state import LogWindow, TrainState
 
-__all__ = ["Interrupted", "Step", "StepPlan", "Trainer", "drive"]
+__all__ = ["Interrupted", "PolicyLoader", "Step", "StepPlan", "Trainer", "drive"]
 
 T = TypeVar("T")
 
@@ -94,6 +94,13 @@ def drive(steps: Generator[Step, StepOutput, T]) -> T:
             return result
 
 
+class PolicyLoader(Protocol):
+    """Serves the micro-batches of each step, as `BatchLoader` does; it samples them with the weights as they are."""
+
+    def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Any]]: ...
+    def close(self) -> None: ...
+
+
 @dataclass
 class _PendingStep:
     """Results of a step that still lie on the device, so that the loop need not wait for it."""
@@ -124,7 +131,7 @@ class Trainer:
         folder: RunFolder,
         engine: Engine,
         objective: Objective,
-        loader: BatchLoader | StreamLoader,
+        loader: BatchLoader | StreamLoader | PolicyLoader,
         plan: StepPlan,
         state: TrainState,
         save: Callable[[Path, TrainState], None],
@@ -211,7 +218,7 @@ class Trainer:
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         state, loader = self.state, self.loader
-        if isinstance(loader, BatchLoader):
+        if not isinstance(loader, StreamLoader):
             yield from loader.steps(state.epoch, self.plan.accumulation, state.step_in_epoch)
             return
         for batches in loader.steps(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from swift.config.schema import Resolved
+from swift.config.schema import Config, Resolved
 from swift.core.devices import pick_device, pick_dtype
 from swift.core.errors import ConfigError
 from swift.data.batching import BatchSchedule
@@ -103,7 +103,7 @@ def prepare(resolved: Resolved) -> Prepared:
         schedule = BatchSchedule(
             data.train.lengths,
             batch_size=order_batch_size,
-            split=split,
+            split=1 if config.rlhf.is_policy else split,
             mode=batch_mode(config.data),
             # A pair of answers is two sequences, each of which may be that long.
             max_length=config.data.max_length * (2 if config.rlhf.is_paired else 1),
@@ -111,7 +111,9 @@ def prepare(resolved: Resolved) -> Prepared:
             shuffle=config.data.dataset_shuffle,
             seed=config.data.data_seed or 0,
         )
-        plan = _step_plan(resolved, schedule)
+        plan = (
+            _policy_plan(config, len(data.train)) if config.rlhf.is_policy else _step_plan(resolved, schedule)
+        )
     check_negatives(resolved, data.train)
     return Prepared(
         resolved,
@@ -171,6 +173,19 @@ def _data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int]:
     if began > batch and began % batch == 0 and accumulation % (began // batch) == 0:
         return began, began // batch
     return batch, 1
+
+
+def _policy_plan(config: Config, num_prompts: int) -> StepPlan:
+    """Of policy optimisation: every batch of prompts gives a few steps; passes over the prompts join without a gap."""
+    policy, training = config.policy, config.training
+    accumulation = training.gradient_accumulation_steps or 1
+    sampled = policy.generation_batch_size
+    assert sampled is not None, "derived by swift.rl"
+    per_batch = sampled // (training.per_device_train_batch_size * accumulation) * policy.num_iterations
+    prompts_at_once = sampled // policy.num_generations
+    per_epoch = max(1, num_prompts * per_batch // prompts_at_once)
+    wanted = math.ceil(training.num_train_epochs * per_epoch)
+    return StepPlan(training.max_steps if training.max_steps > 0 else wanted, per_epoch, accumulation)
 
 
 def _step_plan(resolved: Resolved, schedule: BatchSchedule) -> StepPlan:

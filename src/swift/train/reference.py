@@ -40,14 +40,18 @@ def reference_options(prepared: Prepared, tuned: TunedModel) -> dict[str, Any]:
     """What `AnswerEngine` needs to know of the reference. To be called before a checkpoint is loaded."""
     config = prepared.resolved.config
     rlhf, tuner = config.rlhf, config.tuner
-    if rlhf.reference_free or not ({"dpo", "ipo", "kto"} & {rlhf.rlhf_type}):
+    if rlhf.reference_free or not (rlhf.rlhf_type in ("dpo", "ipo", "kto") or (rlhf.is_policy and rlhf.beta)):
         return {}
     begins_with = [str(adapter_folder(one)) for one in config.model.adapters]
     same = rlhf.ref_model is None and [str(adapter_folder(one)) for one in rlhf.ref_adapters] == begins_with
+    moves = config.policy.sync_ref_model
     if rlhf.ref_model is not None or (rlhf.ref_adapters and not same):
+        if moves:
+            why = "only a copy of the trained weights can follow them"
+            raise ConfigError("does not go together with ref_model", where="--sync_ref_model", why=why)
         return {"reference_engine": _reference_engine(prepared)}
     starts_at_base = tuned.kind != "lora" or tuner.init_weights in _ZERO_STARTS
-    if tuned.kind != "full" and not config.model.adapters and starts_at_base:
+    if tuned.kind != "full" and not config.model.adapters and starts_at_base and not moves:
         return {"reference": tuned.adapter_disabled}
     parameters = tuned.named_trainable()
     return {"reference": partial(other_weights, parameters, _start(prepared, tuned, parameters))}

@@ -29,7 +29,7 @@ from swift.runs.curves import draw_curves
 from swift.runs.folder import RunFolder
 from swift.runs.record import write_environment, write_provenance, write_summary
 from swift.runs.status import StatusFile
-from swift.train.build import build
+from swift.train.build import PolicyFactory, build
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.trackers import tracker_callbacks
 from swift.train.callbacks.user import load_callbacks
@@ -63,6 +63,7 @@ def train(
     arguments: Sequence[str] | None = None,
     announce: Callable[[Sequence[int]], None] | None = None,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] | None = None,
+    policy: PolicyFactory | None = None,
 ) -> RunResult:
     """Run ``pt``, ``sft`` or ``rlhf`` as configured.
 
@@ -73,6 +74,7 @@ def train(
         arguments: the command line, for provenance.json.
         announce: called with the token length of every sample before the weights are read.
         evaluators: make what is measured beside the validation loss (`swift.evaluate.training.suite_evaluators`).
+        policy: makes what policy optimisation samples and learns from (`swift.rl.run`).
 
     Raises:
         SwiftError: with cause and fix; bad options, model or data are found before anything slow.
@@ -86,6 +88,7 @@ def train(
             arguments=arguments,
             announce=announce,
             evaluators=evaluators,
+            policy=policy,
         )
     )
 
@@ -99,6 +102,7 @@ def run_steps(
     announce: Callable[[Sequence[int]], None] | None = None,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] | None = None,
     base: SharedBase | None = None,
+    policy: PolicyFactory | None = None,
     signals: StopSignals | None = None,
 ) -> Generator[Step, StepOutput, RunResult]:
     """`train` step by step, see `swift.train.loop.Trainer.steps`.
@@ -111,6 +115,10 @@ def run_steps(
     if resolved.config.evaluation.eval_tasks is not None and evaluators is None:
         raise ConfigError(
             "nobody evaluates the tasks", where="--eval_tasks", fix="evaluators=suite_evaluators(resolved)"
+        )
+    if resolved.config.rlhf.is_policy and policy is None:
+        raise ConfigError(
+            "nobody samples the answers", where="--rlhf_type", fix="swift.rl.run.train(resolved)"
         )
     own_callbacks = load_callbacks(resolved.config.report.callbacks)
     prepared = prepare(resolved)
@@ -134,7 +142,7 @@ def run_steps(
         everyone = [*callbacks, *tracker_callbacks(resolved.config.report.report_to), *own_callbacks]
         for callback in everyone:
             closing.callback(callback.close)
-        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), base)
+        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), base, policy)
         trainer.signals = signals or trainer.signals
         if resumed_step >= prepared.plan.total_steps:
             say(f"nothing is left to do: all {resumed_step} steps are done; a larger --max_steps goes on")

@@ -22,7 +22,7 @@ from swift.objectives.pooled import PooledLoss, PooledObjective
 from swift.objectives.preference.losses import PREFERENCE_LOSSES
 from swift.objectives.preference.objective import KtoLoss, PreferenceLoss, RewardLoss
 from swift.objectives.ranking import ListwiseLoss, PointwiseLoss
-from swift.parallel.answers import AnswerEngine
+from swift.parallel.answers import AnswerEngine, PolicyEngine
 from swift.parallel.native import NativeEngine
 from swift.parallel.pooled import (
     PooledEngine,
@@ -53,6 +53,8 @@ def tuner_of(resolved: Resolved) -> TunerSection:
 
 def pooled_objective(config: Config) -> PooledObjective | None:
     """The loss of a task over whole sequences; None where every token is a target of its own."""
+    if config.rlhf.is_policy:
+        return None
     if config.rlhf.rlhf_type is not None:
         return PooledObjective(_preference_loss(config.rlhf))
     return None if config.task.task_type == "causal_lm" else PooledObjective(_loss_of(config.task))
@@ -115,6 +117,8 @@ def engine_of(config: Config, model: Any, tokenizer: Any) -> Callable[..., Nativ
     Raises ConfigError for answers that are not one token each, and vectors shorter than ``mrl_dims``.
     """
     task, rlhf = config.task, config.rlhf
+    if rlhf.is_policy:
+        return PolicyEngine
     if rlhf.rlhf_type is not None and not task.has_score_head:
         return partial(AnswerEngine, ld_alpha=rlhf.ld_alpha, mismatched=rlhf.rlhf_type == "kto")
     if task.task_type == "causal_lm":

@@ -10,15 +10,61 @@ DPO_TYPES = ("dpo", "ipo")
 PAIR_TYPES = (*DPO_TYPES, "orpo", "simpo", "cpo")
 """Types whose data are pairs and whose loss reads log-probabilities of whole answers."""
 PREFERENCE_TYPES = (*PAIR_TYPES, "kto", "rm")
-LATER_TYPES = ("grpo", "ppo", "gkd")
+POLICY_TYPES = (
+    "grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce_pp",
+    "reinforce_pp_baseline", "gmpo", "dppo", "prime_rl", "vespo", "real", "fipo", "opo", "gdpo", "maxrl", "luspo",
+    "chord", "reinforce_mean",
+)  # fmt: skip
+"""Policy optimisation: the names of the rows of ``objectives/policy/algorithms.py``."""
+LATER_TYPES = ("ppo", "gkd")
 """Types that can be planned only."""
+POLICY_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "real", "fipo")
+"""Values of ``loss_type`` in policy optimisation."""
 
 
 class RlhfSection(Section):
     """Preference learning and reward models."""
 
-    rlhf_type: Literal["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "rm", "grpo", "ppo", "gkd"] | None = (
-        option(None, "Method; default: dpo. rm trains a reward model.", essential=True)
+    rlhf_type: (
+        Literal[
+            "dpo",
+            "ipo",
+            "kto",
+            "orpo",
+            "simpo",
+            "cpo",
+            "rm",
+            "grpo",
+            "dapo",
+            "dr_grpo",
+            "bnpo",
+            "gspo",
+            "gspo_token",
+            "cispo",
+            "sapo",
+            "rloo",
+            "reinforce_pp",
+            "reinforce_pp_baseline",
+            "gmpo",
+            "dppo",
+            "prime_rl",
+            "vespo",
+            "real",
+            "fipo",
+            "opo",
+            "gdpo",
+            "maxrl",
+            "luspo",
+            "chord",
+            "reinforce_mean",
+            "ppo",
+            "gkd",
+        ]
+        | None
+    ) = option(
+        None,
+        "Method; default: dpo. rm trains a reward model; grpo and what follows learn from rewards.",
+        essential=True,
     )
     rlhf_loss_type: list[
         Literal[
@@ -42,14 +88,24 @@ class RlhfSection(Section):
             "orpo",
             "kto",
             "apo_zero_unpaired",
+            "grpo",
+            "bnpo",
+            "dr_grpo",
+            "dapo",
+            "cispo",
+            "sapo",
+            "vespo",
+            "luspo",
+            "real",
+            "fipo",
         ]
     ] = option([], "Loss (in short: loss_type), several of them for a mixture; default: by rlhf_type.")
     loss_weights: list[float] = option([], "Weight of each loss of a mixture; default: 1 each.")
     beta: float | None = option(
         None,
-        "Weight of the reference (orpo: of the odds ratio); default: 0.1, simpo 2.0.",
+        "Weight of the reference (orpo: of the odds ratio); default: 0.1, simpo 2.0; grpo and others: their papers'.",
         essential=True,
-        gt=0,
+        ge=0,
     )
     label_smoothing: float | None = option(
         None, "Share of pairs taken to be the wrong way round; default: 0, exo_pair 0.001.", ge=0, lt=0.5
@@ -87,6 +143,11 @@ class RlhfSection(Section):
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference once before training, and keep it; then no reference stays in memory."
     )
+
+    @property
+    def is_policy(self) -> bool:
+        """The model's own answers are sampled and rewarded."""
+        return self.rlhf_type in POLICY_TYPES
 
     @property
     def reads_pairs(self) -> bool:

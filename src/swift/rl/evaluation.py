@@ -1,0 +1,60 @@
+"""Rewards of the likeliest answers to validation prompts, while the policy is in training."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from swift.config.sections.data import DataSection
+from swift.data.tokens import TokenDataset
+from swift.rl.prompts import Prompts
+from swift.rl.rewards import Rewards
+from swift.rl.sampler import EmbeddedSampler, SamplingJob
+from swift.rl.source import rewarded
+
+__all__ = ["RewardEvaluator"]
+
+_AT_ONCE = 256
+
+
+class RewardEvaluator:
+    """Answers the validation prompts greedily.
+
+    Args:
+        dataset: of prompts.
+        section: options of the data.
+    """
+
+    num_batches = 0
+
+    def __init__(
+        self, dataset: TokenDataset, section: DataSection, sampler: EmbeddedSampler, rewards: Rewards
+    ) -> None:
+        self.prompts, self.sampler, self.rewards = Prompts(dataset, section), sampler, rewards
+
+    def run(self, engine: Any, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Keys: eval_reward, eval_rewards/NAME, eval_mean_length, eval_seconds."""
+        started = time.perf_counter()
+        answers = []
+        for start in range(0, len(self.prompts), _AT_ONCE):
+            if given_up():
+                return None
+            numbers = range(start, min(start + _AT_ONCE, len(self.prompts)))
+            jobs = [
+                SamplingJob(self.prompts.ids(number), self.prompts.place(number), number, 0, 0)
+                for number in numbers
+            ]
+            part = self.sampler.sample(jobs, 0, temperature=0.0)
+            rewarded(part, self.rewards, self.prompts, step=0, max_steps=0)
+            answers += part
+        count = len(answers)
+        metrics = {
+            "eval_reward": sum(one.reward for one in answers) / count,
+            "eval_mean_length": sum(len(one.tokens) for one in answers) / count,
+        }
+        for name in self.rewards.names:
+            values = [one.rewards[name] for one in answers if not math.isnan(one.rewards[name])]
+            metrics[f"eval_rewards/{name}"] = sum(values) / len(values) if values else math.nan
+        return {**metrics, "eval_seconds": time.perf_counter() - started}
