@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 """Memory estimates of ``swift plan`` beside what tiny trainings hold on the CPU, and what the estimates cost.
 
-    python benchmarks/memory_estimates.py
+    python benchmarks/memory_estimates.py [--only-cost]
 
 The trainings and the counter of living tensor bytes are those of ``tests/plan`` (``memory_cases.py``,
 ``live_tensors.py``): real runs, counted by weak references to storages. Formulas and trace are judged apart. The cost
-is CPU-seconds for the shape of Qwen3-8B (LoRA, 2,048 tokens), imports apart, the least of three processes.
+is CPU-seconds for the shape of Qwen3-8B (LoRA, 2,048 tokens), imports apart, the least of three processes;
+``--only-cost`` measures it anew and keeps the errors as they were.
 Writes ``results/memory_estimates.json`` and ``.md``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -19,11 +21,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import markdown_table, write_results
+from measure import RESULTS, markdown_table, write_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "plan"))
 
-IMPORTS = "imports of torch and transformers"
+IMPORTS = "imports"
 COST = """
 import time
 clock = time.process_time
@@ -38,6 +40,7 @@ formulas = clock() - start
 from swift.cli.plan import traced
 start = clock()
 import torch, transformers, swift.train.memory
+transformers.Qwen3ForCausalLM
 imports = clock() - start
 start = clock()
 make_plan(resolved, device_memory=24 << 30, exact=traced)
@@ -93,10 +96,13 @@ def summary(found: dict[str, dict[str, Any]], method: str) -> dict[str, float]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SWIFT_HOME"] = folder
-        seconds = cost()
-        found = errors(Path(folder))
+        seconds, load = cost(), round(os.getloadavg()[0], 1)
+        if "--only-cost" in sys.argv[1:]:
+            found = json.loads((RESULTS / "memory_estimates.json").read_text(encoding="utf-8"))["cases"]
+        else:
+            found = errors(Path(folder))
     summaries = {method: summary(found, method) for method in ("formulas", "trace")}
-    values = {"cpu_seconds_8b": seconds, "errors": summaries, "cases": found}
+    values = {"cpu_seconds_8b": seconds, "load": load, "errors": summaries, "cases": found}
     write_results("memory_estimates", report(values), values)
 
 
@@ -122,7 +128,8 @@ def report(values: dict[str, Any]) -> str:
         f"{len(cases)} tiny trainings on the CPU; in {dominated} of them more than half is activations, logits and what"
         " passes.\nErrors are (estimate / bytes of living tensors counted in the run) - 1.\n\n"
         + markdown_table(["", "median", "95th percentile", "largest", "CPU-seconds, 8B shape"], methods)
-        + f"\nImports of torch and transformers, which the trace needs: {seconds[IMPORTS]:.2f} CPU-seconds on top.\n\n"
+        + f"\nImports of torch, transformers and the model, which the trace needs: {seconds[IMPORTS]:.2f} CPU-seconds"
+        f" on top. Load average while this was measured: {values['load']:.1f}.\n\n"
         + markdown_table(["training", "counted MB", "formulas", "trace", "activations, logits"], rows)
     )
 

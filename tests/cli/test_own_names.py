@@ -1,6 +1,7 @@
 """Names that users give: the articles' commands run as printed, two steps, over a tiny model and a small data set.
 
-Commands 2, 3, 5, 7 and 9 need several devices, 8 and 10 quantise; they join when these exist.
+Commands 2, 3, 5, 7 and 9 need several devices and join when these exist; 8 and 10 quantise in a toolchain: see
+tests/extras/test_toolchain_export.py.
 """
 
 from __future__ import annotations

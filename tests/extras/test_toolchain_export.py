@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.config.test_articles import COMMANDS
 
+from swift.cli.main import main
 from swift.config.bind import resolve
 from swift.models.tiny import make_tiny_model
 from swift.quantize.export import export
 from swift.quantize.methods import check_for_vllm
-from swift.toolchains.toolchain import ToolchainError, find_toolchain
+from swift.toolchains.toolchain import ToolchainError, find_toolchain, toolchain_folder
 
 SIZES = {"intermediate_size": 256, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -95,3 +99,23 @@ def test_a_killed_gptq_goes_on_with_the_next_layer(model: Path, data: Path, tmp_
     _, report = export(resolve("export", words(model, data, "gptq", tmp_path / "g")))
     assert report.settings["resumable"] and report.difference.kl < 0.01
     assert not (tmp_path / ".g.export").exists()
+
+
+@pytest.mark.parametrize("number", ["8", "10"])
+def test_commands_of_the_articles_export(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    """As printed; the names mean a tiny model and a few rows."""
+    need("gptqmodel")
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    (home / "datasets").mkdir(parents=True)
+    (home / "toolchains").symlink_to(toolchain_folder("gptqmodel").parent)
+    monkeypatch.setenv("SWIFT_HOME", str(home))
+    rows = [{"query": f"What is {n} plus {n}?", "response": f"It is {2 * n}. " * 8} for n in range(40)]
+    (home / "datasets" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    entry = {"path": "rows.jsonl", "columns": ["query", "response"]}
+    (home / "datasets" / "own.yaml").write_text(json.dumps({"calibration_dataset": entry}))
+    (home / "models.yaml").write_text(f"llama3-70b: {model}\n")
+    shutil.copytree(model, tmp_path / "output" / "qwen3-7b-sft")
+    assert main([*shlex.split(COMMANDS[number]), "--quant_n_samples", "16", "--device", "cpu"]) == 0

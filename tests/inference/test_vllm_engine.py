@@ -252,7 +252,7 @@ def test_a_server_is_ready_for_the_adapters_it_will_get(place: Path) -> None:
         launch()
 
 
-def test_four_bit_weights_need_a_cpu_that_vllm_has_a_kernel_for(tmp_path: Path) -> None:
+def test_some_weights_and_heads_need_a_cpu_that_vllm_has_a_kernel_for(tmp_path: Path) -> None:
     group = {"weights": {"num_bits": 4}}
     for quantised in ({"quant_method": "awq", "bits": 4}, {"config_groups": {"group_0": group}}):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantised}))
@@ -262,6 +262,9 @@ def test_four_bit_weights_need_a_cpu_that_vllm_has_a_kernel_for(tmp_path: Path) 
     for fine in ({}, {"quantization_config": {"quant_method": "fp8"}}, {"quantization_config": {"bits": 8}}):
         (tmp_path / "config.json").write_text(json.dumps(fine))
         check_weights(tmp_path, ["avx2"])
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_attention_heads": 4}))
+    with pytest.raises(ModelError, match="attention heads of 16"):
+        check_weights(tmp_path, ["avx512f"])
 
 
 @pytest.mark.parametrize(

@@ -33,4 +33,4 @@ def test_a_few_of_them(name, monkeypatch, tmp_path):
     monkeypatch.setenv("SWIFT_HOME", str(tmp_path))
     counted, *estimates = compare(name, tmp_path)
     for parts in estimates:
-        assert sum(parts.values()) == pytest.approx(counted, rel=0.03)
+        assert sum(parts.values()) == pytest.approx(counted, rel=0.04)

@@ -9,9 +9,11 @@ import pytest
 
 from swift.config.sections.tuner import TunerSection
 from swift.models.facts import ModelFacts
+from swift.plan.adapters import adapter_memory
 from swift.plan.analytic import (
     CONTEXT_BYTES,
     RESERVE_SHARE,
+    AdapterMemory,
     LinearShape,
     Setup,
     checkpoint_bytes,
@@ -45,7 +47,9 @@ ADAPTED = [
     for layer in range(2)
     for name, outputs in (("q_proj", 8), ("v_proj", 4))
 ]
-LORA = Setup(compute="float32", is_lora=True, trainable=112, tokens=10, adapted=ADAPTED, rank=2, dropout=0.05)
+# of a token, each of the four adapters keeps its projection (2 x 4) and a mask of its 8 inputs (2 bytes each)
+ADAPTERS = AdapterMemory(per_token=4 * (8 + 16))
+LORA = Setup(compute="float32", is_lora=True, trainable=112, tokens=10, adapters=ADAPTERS)
 FULL = Setup(
     compute="bfloat16",
     is_lora=False,
@@ -68,6 +72,9 @@ def test_what_a_layer_keeps_of_a_token() -> None:
     assert kept_bytes_per_token(FACTS, LORA) == 136 + 104 + 256 + 48
     # several documents in a row: their results once more, joined
     assert kept_bytes_per_token(FACTS, replace(LORA, documents=2)) == 544 + 4 * 8
+    # queries and values are adapted: what the feed-forward layers and the output projection take is not kept
+    partial = replace(LORA, documents=2, adapters=replace(ADAPTERS, reads=frozenset(["attention"])))
+    assert kept_bytes_per_token(FACTS, partial) == 544 - 32 - 64
     # autocast: norms 2 (32 + 4) + normalised 2 x 32 + five casts 5 x 16; attention 2 x 2 (8 + 4) + 8; 4 x 32
     assert kept_bytes_per_token(FACTS, FULL) == 216 + 56 + 128
 
@@ -87,6 +94,37 @@ def test_lora_on_cpu() -> None:
         "temporary": 0,
     }
     assert moments(FACTS, replace(LORA, accumulates=False))["loss"]["gradients"] == 0
+
+
+def test_what_adapters_change() -> None:
+    tuner = TunerSection(lora_rank=2, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+    found = adapter_memory(FACTS, {}, ADAPTED, tuner, 4, False)
+    assert found == replace(ADAPTERS, reads=frozenset(["attention"]))
+    on_device = adapter_memory(FACTS, {}, ADAPTED, tuner, 2, True)
+    assert on_device.per_token == 4 * (2 * 2 + 8)
+    # PiSSA subtracts its start: twice the rank, and both matrices [2 x 2, inputs + outputs] in float32
+    pissa = adapter_memory(FACTS, {}, ADAPTED, tuner.model_copy(update={"init_weights": "pissa"}), 4, False)
+    assert (pissa.per_token, pissa.once) == (4 * (16 + 16), 2 * 4 * 4 * (16 + 12))
+    upper = adapter_memory(FACTS, {}, ADAPTED[2:], tuner, 4, False)
+    assert upper.resting == 1
+    kept = moments(FACTS, replace(LORA, adapters=replace(ADAPTERS, resting=1)))["loss"]["activations"]
+    assert kept == 10 * (544 - 36 + LAST_NORM) + 10 * 4 * 32
+
+
+def test_tuners_that_leave_layers_alone() -> None:
+    def memory(**options: Any) -> AdapterMemory:
+        return adapter_memory(FACTS, {}, [], TunerSection(**options), 4, False)
+
+    assert memory(tuner_type="full") == AdapterMemory()
+    assert memory(tuner_type="full", lisa_activated_layers=1).trained_share == 0.5
+    pro = memory(tuner_type="llamapro", llamapro_num_new_blocks=1)
+    assert (pro.resting, pro.trained_share) == (2, 1.0)
+    reft = memory(tuner_type="reft", reft_rank=3, reft_layers=[1])
+    assert (reft.resting, reft.per_token, reft.once, reft.reads) == (2, 4 * (8 + 3), 8 * 3 * 8, frozenset())
+    shapes = {"model.embed_tokens.weight": (32, 8), "model.layers.0.mlp.up_proj.weight": (16, 8),
+              "model.layers.1.mlp.up_proj.weight": (16, 8)}  # fmt: skip
+    frozen = TunerSection(tuner_type="full", freeze_parameters=["model.embed_tokens", "model.layers.0"])
+    assert adapter_memory(FACTS, shapes, [], frozen, 4, False).resting == 1
 
 
 def test_recomputed_and_offloaded_layers() -> None:

@@ -81,11 +81,8 @@ def test_what_a_run_would_refuse_is_a_warning(tmp_path: Path, monkeypatch: pytes
             planning=True,
         )
     )
-    assert (
-        plan.export["bytes_before"] > 3 * plan.export["bytes_after"]
-        and plan.export["calibration_from"] is None
-    )
-    assert any("calibration data is missing" in warning for warning in plan.warnings)
+    assert plan.export["bytes_before"] > 3 * plan.export["bytes_after"]
+    assert plan.export["calibration_from"].startswith("documentation of Python's standard library")
     plan = make_plan(
         resolve("export", ["--model", "x", "--quant_method", "bnb", "--output_format", "vllm"], planning=True)
     )

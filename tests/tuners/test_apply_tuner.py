@@ -10,7 +10,7 @@ from tuner_models import shake, tiny_gpt2, tiny_qwen3, tokens
 
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, ModelError
-from swift.tuners.apply import apply_tuner, remove_adapter
+from swift.tuners.apply import apply_tuner, remove_adapter, tuned_model
 from swift.tuners.lora import lora_layers
 
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -128,9 +128,15 @@ def test_the_start_depends_on_seed_and_name_not_on_the_other_modules() -> None:
 
 def test_one_parameter_set_per_adapter() -> None:
     model = tiny_qwen3()
-    apply_tuner(model, TunerSection(lora_rank=2), adapter_name="a", seed=1)
-    tuned = apply_tuner(model, TunerSection(lora_rank=4, target_modules=["q_proj"]), adapter_name="b", seed=1)
+    first = apply_tuner(model, TunerSection(lora_rank=2), adapter_name="a", seed=1)
+    second = apply_tuner(
+        model, TunerSection(lora_rank=4, target_modules=["q_proj"]), adapter_name="b", seed=1
+    )
+    tuned = tuned_model(model)
     sets = tuned.parameter_sets()
+    assert first.parameter_sets() == {"default": sets["a"]} and second.parameter_sets() == {
+        "default": sets["b"]
+    }
     assert list(sets) == ["a", "b"]
     assert len(sets["a"]) == 28 and len(sets["b"]) == 4
     assert sets["a"].keys().isdisjoint(sets["b"])

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, lora_layers
+from swift.tuners.lora import AdapterSpec, LoraLinear, lora_layers
+from swift.tuners.switch import AdapterSwitch, Draw
 
 IN, OUT, RANK = 12, 20, 4
 
@@ -197,6 +198,42 @@ def test_mixed_rows_must_add_up() -> None:
     module = layer(dtype=torch.float32)
     with module.switch.mixed([("one", 2)]), pytest.raises(ValueError, match="add up to the 3 rows"):
         module(torch.randn(3, IN))
+
+
+def test_drawn_dropout_depends_on_seed_micro_batch_and_layer_alone() -> None:
+    module = layer(spec=AdapterSpec(RANK, 8, dropout=0.5), dtype=torch.float32).train()
+    x = torch.randn(2, 5, IN, generator=torch.Generator().manual_seed(1))
+
+    def run(draw: Draw, key: int = 7) -> torch.Tensor:
+        module.key = key
+        with module.switch.drawing({"one": draw}):
+            return module(x)
+
+    first = run(Draw(1))
+    torch.manual_seed(99)
+    assert torch.equal(run(Draw(1)), first)
+    for other in (run(Draw(2)), run(Draw(1, 1)), run(Draw(1), key=8)):
+        assert not torch.equal(other, first)
+
+
+def test_padded_rows_of_a_mixed_batch_keep_the_noise_of_their_own_width() -> None:
+    """Two adapters of one batch: each drops what it would drop alone, whatever stands beside it."""
+    module = layer(spec=AdapterSpec(RANK, 8, dropout=0.4), dtype=torch.float64).train()
+    module.add_adapter("two", AdapterSpec(2, 8, dropout=0.2), dtype=torch.float64, seed=4)
+    with torch.no_grad():
+        module.lora_B["two"].normal_(0, 0.3, generator=torch.Generator().manual_seed(8))
+    short = torch.randn(3, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    long = torch.randn(2, 7, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    alone = []
+    for name, x, draw in (("one", short, Draw(5, 1)), ("two", long, Draw(6, 2))):
+        with module.switch.use(name), module.switch.drawing({name: draw}):
+            alone.append(module(x))
+    both = torch.cat([F.pad(short, (0, 0, 0, 3)), long])
+    draws = {"one": Draw(5, 1, (4, 7)), "two": Draw(6, 2, (7, 7))}
+    with module.switch.mixed((("one", 3), ("two", 2))), module.switch.drawing(draws):
+        mixed = module(both)
+    torch.testing.assert_close(mixed[:3, :4], alone[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(mixed[3:], alone[1], rtol=1e-13, atol=1e-13)
 
 
 def test_gradient_checkpointing_recomputes_the_same_dropout() -> None:

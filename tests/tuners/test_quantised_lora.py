@@ -12,9 +12,10 @@ from swift.core.errors import ModelError
 from swift.models.load import load_model
 from swift.models.quantised import dequantised
 from swift.tuners.apply import apply_tuner, attach_adapter
-from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, is_linear, lora_layers
+from swift.tuners.lora import AdapterSpec, LoraLinear, is_linear, lora_layers
 from swift.tuners.merge import merge_adapter
 from swift.tuners.peft_format import load_adapter, save_adapter
+from swift.tuners.switch import AdapterSwitch
 
 NF4 = QuantizationSection(quant_method="bnb", quant_bits=4)
 INT8 = QuantizationSection(quant_method="bnb", quant_bits=8)

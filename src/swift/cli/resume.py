@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from swift.config.schema import Resolved
 from swift.core.errors import UsageError
 
 USAGE = """usage: swift resume RUN [--option value ...]
@@ -22,7 +24,7 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
-    name, flags = argv[0], argv[1:]
+    name = argv[0]
     if name.startswith("-"):
         raise UsageError("which run?", fix="swift resume RUN [--option value ...]")
     if not Path(name).expanduser().exists():
@@ -36,12 +38,17 @@ def run(argv: list[str]) -> int:
                 fix="name a run folder, such as output/NAME, or a job of swift ps",
             )
     from swift.cli.training import run_or_plan
+
+    return run_or_plan(resumed(argv), ["resume", *argv])
+
+
+def resumed(words: Sequence[str]) -> Resolved:
+    """The run in folder ``words[0]`` with the options behind it, to go on."""
     from swift.config.bind import load_run_config, resolve
     from swift.runs.folder import locate
 
-    folder, checkpoint = locate(name)
+    folder, checkpoint = locate(words[0])
     config = folder.path / "config.yaml"
-    command = load_run_config(config).command
     start = str(checkpoint or folder.path)
-    resolved = resolve(command, [str(config), *flags, "--resume_from_checkpoint", start])
-    return run_or_plan(resolved, ["resume", *argv])
+    command = load_run_config(config).command
+    return resolve(command, [str(config), *words[1:], "--resume_from_checkpoint", start])

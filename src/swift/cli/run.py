@@ -11,6 +11,7 @@ from swift.cli.arguments import ArgumentParser
 
 if TYPE_CHECKING:
     from swift.experiments.home import Home
+    from swift.experiments.submission import Submission
     from swift.experiments.types import Job
 
 __all__ = ["follow_group", "run"]
@@ -27,6 +28,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--inline", action="store_true", help="run in this process, without a service")
     parser.add_argument("--wait", action="store_true", help="queue jobs that this machine cannot run now")
     parser.add_argument("--cold", action="store_true", help="a fresh process for each job, no warm workers")
+    parser.add_argument(
+        "--fuse",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="LoRA trainings on one base model in one process: when it pays (measured once), whenever it can be, never",
+    )
     parser.add_argument("--new", action="store_true", help="only experiments that have no run yet")
     options = parser.parse(argv)
     from swift.experiments.home import Home
@@ -39,6 +46,7 @@ def run(argv: list[str]) -> int:
     for problem in check_machine(submission, take_inventory()):
         print(f"warning: {problem}", file=sys.stderr)
     home = Home.find()
+    submission = _with_fusing(submission, options.fuse, home)
     if options.inline:
         from swift.experiments.inline import run_inline
 
@@ -47,6 +55,26 @@ def run(argv: list[str]) -> int:
 
     group = Client(home).submit(submission)["group"]
     return follow_group(home, group)
+
+
+def _with_fusing(submission: Submission, mode: str, home: Home) -> Submission:
+    """Decide which trainings run fused, and say so."""
+    from dataclasses import replace
+
+    from swift.experiments.fuse_choice import Choice, measure_in_process
+    from swift.experiments.fusing import apply_verdicts
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    specs = apply_verdicts(submission.specs, mode, Choice(home, measure_in_process, say))
+    for plan, why in dict.fromkeys(
+        (one.fuse["plan"], one.fuse["why"]) for one in specs if "plan" in one.fuse
+    ):
+        count = sum((one.fuse.get("plan"), one.fuse.get("why")) == (plan, why) for one in specs)
+        if mode != "never":
+            say(f"{count} trainings on one base model: {plan} ({why})")
+    return replace(submission, specs=specs)
 
 
 def follow_group(home: Home, group: str) -> int:

@@ -273,7 +273,14 @@ COMMANDS: dict[str, Command] = {
             "run",
             "swift.cli.run",
             "Run a file of experiments and follow it.",
-            usage="FILE.yaml [--inline] [--wait] [--cold] [--new]",
+            usage="FILE.yaml [--inline] [--wait] [--cold] [--new] [--fuse auto|always|never]",
+            own_arguments=True,
+        ),
+        Command(
+            "fuse",
+            "swift.cli.fuse",
+            "Train several LoRA runs at once on one base model, in this process.",
+            usage="FILE.yaml ...",
             own_arguments=True,
         ),
         Command(

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
 
-__all__ = ["METHODS", "Method", "check_export"]
+__all__ = ["DEFAULT_CALIBRATION", "LIBRARY_TEXT", "METHODS", "Method", "check_export"]
+
+LIBRARY_TEXT = "documentation of Python's standard library"
+DEFAULT_CALIBRATION = f"{LIBRARY_TEXT} (rows like those the model will see are better: --dataset FILE.jsonl)"
+"""What a model of no run is calibrated on when nothing is said."""
 
 
 @dataclass(frozen=True)

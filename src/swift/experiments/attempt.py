@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import yaml
 from swift.config.commands import COMMANDS
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_text
+from swift.experiments.fusing import FUSED_SOCKET
 from swift.experiments.home import Home
 from swift.experiments.isolation import environment_for
 from swift.experiments.progress import OUTPUT_LOG, read_json
@@ -21,7 +23,7 @@ from swift.experiments.types import TRAINING, Inventory, Job, Launch, Placement
 from swift.runs.folder import RunFolder
 from swift.runs.status import read_status
 
-__all__ = ["attempt_log", "build_launch", "effective_options", "processes_of", "run_status"]
+__all__ = ["attempt_log", "build_host", "build_launch", "effective_options", "processes_of", "run_status"]
 
 _LOG_BYTES = 32_768
 _LEAST_HOST_BYTES = 2 * 2**30
@@ -48,6 +50,8 @@ def build_launch(
         raise SwiftError(
             "the folder the job was submitted from is gone", where=spec.cwd, fix="create it again"
         )
+    if placement.fused:
+        return _build_member(home, job, base_env, grace_seconds)
     env = environment_for(placement, {**base_env, **spec.env}, home.job_dir(job.id))
     env["PYTHONUNBUFFERED"] = "1"
     if placement.kind != "cpu" and _is_shared(job, placement, inventory):
@@ -60,6 +64,50 @@ def build_launch(
         threads=placement.threads,
         memory_bytes=_host_limit(job, placement, inventory),
         time_limit_seconds=spec.needs.time_limit_seconds,
+        grace_seconds=grace_seconds,
+    )
+
+
+def _build_member(home: Home, job: Job, base_env: Mapping[str, str], grace_seconds: float) -> Launch:
+    """The small process that hands the run to the host of its group."""
+    assert job.placement is not None
+    request = home.attempt_dir(job.id, job.attempt) / "request.json"
+    words = {"job": job.id, "name": job.spec.name, "words": _words(home, job)}
+    atomic_write_text(request, json.dumps(words))
+    address = str(home.job_dir(job.placement.fused) / FUSED_SOCKET)
+    return Launch(
+        argv=[sys.executable, "-P", "-m", "swift.experiments.fused_member", address, str(request)],
+        cwd=job.spec.cwd,
+        env={**base_env, **job.spec.env, "PYTHONUNBUFFERED": "1"},
+        log=OUTPUT_LOG,
+        time_limit_seconds=job.spec.needs.time_limit_seconds,
+        grace_seconds=grace_seconds,
+    )
+
+
+def build_host(
+    home: Home,
+    job: Job,
+    base_env: Mapping[str, str],
+    inventory: Inventory | None = None,
+    *,
+    grace_seconds: float = 30.0,
+) -> Launch:
+    """The process of the fused group that ``job`` belongs to; the placement is that of all members."""
+    placement = job.placement
+    assert placement is not None and placement.fused
+    folder = home.job_dir(placement.fused)
+    env = environment_for(placement, {**base_env, **job.spec.env}, folder)
+    env["PYTHONUNBUFFERED"] = "1"
+    if placement.kind != "cpu" and _is_shared(job, placement, inventory):
+        env["SWIFT_DEVICE_MEMORY_BYTES"] = str(placement.memory_bytes)
+    return Launch(
+        argv=[sys.executable, "-m", "swift", "fuse", "--group", str(folder)],
+        cwd=job.spec.cwd,
+        env=env,
+        log=OUTPUT_LOG,
+        threads=placement.threads,
+        memory_bytes=_host_limit(job, placement, inventory),
         grace_seconds=grace_seconds,
     )
 
@@ -129,9 +177,14 @@ def _move_aside(run: RunFolder, attempt: int) -> None:
 
 
 def processes_of(home: Home, job: Job) -> list[int]:
-    """Process ids recorded for the job's attempt."""
-    record = read_json(home.attempt_dir(job.id, job.attempt) / "child.json")
-    return [int(entry["pid"]) for entry in record.get("processes", [])]
+    """Process ids recorded for the job's attempt, and for the host of its fused group."""
+    folders = [home.attempt_dir(job.id, job.attempt), *_host_attempt(home, job)]
+    records = [read_json(folder / "child.json") for folder in folders]
+    return [int(entry["pid"]) for record in records for entry in record.get("processes", [])]
+
+
+def _host_attempt(home: Home, job: Job) -> list[Path]:
+    return [home.attempt_dir(job.placement.fused, 1)] if job.placement and job.placement.fused else []
 
 
 def run_status(home: Home, job: Job) -> dict[str, Any] | None:
@@ -139,7 +192,8 @@ def run_status(home: Home, job: Job) -> dict[str, Any] | None:
     if job.spec.run_dir is None:
         return None
     status = read_status(Path(job.spec.run_dir))
-    child = read_json(home.attempt_dir(job.id, job.attempt) / "child.json")
+    folder = (_host_attempt(home, job) or [home.attempt_dir(job.id, job.attempt)])[0]
+    child = read_json(folder / "child.json")
     if status is None or not child or status.get("pid") != child["pid"]:
         return None
     return status

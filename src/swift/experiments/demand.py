@@ -104,7 +104,9 @@ def placed(job: Job) -> Placed | None:
     known = known or any(retry.get("memory_bytes") for retry in job.retries)
     whole = is_whole(job.spec.needs, 1 if known else None)
     leaving = str((job.preempted or {}).get("by", "")) if job.state == "pausing" else None
-    resumable = job.state == "running" and job.spec.needs.preemption and can_resume(job.spec)
+    # A member of a fused group that leaves gives nothing back: the base and the device stay with the others.
+    leaves_room = job.spec.needs.preemption and not job.placement.fused
+    resumable = job.state == "running" and leaves_room and can_resume(job.spec)
     return Placed(
         job.id, job.group, job.placement, whole, job.started or 0.0, job.priority, resumable, leaving
     )

@@ -12,6 +12,7 @@ import os
 import select
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,11 +25,19 @@ from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.core.logging import get_logger
-from swift.experiments.attempt import attempt_log, build_launch, effective_options, processes_of, run_status
+from swift.experiments.attempt import (
+    attempt_log,
+    build_host,
+    build_launch,
+    effective_options,
+    processes_of,
+    run_status,
+)
 from swift.experiments.control import Control, intent_of
 from swift.experiments.demand import estimate_memory, memory_key, placed, queued
 from swift.experiments.dependencies import settle_waiting
 from swift.experiments.estimator import changed_data
+from swift.experiments.fusing import FusedGroup, accounted, form_groups, host_id, write_group
 from swift.experiments.home import Home
 from swift.experiments.inventory import take_inventory
 from swift.experiments.isolation import as_submitted
@@ -103,6 +112,9 @@ class Engine(Control):
         self.inventory: Inventory | None = None
         self._take, self._build = take, build
         self._pool = ThreadPoolExecutor(threads, "swift-launch") if threads else None
+        self._build_host = build_host
+        self._hosts: set[str] = set()
+        self._hosts_lock = threading.Lock()
         self._launching: set[str] = set()
         self._not_before: dict[str, float] = {}
         self._watched: dict[tuple[str, int], int] = {}
@@ -255,7 +267,9 @@ class Engine(Control):
         self._move(job, "queued", action.reason, retries=retries, overrides=action.overrides, **over)
 
     def _learn(self, job: Job, exit: Exit) -> None:
-        """Remember what the job really took, so that the next estimate is better."""
+        """Remember what the job really took, so that the next estimate is better. Of a fused one nobody knows."""
+        if job.placement is not None and job.placement.fused:
+            return
         key, planned = memory_key(job), job.spec.estimate.get("memory_bytes")
         actual = exit.peak_memory_bytes
         if job.placement is not None and job.placement.kind != "cpu":
@@ -324,24 +338,31 @@ class Engine(Control):
         correction = lru_cache(maxsize=None)(self.store.correction)
         claims = {job.preempted["by"] for job in [*jobs.values(), *active] if job.preempted}
         waiting = [replace(queued(job, correction), first=job.id in claims) for job in jobs.values()]
-        running = [entry for entry in map(placed, active) if entry is not None]
+        running = [entry for entry in map(placed, accounted(active)) if entry is not None]
         now, policy = self.clock(), self.schedule_policy
+        in_group = Counter(entry.group for entry in running)
+        waiting, fused = form_groups(jobs, waiting, correction, self.inventory, in_group, policy.usable)
         decisions = decide(waiting, self.inventory, running, now, policy)
         found = preempt(waiting, decisions, self.inventory, running, now, policy)
         making_room = [(entry.leaving, entry.job_id) for entry in running if entry.leaving]
         if found is not None:
             making_room += [(found.job_id, job_id) for job_id in self._make_room(found)]
-        reasons = {}
+        reasons: dict[str, str] = {}
         for decision in decisions:
+            group = fused.get(decision.job_id)
+            members = [job.id for job in group.members] if group else [decision.job_id]
             if decision.placement is None:
                 fix = f"; {decision.fix}" if decision.fix else ""
                 leaving = [job_id for by, job_id in making_room if by == decision.job_id]
-                reasons[decision.job_id] = (
+                reason = (
                     f"waits until {', '.join(leaving)} of lower priority {'has' if len(leaving) == 1 else 'have'}"
                     " saved a checkpoint"
                     if leaving
                     else decision.reason + fix
                 )
+                reasons |= dict.fromkeys(members, reason)
+            elif group is not None:
+                self._begin_group(group, decision, correction)
             else:
                 self._begin(
                     jobs[decision.job_id], decision, estimate_memory(jobs[decision.job_id], correction).reason
@@ -358,12 +379,31 @@ class Engine(Control):
     def _look(self, active: list[Job]) -> Inventory:
         pids = [pid for job in active for pid in processes_of(self.home, job)]
         reserved: dict[tuple[str, int], int] = {}
-        for job in active:
+        for job in accounted(active):
             if job.placement is not None:
                 for index in job.placement.devices:
                     key = (job.placement.kind, index)
                     reserved[key] = reserved.get(key, 0) + job.placement.memory_bytes
         return self._take(pids, reserved)
+
+    def _begin_group(self, group: FusedGroup, decision: Decision, correction: Any) -> None:
+        """Start all members in one place; whoever of them is launched first starts their common process."""
+        assert decision.placement is not None
+        host = host_id(group.members[0])
+        write_group(self.home, host, group.members)
+        placement = replace(decision.placement, fused=host)
+        together = replace(decision, placement=placement, reason=f"{group.reason}; {decision.reason}")
+        for job in group.members:
+            self._begin(job, together, estimate_memory(job, correction).reason)
+
+    def _launch_host(self, job: Job, env: Mapping[str, str], host: str) -> None:
+        with self._hosts_lock:
+            if host in self._hosts:
+                return
+            launch = self._build_host(self.home, job, env, self.inventory, grace_seconds=self.grace_seconds)
+            with contextlib.suppress(AlreadyRunning):
+                self.runner.launch(host, 1, launch, self.warm and not job.spec.cold)
+            self._hosts.add(host)
 
     def _begin(self, job: Job, decision: Decision, estimate: str) -> None:
         try:
@@ -387,13 +427,10 @@ class Engine(Control):
             changed = changed_data(job.spec.fingerprints)
             if changed:
                 self._report_changes(job, changed)
-            launch = self._build(
-                self.home,
-                job,
-                as_submitted(self.base_env, self.store.environment(job.group)),
-                self.inventory,
-                grace_seconds=self.grace_seconds,
-            )
+            env = as_submitted(self.base_env, self.store.environment(job.group))
+            if job.placement is not None and job.placement.fused:
+                self._launch_host(job, env, job.placement.fused)
+            launch = self._build(self.home, job, env, self.inventory, grace_seconds=self.grace_seconds)
             self.runner.launch(job.id, job.attempt, launch, self.warm and not job.spec.cold)
         except AlreadyRunning:
             pass  # the next look shows whose it is

@@ -121,6 +121,7 @@ class Estimator:
         disk = plan.memory.get("disk", {})
         return {
             "memory_bytes": memory,
+            "weights_bytes": plan.memory.get("parts", {}).get("weights"),
             "memory_key": _memory_key(resolved, plan.model),
             "steps": total,
             "steps_per_epoch": plan.steps.get("steps_per_epoch"),
@@ -128,6 +129,7 @@ class Estimator:
             "parameters": plan.model.get("parameters"),
             "trainable_parameters": plan.model.get("trainable_parameters"),
             "dtype": plan.model.get("dtype"),
+            "seconds": plan.time.get("seconds"),
             "disk_bytes": disk.get("total_bytes"),
             "devices_needed": plan.parallel.get("devices_needed", 1),
             "device": plan.parallel.get("device"),

@@ -18,6 +18,7 @@ from swift.experiments.bound_job import BoundJob, bind_stages, check_run_name, s
 from swift.experiments.estimator import Estimator
 from swift.experiments.fields import NOWHERE, fail, mapping, suggest
 from swift.experiments.file import Experiment, ExperimentFile, Resources, read_resources
+from swift.experiments.fusing import fuse_fields
 from swift.experiments.option_layers import (
     about,
     bind,
@@ -392,6 +393,7 @@ def _spec(
         problems.append(f"{job.run_dir} already holds a run")
     if problems:
         estimate["problems"] = problems
+    fuse = fuse_fields(job.resolved, job.environment, estimate) if job.resolved is not None else {}
     return JobSpec(
         name=job.name,
         experiment=job.experiment.name,
@@ -409,4 +411,5 @@ def _spec(
         estimate=estimate,
         code_version=code_version(),
         cold=job.resources.cold,
+        fuse=fuse,
     )

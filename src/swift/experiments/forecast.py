@@ -1,7 +1,8 @@
 """What a file of experiments will do, before anything runs: order, placement, time, memory, and why jobs wait.
 
-The real placement decisions are asked for on a virtual clock. Jobs whose speed is not known get a length in proportion
-to their tokens: that puts them in an order, and no time is shown for them.
+The real placement decisions are asked for on a virtual clock. How long a job takes is known from jobs like it, else
+from its plan. Without either it gets a length in proportion to its tokens: that puts it in
+an order, and no time is shown.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def forecast(
 
 def _line(spec: JobSpec, speeds: Mapping[str, float]) -> _Line:
     tokens, speed = spec.estimate.get("tokens"), speeds.get(spec.estimate.get("memory_key", ""))
-    seconds = tokens / speed if tokens and speed else None
+    seconds = tokens / speed if tokens and speed else spec.estimate.get("seconds")
     length = seconds if seconds is not None else (tokens or 0) / _TOKENS_A_SECOND or _NO_LENGTH
     return _Line(spec, seconds, length)
 

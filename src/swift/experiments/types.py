@@ -103,6 +103,7 @@ class JobSpec:
         parameters: what makes this experiment differ from its siblings (for tables).
         fingerprints: of the data files at submit (path, bytes, sha256).
         code_version: of this program at submit.
+        fuse: see `swift.experiments.fusing.fuse_fields`.
     """
 
     name: str
@@ -122,6 +123,7 @@ class JobSpec:
     estimate: dict[str, Any] = field(default_factory=dict)
     code_version: str = ""
     cold: bool = False
+    fuse: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -162,12 +164,16 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a job runs: devices of one kind, its share of memory on each, and threads."""
+    """Where a job runs: devices of one kind, its share of memory on each, and threads.
+
+    ``fused``: the process that runs it together with others, which have the same placement; "" for one of its own.
+    """
 
     kind: str
     devices: tuple[int, ...]
     memory_bytes: int
     threads: int
+    fused: str = ""
 
 
 @dataclass

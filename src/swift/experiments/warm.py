@@ -47,7 +47,7 @@ from swift.experiments.supervisor import EXIT_LOCKED, Supervisor, detach
 from swift.experiments.types import Launch
 from swift.experiments.warm_job import run_job
 
-__all__ = ["submit", "template_key"]
+__all__ = ["short_address", "submit", "template_key"]
 
 DEADLINE_SECONDS = 30.0
 """For an answer; a new template imports first."""
@@ -159,7 +159,7 @@ def _connect(home: Home, launch: Launch, deadline: float) -> socket.socket:
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with _short(path) as address:
+            with short_address(path) as address:
                 connection.connect(address)
             return connection
         except (FileNotFoundError, ConnectionRefusedError):
@@ -175,7 +175,7 @@ def _connect(home: Home, launch: Launch, deadline: float) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _short(path: Path) -> Iterator[str]:
+def short_address(path: Path) -> Iterator[str]:
     """The address of a unix socket, which may have about 100 bytes only: through its folder where longer."""
     if len(os.fsencode(path)) < 100:
         yield str(path)
@@ -209,7 +209,7 @@ def _retire_others(path: Path) -> None:
     others = [other for other in path.parent.glob("warm-*.sock") if other != path]
     for other in others if len(others) >= MAX_TEMPLATES else ():
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            with _short(other) as address:
+            with short_address(other) as address:
                 connection.connect(address)
             connection.sendall(b'{"retire": true}\n')
 
@@ -232,7 +232,7 @@ class Template:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path.unlink(missing_ok=True)
         mask = os.umask(0o177)
-        with _short(path) as address:
+        with short_address(path) as address:
             self.listener.bind(address)
         os.umask(mask)
         self.listener.listen(64)

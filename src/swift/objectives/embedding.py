@@ -152,12 +152,18 @@ class InfonceLoss:
 def _parts(values: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit anchors ``[B, size]``, unit texts ``[D, size]``, each text's sample ``[D]``, places of positives ``[B]``."""
     unit = _unit(values)
-    starts = torch.tensor(group_starts(groups), device=values.device)
-    is_anchor = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    is_anchor[starts] = True
-    sizes = torch.tensor(groups, device=values.device) - 1
-    owners = torch.repeat_interleave(torch.arange(len(groups), device=values.device), sizes)
-    return unit[is_anchor], unit[~is_anchor], owners, starts - torch.arange(len(groups), device=values.device)
+    starts = group_starts(groups)
+    texts = [
+        place for start, size in zip(starts, groups, strict=True) for place in range(start + 1, start + size)
+    ]
+    owners = [sample for sample, size in enumerate(groups) for _ in range(size - 1)]
+    positives = [start - sample for sample, start in enumerate(starts)]
+    # No masks: what they select is known here, so a device need not be waited for.
+    places = [torch.tensor(numbers, dtype=torch.int64, device=values.device) for numbers in (starts, texts)]
+    others = [
+        torch.tensor(numbers, dtype=torch.int64, device=values.device) for numbers in (owners, positives)
+    ]
+    return unit[places[0]], unit[places[1]], others[0], others[1]
 
 
 @dataclass(frozen=True)

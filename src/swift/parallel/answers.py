@@ -51,8 +51,8 @@ class AnswerEngine(NativeEngine):
     def predict(self, batch: Batch) -> PooledOutputs:
         """The values of a batch, in evaluation mode."""
         self.model.eval()
-        self._average(True)
-        return self._outputs(batch.to(self.device))
+        self.average(True)
+        return self.objective_inputs(batch.to(self.device))
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
@@ -79,10 +79,10 @@ class AnswerEngine(NativeEngine):
             return torch.zeros(len(batch.target_counts or []), device=self.device)
         return self._sums(logprobs, batch, self.ld_alpha)
 
-    def _outputs(self, batch: Batch) -> PooledOutputs:  # type: ignore[override]
+    def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> PooledOutputs:
         mismatched = self._mismatched_ratios(batch) if self.mismatched else None
         reference = self.reference_sums(batch)
-        logprobs = self.token_outputs(batch).logprobs
+        logprobs = (tokens or self.token_outputs(batch)).logprobs
         plain = self._sums(logprobs, batch, None)
         policy = plain if self.ld_alpha is None else self._sums(logprobs, batch, self.ld_alpha)
         lengths = torch.tensor(batch.target_counts or [], device=self.device)
@@ -118,8 +118,10 @@ class AnswerEngine(NativeEngine):
 class PolicyEngine(AnswerEngine):
     """The native engine for policy optimisation: every token of an answer is read."""
 
-    def _outputs(self, batch: Batch) -> TokenOutputs:  # type: ignore[override]
-        return self.token_outputs(batch)
+    def objective_inputs(  # type: ignore[override]
+        self, batch: Batch, tokens: TokenOutputs | None = None
+    ) -> TokenOutputs:
+        return self.token_outputs(batch) if tokens is None else tokens
 
     @torch.no_grad()
     def frozen_values(self, batch: Batch, *, training: bool = False) -> Tensor:

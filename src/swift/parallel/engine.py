@@ -56,8 +56,13 @@ class Engine(Protocol):
 
     parameter_sets: dict[str, ParameterSet]
 
-    def forward_backward(self, batches: Sequence[Any], objective: Objective) -> StepOutput:
-        """Gradients of the whole step: a list, because pipeline schedules consume lists."""
+    def forward_backward(
+        self, batches: Sequence[Any], objective: Objective, seed: int | None = None
+    ) -> StepOutput:
+        """Gradients of the whole step: a list, because pipeline schedules consume lists.
+
+        ``seed``: of the adapters' dropout in this step; None: torch's own generator decides.
+        """
 
     def evaluate(self, batch: Any, objective: Objective) -> StepOutput:
         """Loss and metrics of one batch without gradients, in evaluation mode."""

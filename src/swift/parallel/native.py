@@ -19,7 +19,9 @@ from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
 from swift.parallel.engine import ParameterSet, StepOutput
 from swift.parallel.offload import OffloadedActivations
+from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import SavedModule
+from swift.tuners.switch import Draw
 
 __all__ = ["NativeEngine"]
 
@@ -59,12 +61,13 @@ class NativeEngine:
         self.device = device
         self.dtype = dtype
         self.chunk_size = chunk_size
+        self._switch = next((layer.switch for layer in lora_layers(model).values()), None)
         self._penalty = penalty
         self._offload = offload_activations
         self._autocast = dtype in (torch.bfloat16, torch.float16) and any(
             parameter.dtype == torch.float32 for parameter in _plain_parameters(model)
         )
-        with self._precision():
+        with self.precision():
             self._split = split(model)
         self._forward: Callable[..., Any] = self._split[0] if self._split else model
         # Other attention functions tell documents apart by position ids alone.
@@ -72,28 +75,37 @@ class NativeEngine:
         if compile_model:
             self._forward = torch.compile(self._forward)
         trainable = [p for group in parameter_sets for p in group.parameters.values()]
-        self._scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 and trainable else None
+        self.scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 and trainable else None
         self.training_batch: Batch | None = None
 
-    def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> StepOutput:
+    def forward_backward(
+        self, batches: Sequence[Batch], objective: Objective, seed: int | None = None
+    ) -> StepOutput:
         self.model.train()
-        self._average(False)
+        self.average(False)
         denominators = objective.denominators(batches)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches):
             batch = batch.to(self.device)
             self.training_batch = batch
-            with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
-                loss, sums = objective(self._outputs(batch), batch, denominators)
-            (self._scaler.scale(loss) if self._scaler else loss).backward()
+            with self._drawing(seed, number):
+                with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
+                    loss, sums = objective(self.objective_inputs(batch), batch, denominators)
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
             losses.append(loss.detach())
-            _add(metrics, sums)
+            add_sums(metrics, sums)
         self.training_batch = None
         penalty = self._penalty() if self._penalty else None
         if penalty is not None:
-            (self._scaler.scale(penalty) if self._scaler else penalty).backward()
+            (self.scaler.scale(penalty) if self.scaler else penalty).backward()
         return StepOutput(torch.stack(losses).sum(), metrics)
+
+    def _drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
+        """The dropout of the acting LoRA adapter, while the gradients of micro-batch ``number`` are computed."""
+        if seed is None or self._switch is None or self._switch.active is None:
+            return contextlib.nullcontext()
+        return self._switch.drawing({self._switch.active: Draw(seed, number)})
 
     def rehearse(self, batch: Batch, objective: Objective) -> None:
         """One forward and backward pass that changes nothing, to see whether the largest batch fits.
@@ -117,23 +129,23 @@ class NativeEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> StepOutput:
         self.model.eval()
-        self._average(True)
+        self.average(True)
         batch = batch.to(self.device)
-        loss, sums = objective(self._outputs(batch), batch, objective.denominators([batch]))
+        loss, sums = objective(self.objective_inputs(batch), batch, objective.denominators([batch]))
         return StepOutput(loss, dict(sums))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         self.model.eval()
         self.settle()
-        with self._precision():
+        with self.precision():
             yield self.model
 
     def clip(self) -> dict[str, Tensor]:
         norms = {}
         for name, group in self.parameter_sets.items():
-            if self._scaler:
-                self._scaler.unscale_(group.optimizer)
+            if self.scaler:
+                self.scaler.unscale_(group.optimizer)
             parameters = [p for p in group.parameters.values() if p.grad is not None]
             limit = group.max_grad_norm or float("inf")
             norms[name] = nn.utils.clip_grad_norm_(parameters, limit, foreach=self.device.type != "cpu")
@@ -145,19 +157,19 @@ class NativeEngine:
             rates[name] = group.learning_rate(step)
             for options in group.optimizer.param_groups:
                 options["lr"] = rates[name] * options.get("lr_ratio", 1.0)
-            if self._scaler:
-                self._scaler.step(group.optimizer)
+            if self.scaler:
+                self.scaler.step(group.optimizer)
             else:
                 group.optimizer.step()
             group.optimizer.zero_grad(set_to_none=True)
-        if self._scaler:
-            self._scaler.update()
+        if self.scaler:
+            self.scaler.update()
         return rates
 
     def settle(self) -> None:
-        self._average(True)
+        self.average(True)
 
-    def _average(self, wanted: bool) -> None:
+    def average(self, wanted: bool) -> None:
         """Schedule-free optimizers take gradients at another point than the one that is kept and evaluated."""
         for group in self.parameter_sets.values():
             switch = getattr(group.optimizer, "eval" if wanted else "train", None)
@@ -167,7 +179,7 @@ class NativeEngine:
     def save(self, folder: Path) -> None:
         state = {
             "optimizers": {name: group.optimizer.state_dict() for name, group in self.parameter_sets.items()},
-            "scaler": self._scaler.state_dict() if self._scaler else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
         }
         # Through Python's file object a failed write is an OSError; torch's own writer raises various RuntimeErrors.
         with (folder / OPTIMIZER_FILE).open("wb") as file:
@@ -190,8 +202,8 @@ class NativeEngine:
             )
         for name, group in self.parameter_sets.items():
             group.optimizer.load_state_dict(state["optimizers"][name])
-        if self._scaler and state["scaler"]:
-            self._scaler.load_state_dict(state["scaler"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
     def gather(self) -> dict[str, Tensor]:
         return {
@@ -212,58 +224,62 @@ class NativeEngine:
             inputs["document_lengths"] = batch.document_lengths
         return self._forward(**inputs, use_cache=False)
 
-    def _outputs(self, batch: Batch) -> TokenOutputs:
-        """What the objective reads."""
-        return self.token_outputs(batch)
+    def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> Any:
+        """What the objective reads; ``tokens``: what the model says of the targets, where it has been asked."""
+        return self.token_outputs(batch) if tokens is None else tokens
 
     def token_outputs(self, batch: Batch) -> TokenOutputs:
         """Log-probabilities of the batch's targets, in row-major order."""
-        learned = batch.targets != -100
-        targets = batch.targets[learned]
-        with self._precision():
-            outputs = self._run(batch)
-            if self._split:
-                hidden = outputs.last_hidden_state[learned]
-                head = self._split[1]
-                weight = _output_matrix(head)
-                if weight is not None:
-                    hidden = hidden if batch.temperature == 1 else hidden / batch.temperature
-                    result = linear_logprobs(hidden, weight, targets, chunk_size=self.chunk_size)
-                else:
-                    tempered = _tempered(head, batch.temperature)
-                    result = module_logprobs(hidden, tempered, targets, chunk_size=self.chunk_size)
-            else:
-                tempered = _tempered(nn.Identity(), batch.temperature)
-                result = module_logprobs(
-                    outputs.logits[learned], tempered, targets, chunk_size=self.chunk_size
-                )
-        return TokenOutputs(*result)
+        with self.precision():
+            targets = batch.targets[batch.targets != -100]
+            return self.of_states(self.states(batch), targets, batch.temperature)
+
+    def states(self, batch: Batch) -> Tensor:
+        """What the head reads of each target, ``[num_targets, size]``; its logits where there is no head apart."""
+        outputs = self._run(batch)
+        found: Tensor = outputs.last_hidden_state if self._split else outputs.logits
+        return found[batch.targets != -100]
+
+    def of_states(self, states: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenOutputs:
+        """Log-probabilities of ``targets [num_targets]`` by their `states`, with the adapter that acts now."""
+        head: Callable[..., Any] = self._split[1] if self._split else nn.Identity()
+        weight = _output_matrix(head)
+        if weight is not None:
+            states = states if temperature == 1 else states / temperature
+            return TokenOutputs(*linear_logprobs(states, weight, targets, chunk_size=self.chunk_size))
+        if self.has_own_head and self._switch is not None:
+            head = self._switch.bound(head)  # it is run again by the backward pass, when others may act
+        return TokenOutputs(
+            *module_logprobs(states, _tempered(head, temperature), targets, chunk_size=self.chunk_size)
+        )
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether what comes behind `states` is another function for each adapter."""
+        return self._split is not None and isinstance(self._split[1], (LoraLinear, SavedModule))
 
     @torch.no_grad()
     def token_entropies(self, batch: Batch) -> Tensor:
         """``[num_targets]`` float32: entropies (nats) of the distributions that the batch's targets come from."""
-        learned = batch.targets != -100
-        with self._precision():
-            outputs = self._run(batch)
+        with self.precision():
             head = self._split[1] if self._split else nn.Identity()
-            rows = outputs.last_hidden_state if self._split else outputs.logits
             parts = [
                 torch.distributions.Categorical(logits=head(part).float() / batch.temperature).entropy()
-                for part in rows[learned].split(self.chunk_size)
+                for part in self.states(batch).split(self.chunk_size)
             ]
         return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
 
     @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
+    def precision(self) -> Iterator[None]:
         with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
             yield
 
 
-def _tempered(head: nn.Module, temperature: float) -> Callable[[Tensor], Tensor]:
+def _tempered(head: Callable[..., Any], temperature: float) -> Callable[[Tensor], Tensor]:
     return head if temperature == 1 else lambda hidden: head(hidden) / temperature
 
 
-def _output_matrix(head: nn.Module) -> Tensor | None:
+def _output_matrix(head: Any) -> Tensor | None:
     """The matrix of a head that is nothing but a matrix product."""
     if isinstance(head, (nn.Linear, SavedModule)) and head.bias is None and not is_quantised_linear(head):
         return head.weight
@@ -279,6 +295,6 @@ def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def _add(total: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+def add_sums(total: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
     for name, value in sums.items():
         total[name] = total[name] + value if name in total else value

@@ -50,15 +50,15 @@ class PooledEngine(NativeEngine):
     def predict(self, batch: Batch) -> PooledOutputs:
         """The values of a batch, in evaluation mode."""
         self.model.eval()
-        self._average(True)
-        return self._outputs(batch.to(self.device))
+        self.average(True)
+        return self.objective_inputs(batch.to(self.device))
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
-        return self._outputs(batch).values
+        return self.objective_inputs(batch).values
 
-    def _outputs(self, batch: Batch) -> PooledOutputs:  # type: ignore[override]
-        with self._precision():
+    def objective_inputs(self, batch: Batch, tokens: Any = None) -> PooledOutputs:
+        with self.precision():
             outputs = self._run(batch)
             states = self._pool(outputs.last_hidden_state if self._split else outputs.logits, batch)
             values = self._split[1](states) if self._split else states

@@ -11,10 +11,9 @@ backward pass of the last layer, that of the first layer, and the update. What i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from swift.config.schema import Config
 from swift.models.counting import has_gate
 from swift.models.facts import ModelFacts
 
@@ -28,7 +27,6 @@ __all__ = [
     "kept_bytes_per_token",
     "memory_parts",
     "moments",
-    "reference_bytes",
     "with_overhead",
 ]
 
@@ -49,6 +47,30 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class AdapterMemory:
+    """What adapters change.
+
+    Attributes:
+        per_token: bytes that they keep of a token, over all layers.
+        once: bytes that they keep however many tokens there are, over all layers.
+        reads: which inputs of linear layers are kept for them: results of norms (``attention``, ``feed_forward``), of
+            attention (``result``), and the feed-forward ``product``.
+        frozen: bytes of frozen tensors that they bring along.
+        resting: decoder layers before the first trained parameter, which keep nothing.
+        first_norm_rests: nor does the first norm of the next one.
+        trained_share: of the other layers this share is trained, where layers themselves are.
+    """
+
+    per_token: float = 0.0
+    once: float = 0.0
+    reads: frozenset[str] = frozenset(("attention", "result", "feed_forward", "product"))
+    frozen: int = 0
+    resting: int = 0
+    first_norm_rests: bool = True
+    trained_share: float = 1.0
+
+
+@dataclass(frozen=True)
 class Setup:
     """What, besides the model, decides memory.
 
@@ -59,8 +81,8 @@ class Setup:
         trainable_bytes: bytes of one of them in storage (4: float32 master weights).
         saved_modules: parameters of the trained copies that modules_to_save makes.
         trains_head: the output matrix is trained.
-        adapted: the linear layers that have an adapter.
-        rank, dropout: of the adapters.
+        adapters: what adapters keep, and which layers keep nothing.
+        updated: parameters that are trained at a time; None: all that are ever trained (LISA: fewer).
         tokens: tokens of a micro-batch, padding included.
         documents: in each row; the CPU computes them one by one and joins the results.
         accumulates: a step has several micro-batches, so gradients are there while the next one is computed.
@@ -75,6 +97,7 @@ class Setup:
         unpacked: numbers of the largest quantised layer, which is unpacked for each product.
         optimizer_bytes: what the optimizer keeps; None: AdamW's two numbers for each trained one.
         update_numbers: numbers that the update of a matrix needs for the time being, as a multiple of the matrix.
+        eager_width: tokens of a row where attention keeps [heads, tokens, tokens] (attn_impl eager); else 0.
         judged_passes: passes without gradients in each micro-batch: of a reference, and over KTO's mismatched pairs.
     """
 
@@ -85,9 +108,8 @@ class Setup:
     trainable_bytes: int = 4
     saved_modules: int = 0
     trains_head: bool = False
-    adapted: Sequence[LinearShape] = ()
-    rank: int = 0
-    dropout: float = 0.0
+    adapters: AdapterMemory = AdapterMemory()
+    updated: int | None = None
     documents: int = 1
     accumulates: bool = True
     checkpointing: bool = False
@@ -101,6 +123,7 @@ class Setup:
     unpacked: int = 0
     optimizer_bytes: int | None = None
     update_numbers: float = 0.0
+    eager_width: int = 0
     judged_passes: int = 0
 
     @property
@@ -112,7 +135,12 @@ class Setup:
         """What the optimizer keeps."""
         if self.optimizer_bytes is not None:
             return self.optimizer_bytes
-        return 2 * self.trainable * self.trainable_bytes
+        return 2 * self.num_updated * self.trainable_bytes
+
+    @property
+    def num_updated(self) -> int:
+        """Parameters that have a gradient at a time."""
+        return self.trainable if self.updated is None else self.updated
 
     @property
     def has_cast_copies(self) -> bool:
@@ -132,25 +160,28 @@ def kept_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
         head norms   4 (q + k + heads + key heads)    Qwen3, Gemma 3; full training: b (q + k) more
         feed-forward `_feed_forward_bytes`
 
-    An adapter keeps its [rank] projection, and with dropout what was dropped: one byte an input element (two on the
-    CPU). Tensors were listed with autograd's hooks for saved tensors.
+    Where nothing that is adapted takes the result of a norm, or the feed-forward product, that is not kept. What
+    adapters keep themselves: `swift.plan.adapters`. Tensors were listed with autograd's hooks for saved tensors.
     """
     b, h = setup.compute_bytes, facts.hidden_size
     heads, key_heads = facts.num_attention_heads, facts.num_key_value_heads
     q, k = heads * facts.head_dim, key_heads * facts.head_dim
     norms = 4 if facts.model_type.startswith(("gemma2", "gemma3")) else 2
     total = norms * (4 * h + 4) + 2 * b * (q + k) + 4 * heads + _feed_forward_bytes(facts, setup)
-    if setup.documents > 1 and setup.device == "cpu":
+    if (
+        setup.eager_width
+    ):  # probabilities in float32 and as they are multiplied; keys and values for every head
+        total += (4 if b == 4 else 4 + b) * heads * setup.eager_width + 2 * b * (q - k)
+    if setup.documents > 1 and setup.device == "cpu" and "result" in setup.adapters.reads:
         total += b * q
     if setup.has_cast_copies:
         total += norms * 4 * h + (4 if facts.is_mixture_of_experts else 5) * b * h
     else:
-        total += 2 * b * h + (0 if setup.is_lora else norms * b * h)
+        taken = len(setup.adapters.reads & {"attention", "feed_forward"})
+        total += taken * b * h + (0 if setup.is_lora else norms * b * h)
     if facts.model_type.startswith(("qwen3", "gemma3")):
         total += 4 * (q + k + heads + key_heads) + (0 if setup.is_lora else b * (q + k))
-    mask = 0 if setup.dropout == 0 else 2 if setup.device == "cpu" else 1
-    adapters = sum(b * setup.rank + mask * layer.inputs for layer in setup.adapted)
-    return total + adapters / facts.num_layers
+    return total + setup.adapters.per_token / facts.num_layers
 
 
 def _feed_forward_bytes(facts: ModelFacts, setup: Setup) -> float:
@@ -163,7 +194,7 @@ def _feed_forward_bytes(facts: ModelFacts, setup: Setup) -> float:
     b, h = setup.compute_bytes, facts.hidden_size
     if not facts.is_mixture_of_experts:
         gated = 4 if has_gate(facts.model_type) else 2
-        return gated * b * facts.intermediate_size
+        return (gated - ("product" not in setup.adapters.reads)) * b * facts.intermediate_size
     chosen = facts.num_experts_per_token
     inner = facts.config.get("moe_intermediate_size") or facts.intermediate_size
     shared = facts.config.get("shared_expert_intermediate_size") or 0
@@ -187,6 +218,7 @@ def _head_numbers(facts: ModelFacts) -> int:
 HELD: dict[str, Callable[[ModelFacts, Setup], float]] = {
     "weights": lambda facts, setup: (
         (setup.weights_bytes if setup.weights_bytes is not None else _frozen(facts, setup) * setup.compute_bytes)
+        + setup.adapters.frozen
         + (0 if setup.is_lora else setup.trainable * setup.trainable_bytes)
     ) / setup.model_shares,
     "adapters": lambda facts, setup: (
@@ -210,9 +242,9 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     """What comes and goes at the moments of a step that can be its peak, by part."""
     b, h = setup.compute_bytes, facts.hidden_size
     tokens = setup.tokens / setup.sequence_shares
-    all_gradients = setup.trainable * setup.trainable_bytes / setup.model_shares
+    all_gradients = setup.num_updated * setup.trainable_bytes / setup.model_shares
     earlier = all_gradients if setup.accumulates else 0
-    layer = kept_bytes_per_token(facts, setup)
+    layer = _mean_layer(facts, setup)
     # Ids, targets and positions; rotations; the input of the last norm and its result.
     always = 8 * 3 + 2 * b * facts.head_dim + (4 + b) * h + (0 if setup.is_lora else b * h)
     kept = _kept_of_layers(facts, setup, layer) + always
@@ -221,7 +253,7 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     in_layer = _backward_bytes(facts, setup)
     head, loss = _loss_bytes(facts, setup, tokens)
     logits = head.pop("logits")
-    first_of_full = 4 * _head_numbers(facts) if not setup.is_lora else 0
+    first_of_full = 4 * _head_numbers(facts) if not (setup.is_lora or setup.adapters.resting) else 0
     matrix = max(_head_numbers(facts), _feed_forward_size(facts) * h) if not setup.is_lora else 0
     largest_update = max(matrix, setup.saved_modules) * setup.update_numbers * 4
     is_last_recomputed = setup.checkpointing and (setup.recomputed or facts.num_layers) >= facts.num_layers
@@ -229,13 +261,15 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     if is_last_recomputed and b == 4:
         recomputing -= 4 * h  # the layer's input in float32 is the one that was kept
     unpacked = setup.unpacked * b / setup.model_shares
+    once = setup.adapters.once / setup.model_shares
+    whole_once = once / facts.num_layers if is_last_recomputed else once
     return {
         "loss": {
-            "activations": tokens * kept + loss, "logits": logits, "gradients": earlier,
-            "temporary": casts + head["temporary"],
+            "activations": tokens * kept + loss + (0 if is_last_recomputed else once), "logits": logits,
+            "gradients": earlier, "temporary": casts + head["temporary"],
         },
         "backward of the last layer": {
-            "activations": tokens * (kept + recomputing), "gradients": max(earlier, head["gradients"]),
+            "activations": tokens * (kept + recomputing) + whole_once, "gradients": max(earlier, head["gradients"]),
             "temporary": late_casts + tokens * in_layer + unpacked,
         },
         "backward of the first layer": {
@@ -244,6 +278,15 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
         },
         "update": {"gradients": all_gradients, "temporary": largest_update / setup.model_shares},
     }  # fmt: skip
+
+
+def _mean_layer(facts: ModelFacts, setup: Setup) -> float:
+    """`kept_bytes_per_token`; layers that are frozen among trained ones keep the results of norms for nobody."""
+    layer, share = kept_bytes_per_token(facts, setup), setup.adapters.trained_share
+    if share == 1:
+        return layer
+    frozen = replace(setup, is_lora=True, adapters=AdapterMemory(reads=frozenset()))
+    return share * layer + (1 - share) * kept_bytes_per_token(facts, frozen)
 
 
 def _kept_of_layers(facts: ModelFacts, setup: Setup, layer: float) -> float:
@@ -255,9 +298,14 @@ def _kept_of_layers(facts: ModelFacts, setup: Setup, layer: float) -> float:
         return 0
     recomputed = min(facts.num_layers, setup.recomputed or facts.num_layers) if setup.checkpointing else 0
     stream = 4 if setup.has_cast_copies else setup.compute_bytes
-    whole = facts.num_layers - recomputed
-    first = 4 * facts.hidden_size + 4 if setup.is_lora and whole == facts.num_layers else 0
-    return recomputed * stream * facts.hidden_size + whole * layer - first
+    resting = min(setup.adapters.resting, facts.num_layers)
+    whole = facts.num_layers - max(recomputed, resting)
+    first = (
+        4 * facts.hidden_size + 4
+        if setup.is_lora and setup.adapters.first_norm_rests and not recomputed
+        else 0
+    )
+    return max(0, recomputed - resting) * stream * facts.hidden_size + whole * layer - first
 
 
 def _backward_bytes(facts: ModelFacts, setup: Setup) -> float:
@@ -316,23 +364,6 @@ def with_overhead(parts: Mapping[str, int], device: str) -> dict[str, int]:
         "reserve": round(RESERVE_SHARE * passing) if on_device else 0,
         "context": CONTEXT_BYTES["cuda" if on_device else "cpu"],
     }
-
-
-def reference_bytes(config: Config, facts: ModelFacts, setup: Setup) -> int:
-    """What the reference of preference learning keeps beside the model (see `swift.train.reference`).
-
-    Nothing where LoRA is switched off for it; a copy of the trained weights; or a model of its own, of this size.
-    """
-    rlhf = config.rlhf
-    if not rlhf.runs_reference:
-        return 0
-    if rlhf.ref_model is not None or (rlhf.ref_adapters and rlhf.ref_adapters != config.model.adapters):
-        whole = facts.num_parameters * setup.compute_bytes
-        return whole if setup.weights_bytes is None else setup.weights_bytes
-    copies = (
-        not setup.is_lora or config.model.adapters or config.tuner.init_weights not in ("default", "gaussian")
-    )
-    return setup.trainable * setup.trainable_bytes if copies else 0
 
 
 def checkpoint_bytes(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.bind import load_run_config
-from swift.config.export_rules import METHODS
+from swift.config.export_rules import DEFAULT_CALIBRATION, METHODS
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
@@ -152,7 +152,7 @@ def _part(
                 f"the toolchain {method.toolchain} is not installed: swift toolchain install {method.toolchain}"
             )
         if method.calibrated:
-            part |= _calibration(resolved, rows, rows_from, warnings)
+            part |= _calibration(resolved, rows, rows_from)
     if facts is not None:
         width = DTYPE_BYTES.get(dtype, 4)
         part["bytes_before"] = facts.num_parameters * width
@@ -162,15 +162,14 @@ def _part(
     return part
 
 
-def _calibration(
-    resolved: Resolved, rows: RowPlan, rows_from: str | None, warnings: list[str]
-) -> dict[str, Any]:
+def _calibration(resolved: Resolved, rows: RowPlan, rows_from: str | None) -> dict[str, Any]:
     wanted = resolved.config.export.quant_n_samples
     if rows_from is None:
-        warnings.append(
-            "--dataset: calibration data is missing; a run needs it (or a model that swift has trained)"
-        )
-        return {"calibration_rows": 0, "calibration_from": None}
+        return {
+            "calibration_rows": wanted,
+            "calibration_from": DEFAULT_CALIBRATION,
+            "calibration_tokens": None,
+        }
     taken = min(wanted, rows.rows) if rows.rows else wanted
     longest = resolved.config.data.max_length or _DEFAULT_LENGTH
     lengths = [min(length, longest) for length in rows.lengths]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from swift.config.sections.tuner import TunerSection
@@ -13,7 +13,15 @@ from swift.models.facts import ModelFacts, read_safetensors_header, weight_files
 from swift.plan.analytic import LinearShape
 from swift.tuners.registry import METHODS, count_decoder_layer, count_layer
 
-__all__ = ["adapted_layers", "linear_layers", "parameter_sizes", "saved_parameters", "trainable_parameters"]
+__all__ = [
+    "adapted_layers",
+    "frozen_names",
+    "layer_parameters",
+    "linear_layers",
+    "parameter_sizes",
+    "saved_parameters",
+    "trainable_parameters",
+]
 
 _OTHER = re.compile(
     r"(^|\.)(embed_\w+|wte|wpe|lm_head|embed_out|router)$|norm|(^|\.)ln_|\.experts(\.|$)|\.gate$"
@@ -97,7 +105,7 @@ def trainable_parameters(
     if tuner.tuner_type == "full":
         return full_trainable(facts, shapes, tuner)
     if tuner.tuner_type == "llamapro":
-        return tuner.llamapro_num_new_blocks * _layer_parameters(facts, shapes)
+        return tuner.llamapro_num_new_blocks * layer_parameters(facts, shapes)
     if tuner.tuner_type in METHODS:
         count = sum(count_layer(layer.name, layer.inputs, layer.outputs, tuner) for layer in adapted)
         return count + _expert_parameters(facts, tuner)
@@ -105,7 +113,7 @@ def trainable_parameters(
     return (number or facts.num_layers) * count_decoder_layer(facts.hidden_size, tuner)
 
 
-def _layer_parameters(facts: ModelFacts, shapes: dict[str, tuple[int, ...]]) -> int:
+def layer_parameters(facts: ModelFacts, shapes: dict[str, tuple[int, ...]]) -> int:
     """Parameters of one decoder layer: the last."""
     last = f".{facts.num_layers - 1}."
     stored = sum(math.prod(shape) for name, shape in shapes.items() if last in name)
@@ -129,6 +137,11 @@ def full_trainable(facts: ModelFacts, shapes: dict[str, tuple[int, ...]], tuner:
     """Parameters that full training trains: all but what the freeze options name."""
     if not shapes:
         return round(facts.num_parameters * (1 - tuner.freeze_parameters_ratio))
+    return facts.num_parameters - sum(math.prod(shapes[name]) for name in frozen_names(facts, shapes, tuner))
+
+
+def frozen_names(facts: ModelFacts, shapes: Mapping[str, tuple[int, ...]], tuner: TunerSection) -> set[str]:
+    """The stored parameters that the freeze options name."""
     frozen: set[str] = set()
     limit, count = int(facts.num_parameters * tuner.freeze_parameters_ratio), 0
     for name, shape in shapes.items():
@@ -137,12 +150,10 @@ def full_trainable(facts: ModelFacts, shapes: dict[str, tuple[int, ...]], tuner:
             frozen.add(name)
     frozen |= _named(shapes, tuner.freeze_parameters, tuner.freeze_parameters_regex)
     frozen -= _named(shapes, tuner.trainable_parameters, tuner.trainable_parameters_regex)
-    return facts.num_parameters - sum(math.prod(shapes[name]) for name in frozen)
+    return frozen
 
 
-def _named(
-    names: Sequence[str] | dict[str, tuple[int, ...]], starts: Sequence[str], pattern: str | None
-) -> set[str]:
+def _named(names: Iterable[str], starts: Sequence[str], pattern: str | None) -> set[str]:
     found = {name for name in names if starts and name.startswith(tuple(starts))}
     return found | {name for name in names if pattern is not None and re.search(pattern, name)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,20 +11,22 @@ from typing import Any
 
 from swift.config.schema import Resolved
 from swift.config.sections.rlhf import RlhfSection
+from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
 from swift.models.facts import ModelFacts
 from swift.models.quantised import stored_method
+from swift.plan.adapters import adapter_memory
 from swift.plan.analytic import (
     DTYPE_BYTES,
     Setup,
     checkpoint_bytes,
     memory_parts,
-    reference_bytes,
     with_overhead,
 )
 from swift.plan.device import DeviceFacts
 from swift.plan.modules import (
     adapted_layers,
+    layer_parameters,
     linear_layers,
     parameter_sizes,
     saved_parameters,
@@ -33,7 +36,7 @@ from swift.plan.quantised import frozen_bytes, largest_unpacked
 from swift.train.optimizers import OPTIMIZERS, is_target, state_bytes
 from swift.tuners.registry import METHODS
 
-__all__ = ["ExactMethod", "Widest", "compute_dtype", "grown", "make_setup", "memory_of"]
+__all__ = ["ExactMethod", "Widest", "compute_dtype", "make_setup", "memory_of", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,18 @@ def make_setup(
         matrices = [
             (one.outputs, one.inputs) for one in layers if is_target(f"{one.name}.weight", 2, targets, None)
         ]
+    updated = trainable
+    if tuner.lisa_activated_layers:
+        resting = max(0, facts.num_layers - tuner.lisa_activated_layers)
+        updated -= resting * layer_parameters(facts, shapes)
     return Setup(
         compute=compute,
         is_lora=is_lora,
         trainable=trainable,
         trainable_bytes=DTYPE_BYTES[stored],
         saved_modules=saved,
-        adapted=adapted,
-        rank=tuner.lora_rank,
-        dropout=tuner.lora_dropout if is_lora else 0.0,
+        adapters=adapter_memory(facts, shapes, adapted, tuner, DTYPE_BYTES[compute], device.kind != "cpu"),
+        updated=updated if tuner.lisa_activated_layers else None,
         trains_head=_trains_head(facts, resolved),
         tokens=widest.tokens,
         documents=widest.sequences // widest.rows,
@@ -118,8 +124,9 @@ def make_setup(
         if is_lora
         else None,
         unpacked=largest_unpacked(layers, config.quantization),
-        optimizer_bytes=state_bytes(config.optimizer, trainable, DTYPE_BYTES[stored], matrices),
+        optimizer_bytes=state_bytes(config.optimizer, updated, DTYPE_BYTES[stored], matrices),
         update_numbers=OPTIMIZERS[config.optimizer.optim].update_numbers,
+        eager_width=widest.width if config.model.attn_impl == "eager" else 0,
         judged_passes=_judged_passes(config.rlhf),
     )
 
@@ -145,7 +152,42 @@ def _chunk(resolved: Resolved, widest: Widest) -> int:
     return widest.sequences if kind == "generative_reranker" else 0
 
 
-def grown(resolved: Resolved, facts: ModelFacts, trainable: int) -> ModelFacts:
+def parts_of(
+    resolved: Resolved,
+    facts: ModelFacts,
+    setup: Setup,
+    device: DeviceFacts,
+    exact: dict[str, int] | None = None,
+) -> dict[str, int]:
+    """Bytes by part, with the reference of preference learning and what process and allocator need."""
+    facts = _grown(resolved, facts, setup.trainable)
+    parts = with_overhead(memory_parts(facts, setup) if exact is None else exact, device.kind)
+    reference = _reference_bytes(resolved, facts, setup)
+    return {**parts, "reference": reference} if reference else parts
+
+
+def _reference_bytes(resolved: Resolved, facts: ModelFacts, setup: Setup) -> int:
+    """What the reference of preference learning keeps beside the model (see `swift.train.reference`).
+
+    Nothing where LoRA is switched off for it; a copy of the trained weights; or a model of its own, which is of the
+    same size unless it is found on this disk.
+    """
+    config, rlhf = resolved.config, resolved.config.rlhf
+    if not rlhf.runs_reference:
+        return 0
+    if rlhf.ref_model is not None or (rlhf.ref_adapters and rlhf.ref_adapters != config.model.adapters):
+        with contextlib.suppress(SwiftError):  # the run will say what is wrong with it
+            if rlhf.ref_model is not None and Path(rlhf.ref_model).expanduser().is_dir():
+                facts = ModelFacts.read(Path(rlhf.ref_model).expanduser())
+        layers, size = linear_layers(facts, {}), DTYPE_BYTES[setup.compute]
+        return frozen_bytes(facts, layers, config.quantization, size) or facts.num_parameters * size
+    starts_at_base = config.tuner.tuner_type != "lora" or config.tuner.init_weights in ("default", "gaussian")
+    if setup.is_lora and starts_at_base and not config.model.adapters:
+        return 0
+    return setup.trainable * setup.trainable_bytes
+
+
+def _grown(resolved: Resolved, facts: ModelFacts, trainable: int) -> ModelFacts:
     """The model as it will be: LLaMA-Pro adds layers."""
     if resolved.config.tuner.tuner_type != "llamapro":
         return facts
@@ -163,10 +205,8 @@ def memory_of(
     exact: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """The memory part of a plan, and the disk part in it; ``exact``: bytes by part that were found otherwise."""
-    facts = grown(resolved, facts, setup.trainable)
-    parts = with_overhead(memory_parts(facts, setup) if exact is None else exact, device.kind)
-    reference = reference_bytes(resolved.config, facts, setup)
-    parts |= {"reference": reference} if reference else {}
+    parts = parts_of(resolved, facts, setup, device, exact)
+    facts = _grown(resolved, facts, setup.trainable)
     options = resolved.config.checkpoint
     one = checkpoint_bytes(
         facts,

@@ -11,10 +11,9 @@ from typing import Any
 from swift.config.bind import dump
 from swift.config.schema import Resolved, options
 from swift.models.facts import ModelFacts
-from swift.plan.analytic import memory_parts, with_overhead
 from swift.plan.device import DeviceFacts
 from swift.plan.ladder import Change, changes
-from swift.plan.setup import Widest, grown, make_setup
+from swift.plan.setup import Widest, make_setup, parts_of
 
 __all__ = ["Situation", "solve"]
 
@@ -27,9 +26,8 @@ class Situation:
     """A run and the device it is for.
 
     Attributes:
-        longest: tokens of the longest sample that is known; None: samples may be as long as max_length.
         limit: bytes that may be used.
-        measure: from options and the largest micro-batch to bytes by part.
+        widest_of: the largest micro-batch that its options can make.
     """
 
     resolved: Resolved
@@ -51,8 +49,7 @@ class Situation:
         """Bytes at the peak by the formulas."""
         resolved = self.with_options(overrides)
         setup = make_setup(resolved, self.facts, self.folder, self.device, self.widest_of(resolved), [])
-        facts = grown(resolved, self.facts, setup.trainable)
-        return sum(with_overhead(memory_parts(facts, setup), self.device.kind).values())
+        return sum(parts_of(resolved, self.facts, setup, self.device).values())
 
 
 def solve(situation: Situation) -> dict[str, Any]:

@@ -19,15 +19,17 @@ from typing import Any
 
 from swift.config.export_rules import METHODS, Method
 from swift.config.schema import Resolved
+from swift.core.devices import describe_cpu
 from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.core.files import atomic_directory, atomic_write_json, free_bytes, remove_partial
 from swift.core.format import format_bytes
 from swift.inference.context import InferenceContext, find_context
+from swift.inference.engines.vllm_server import check_weights
 from swift.models.facts import ModelFacts
 from swift.models.quantised import check_loadable, check_packages, stored_method
 from swift.quantize.merge import keep_stored_precision, merge, merge_context
 from swift.quantize.parity import REPORT_FILE, Limits, ParityReport, kept_tensors, weights_size
-from swift.quantize.texts import calibration_rows, held_out_probes, no_calibration, read_template
+from swift.quantize.texts import calibration_rows, held_out_probes, read_template
 from swift.runs.lock import FolderLock
 from swift.toolchains.toolchain import Toolchain, ToolchainError, find_toolchain
 
@@ -67,13 +69,9 @@ def export(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path
 
 
 def check_before(resolved: Resolved) -> Toolchain | None:
-    """What can be refused before a model is looked for (and perhaps downloaded): data and programs that are missing."""
+    """What can be refused before a model is looked for (and perhaps downloaded): programs that are missing."""
     name = resolved.config.quantization.quant_method
     method = METHODS[name or ""]
-    model, data = resolved.config.model, resolved.config.data
-    is_here = model.model is None or Path(model.model).expanduser().exists()
-    if method.calibrated and not data.dataset and not model.adapters and not is_here:
-        raise no_calibration(resolved)
     if method.toolchain is not None:
         return find_toolchain(method.toolchain)
     check_packages(resolved.config.quantization)
@@ -432,6 +430,11 @@ class _Flow:
             toolchain = find_toolchain("vllm")
         except ToolchainError as error:
             return f"not tried: {error.message} ({error.fix})"
+        if toolchain.variant == "cpu":
+            try:
+                check_weights(folder, describe_cpu()["features"])
+            except ModelError as error:
+                return f"not tried: {error.message} ({error.why})"
         worker = Path(__file__).with_name("workers") / "vllm_load.py"
         payload = {"model": str(folder), "ids": ids[:16], "bytes": weights_size(folder)}
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from swift.config.bind import load_run_config
+from swift.config.export_rules import DEFAULT_CALIBRATION, LIBRARY_TEXT
 from swift.config.schema import Resolved
 from swift.config.sections.data import DataSection
 from swift.config.sections.task import TaskSection
@@ -47,12 +48,13 @@ def read_template(resolved: Resolved, context: InferenceContext) -> Template:
 def calibration_rows(
     resolved: Resolved, context: InferenceContext, template: Template
 ) -> tuple[list[list[int]], str]:
-    """(token ids of ``quant_n_samples`` rows, where they are from): ``--dataset``, else the run's training data.
+    """(token ids of ``quant_n_samples`` rows, where they are from): ``--dataset``, else the run's training data,
+    else documentation of Python's standard library.
 
     Rows that are too long are cut at the right (of a pre-training run: split).
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: the run streamed its data.
         DataError: a file is missing or cannot be read.
     """
     section = resolved.config.data
@@ -60,7 +62,9 @@ def calibration_rows(
     if not section.dataset:
         recorded = _recorded(context)
         if recorded is None or not recorded.config.data.dataset:
-            raise no_calibration(resolved)
+            width = min(longest_row(resolved, context.model), _LIBRARY_WINDOW)
+            windows = _library_windows(template.tokenizer, width, resolved.config.export.quant_n_samples, 1)
+            return windows, DEFAULT_CALIBRATION
         if recorded.config.data.streaming:
             raise ConfigError(
                 "the run streamed its data",
@@ -74,15 +78,6 @@ def calibration_rows(
     wanted = min(resolved.config.export.quant_n_samples, len(rows))
     chosen = np.sort(generator.choice(len(rows), wanted, replace=False))
     return [rows[int(place)][0].tolist() for place in chosen], said
-
-
-def no_calibration(resolved: Resolved) -> ConfigError:
-    return ConfigError(
-        f"{resolved.config.quantization.quant_method} needs text to calibrate with",
-        where="--dataset",
-        why="it weighs rounding errors by real inputs, and this model comes from no run whose data could be taken",
-        fix="--dataset FILE.jsonl (rows like those the model will see; a few hundred are enough)",
-    )
 
 
 def held_out_probes(
@@ -115,7 +110,9 @@ def held_out_probes(
             _, rows = _load(resolved, context, template, section)
             said = f"validation part of {', '.join(section.dataset)} (as in the run)"
     if rows is None:
-        return _library_text(template.tokenizer, total, min(longest, _LIBRARY_WINDOW))
+        width = min(longest, _LIBRARY_WINDOW)
+        windows = _library_windows(template.tokenizer, width, max(1, total // width), 0)
+        return [Probe.text(window) for window in windows], LIBRARY_TEXT
     probes: list[Probe] = []
     for place in np.random.default_rng(resolved.config.training.seed).permutation(len(rows)):
         ids, labels, _ = rows[int(place)]
@@ -126,22 +123,24 @@ def held_out_probes(
     return probes, said
 
 
-def _library_text(tokenizer: Any, total: int, width: int) -> tuple[list[Probe], str]:
-    """Windows spread evenly over the language reference that comes with Python."""
+def _library_windows(tokenizer: Any, width: int, wanted: int, part: int) -> list[list[int]]:
+    """``wanted`` pieces of ``width`` tokens, spread evenly over the language reference that comes with Python.
+
+    Part 0 (compared on) and part 1 (calibrated on) share no token. Fewer pieces where there is no more text.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError(
-            "this Python comes without its documentation, which is the held-out text when there is no other",
+            "this Python comes without its documentation, which is the text when no other is named",
             where="pydoc_data.topics",
-            fix="--parity_dataset FILE.jsonl",
+            fix="--dataset FILE.jsonl for calibration, --parity_dataset FILE.jsonl for the comparison",
         ) from error
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids: list[int] = tokenizer([text], add_special_tokens=False)["input_ids"][0]
-    count = max(1, total // width)
-    step = max(1, (len(ids) - width) // count)
-    windows = [ids[start : start + width] for start in range(0, step * count, step)][:count]
-    return [Probe.text(window) for window in windows], "documentation of Python's standard library"
+    windows = [ids[start : start + width] for start in range(part * width, len(ids) - width + 1, 2 * width)]
+    count = min(wanted, len(windows))
+    return [windows[number * len(windows) // count] for number in range(count)]
 
 
 def _recorded(context: InferenceContext) -> Resolved | None:

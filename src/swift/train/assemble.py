@@ -46,6 +46,7 @@ def tune_model(
     total_steps: int,
     base: Path | None,
     restored: bool = False,
+    name: str = DEFAULT_ADAPTER,
 ) -> TunedModel:
     """Attach the tuner, store frozen weights in the computing precision, switch on checkpointing.
 
@@ -53,6 +54,7 @@ def tune_model(
         dtype: the computing precision.
         base: folder of the model, for starts that read its weights.
         restored: the values come from a checkpoint (or do not matter), so no start is computed.
+        name: under which LoRA is attached.
     """
     config = resolved.config
     if config.model.adapters:
@@ -64,7 +66,7 @@ def tune_model(
             )
         folder = adapter_folder(config.model.adapters[0])
         check_tuner_options(resolved, folder)
-        tuned = load_adapter(model, folder, trainable=True)
+        tuned = load_adapter(model, folder, name, trainable=True)
         names = [name for group in tuned.parameter_sets().values() for name in group]
         if config.task.has_score_head and not any(SCORE in name.split(".") for name in names):
             raise ConfigError(
@@ -79,12 +81,13 @@ def tune_model(
             tuner_of(resolved),
             seed=config.training.seed,
             param_dtype=param_dtype(resolved),
+            adapter_name=name,
             total_steps=total_steps,
             restored=restored,
         )
         if config.tuner.init_weights == "loftq" and not restored:
             assert base is not None
-            start_from_rounding(model, DEFAULT_ADAPTER, stored_weights(base))
+            start_from_rounding(model, name, stored_weights(base))
         for parameter in model.parameters():
             if not parameter.requires_grad and tuned.kind == "full":
                 parameter.data = parameter.data.to(dtype)

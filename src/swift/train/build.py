@@ -40,14 +40,15 @@ from swift.train.neftune import add_embedding_noise
 from swift.train.precision import param_dtype
 from swift.train.prepare import Prepared
 from swift.train.reference import precompute, reference_options
+from swift.train.shared_base import SharedBase
 from swift.train.starts import start_from_data
 from swift.train.state import TrainState
 from swift.train.task_evaluation import TaskEvaluator
 from swift.train.tasks import classifier_head
-from swift.tuners.apply import TunedModel
+from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.starts import needs_data
 
-__all__ = ["PolicyFactory", "PolicyParts", "build"]
+__all__ = ["PolicyFactory", "PolicyParts", "build", "load_weights"]
 
 
 class PolicyParts(Protocol):
@@ -86,24 +87,33 @@ def build(
     closing: contextlib.ExitStack,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] = (),
     policy: PolicyFactory | None = None,
+    base: SharedBase | None = None,
 ) -> Trainer:
     """Model, engine and trainer, ready for the next step.
 
     ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss;
-    ``policy`` makes what policy optimisation learns from.
+    ``policy`` makes what policy optimisation learns from; ``base`` is the model where it is shared with other runs.
     """
     resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
     pad_token_id: int = tokenizer.pad_token_id
     steps = prepared.plan.total_steps
+    name = DEFAULT_ADAPTER
+    if base is None:
+        model = load_weights(prepared)
+    else:
+        name = base.new_name()
+        closing.callback(base.remove, name)
+        model = base.weights(prepared, load_weights)
     tuned = tune_model(
-        _load_weights(prepared),
+        model,
         resolved,
         device=prepared.device,
         dtype=prepared.dtype,
         total_steps=steps,
         base=prepared.model_path,
         restored=checkpoint is not None,
+        name=name,
     )
     reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
     engine = make_engine(
@@ -118,7 +128,7 @@ def build(
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
     if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
-        start_from_data(engine, prepared.data.train, resolved, pad_token_id)
+        start_from_data(engine, prepared.data.train, resolved, pad_token_id, tuned.adapter or DEFAULT_ADAPTER)
     state = _restored(prepared, tuned, engine)
     if config.rlhf.precompute_ref_log_probs:
         assert isinstance(engine, AnswerEngine)
@@ -245,7 +255,7 @@ def _set_aside(folder: RunFolder, state: TrainState, say: Callable[[str], None])
             folder.mark("best", state.best_step)
 
 
-def _load_weights(prepared: Prepared) -> Any:
+def load_weights(prepared: Prepared) -> Any:
     """The base model; a full run that goes on takes the weights of its checkpoint."""
     config = prepared.resolved.config
     resumes_full = prepared.checkpoint is not None and config.tuner.trains_whole_model

@@ -23,7 +23,7 @@ from swift.core.files import atomic_directory, free_bytes
 from swift.core.format import format_bytes
 from swift.parallel.engine import Engine
 from swift.train.state import TrainState
-from swift.tuners.apply import TunedModel
+from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.peft_format import load_adapter, save_adapter
 
 __all__ = ["checkpoint_bytes", "load_checkpoint", "read_state", "save_checkpoint"]
@@ -57,7 +57,7 @@ def save_checkpoint(
             if tuned.kind == "full":
                 _save_full(folder, tuned, export_dtype, engine.gather() if not only_model else {})
             else:
-                save_adapter(tuned.model, folder, base_path)
+                save_adapter(tuned.model, folder, base_path, name=tuned.adapter or DEFAULT_ADAPTER)
             tokenizer.save_pretrained(folder)
             shutil.copyfile(config_file, folder / "config.yaml")
             if not only_model:
@@ -122,7 +122,7 @@ def load_checkpoint(path: Path, *, tuned: TunedModel, engine: Engine) -> TrainSt
     """
     state = read_state(path)
     if tuned.kind != "full":
-        load_adapter(tuned.model, path, trainable=True)
+        load_adapter(tuned.model, path, tuned.adapter or DEFAULT_ADAPTER, trainable=True)
         if tuned.other and (path / TUNER_FILE).is_file():
             tuned.other.load_state(load_file(path / TUNER_FILE))
     elif (path / MASTER_FILE).is_file():

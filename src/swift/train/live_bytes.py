@@ -24,6 +24,10 @@ def run_without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     Torch's own description of a product of groups knows bfloat16 only.
     """
     if func is aten._local_scalar_dense.default:
+        if (
+            args[0].dtype == torch.bool
+        ):  # all finite, drawn above a threshold of 0: what training usually finds
+            return True
         return 0.0 if args[0].dtype.is_floating_point else 0
     if func is not aten._grouped_mm.default:
         return func(*args, **kwargs)
@@ -40,17 +44,19 @@ class LiveBytes(TorchDispatchMode):
     logits, and a cast of a weight is temporary. Peaks are kept apart for each ``phase``, so that the peaks of models of
     different depth can be compared phase by phase.
 
-    A boolean index of the batch's shape selects ``selected`` elements: fake tensors have no values that would tell.
+    A mask of the batch's shape selects ``selected`` elements, and what is repeated for each token becomes ``tokens``
+    numbers: fake tensors have no values that would tell.
 
     Args:
         vocab: size of the vocabulary.
         selected: how many positions of a mask of the batch's shape are set.
+        tokens: of the batch.
         on_device: count what is drawn for dropout as devices do, one byte an element (the CPU draws two).
     """
 
-    def __init__(self, *, vocab: int, selected: int, on_device: bool) -> None:
+    def __init__(self, *, vocab: int, selected: int, tokens: int, on_device: bool) -> None:
         super().__init__()
-        self.vocab, self.selected, self.on_device = vocab, selected, on_device
+        self.vocab, self.selected, self.tokens, self.on_device = vocab, selected, tokens, on_device
         self.part, self.phase = "weights", "build"
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
@@ -63,7 +69,13 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         if func is aten.index.Tensor:
             args = (args[0], self._positions(args[1]), *args[2:])
-        output = run_without_values(func, args, kwargs or {})
+        if func is aten.nonzero.default:
+            count = self.selected if args[0].numel() == self.tokens else args[0].numel()
+            output = args[0].new_zeros((count, args[0].ndim), dtype=torch.int64)
+        elif func is aten.repeat_interleave.Tensor:
+            output = args[0].new_zeros(self.tokens)
+        else:
+            output = run_without_values(func, args, kwargs or {})
         # Layers are recomputed in the backward pass with gradients switched on, or a function of ours runs inside one.
         recomputes = self.part == "temporary" and (self._inside > 0 or torch.is_grad_enabled())
         part = "activations" if recomputes else self.part

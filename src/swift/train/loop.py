@@ -2,17 +2,21 @@
 
 One step: seed, gradients of all micro-batches, clip, update. Everything else (metric lines, evaluation,
 checkpoints, stopping) happens between steps, so a run can end and go on at any step boundary.
+
+The loop is a generator that asks for the gradients of its next step: a run alone has its engine answer (`drive`),
+several runs on one base have theirs computed together (`swift.train.fused`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,18 +30,20 @@ from swift.data.loader import BatchLoader
 from swift.data.report import StreamReport
 from swift.data.stream import StreamLoader
 from swift.objectives.base import Objective
-from swift.parallel.engine import Engine
+from swift.parallel.engine import Engine, StepOutput
 from swift.runs.folder import RunFolder
 from swift.runs.metrics import MetricsLog, read_metrics
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.evaluation import Evaluator
 from swift.train.failures import NonFiniteError
-from swift.train.seeds import seed_everything
+from swift.train.seeds import derived_seed, seed_everything
 from swift.train.signals import StopSignals
 from swift.train.state import LogWindow, TrainState
 
-__all__ = ["Interrupted", "PolicyLoader", "StepPlan", "Trainer"]
+__all__ = ["Interrupted", "PolicyLoader", "Step", "StepPlan", "Trainer", "drive"]
+
+T = TypeVar("T")
 
 logger = get_logger(__name__)
 
@@ -66,6 +72,33 @@ class PolicyLoader(Protocol):
 
     def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Any]]: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of a run whose gradients are asked for, and who can compute them."""
+
+    engine: Engine
+    batches: list[Batch]
+    objective: Objective
+    seed: int
+
+
+def drive(steps: Generator[Step, StepOutput, T]) -> T:
+    """Have every step computed by its own engine; returns what the generator returns."""
+    with contextlib.closing(steps):
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    output = step.engine.forward_backward(step.batches, step.objective, step.seed)
+                except BaseException as error:  # the run itself has to know why it ends
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(output)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 @dataclass
@@ -131,14 +164,20 @@ class Trainer:
         self._rates: dict[str, float] = {}
         self._clock = _Clock()
         self._status_written = 0.0
-        self._signals = StopSignals()
+        self.signals = StopSignals()
 
     def stop(self, reason: str) -> None:
         """Ask the run to end after the current step."""
         self._stop_reason = self._stop_reason or reason
 
     def train(self) -> dict[str, Any]:
+        """`steps`, computed by this run's own engine."""
+        return drive(self.steps())
+
+    def steps(self) -> Generator[Step, StepOutput, dict[str, Any]]:
         """Run until the planned end, a stop request or a signal; returns the summary.
+
+        Yields every optimizer step and is sent what came of it, the gradients being in place by then.
 
         Raises:
             Interrupted: a signal ended the run; a checkpoint was saved.
@@ -147,11 +186,14 @@ class Trainer:
         self._notify("on_train_begin")
         self._status.update("running", step=self.state.step, total_steps=self.total_steps, stage="train")
         self._clock.restart()
-        with StopSignals() as self._signals:
+        with self.signals:
             if self.state.evaluation_owed:
                 self._evaluate_and_save()
             for batches in self._remaining_steps():
-                self._train_step(batches)
+                seed = self.config.training.seed
+                seed_everything(seed, "step", self.state.step)
+                noise = derived_seed(seed, "noise", self.state.step)
+                self._update(batches, (yield Step(self.engine, batches, self.objective, noise)))
                 self._notify("on_step_end")
                 self._report_step()
                 self._evaluate_and_save()
@@ -187,10 +229,9 @@ class Trainer:
             yield batches
         state.position, state.stream_report = (0, 0), loader.report
 
-    def _train_step(self, batches: list[Batch]) -> None:
+    def _update(self, batches: list[Batch], output: StepOutput) -> None:
+        """Clip, update, count."""
         state = self.state
-        seed_everything(self.config.training.seed, "step", state.step)
-        output = self.engine.forward_backward(batches, self.objective)
         counted = self.objective.denominators(batches)
         norm = self.engine.clip()["default"]
         self._rates = self.engine.step(state.step)
@@ -224,13 +265,13 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         """What is due after the step just done. A stop signal ends it, and the resumed run begins with it."""
-        if self._signals.received:
+        if self.signals.received:
             self._interrupt(owed=True)
         self.state.evaluation_owed = False
         improved = self._evaluate() if self._due(self.config.evaluation.eval_strategy, "eval") else False
         if self._due(self.config.checkpoint.save_strategy, "save") or improved:
             self._save(is_best=improved)
-        if self._signals.received and self.state.step < self.total_steps:
+        if self.signals.received and self.state.step < self.total_steps:
             self._interrupt(owed=False)
 
     def _due(self, strategy: str | None, what: str) -> bool:
@@ -314,7 +355,7 @@ class Trainer:
         assert self.evaluator is not None
         self._clock.pause()
         self._status.update(stage="evaluate")
-        metrics = self.evaluator.run(self.engine, lambda: self._signals.received is not None)
+        metrics = self.evaluator.run(self.engine, lambda: self.signals.received is not None)
         if metrics is None:
             self._interrupt(owed=True)
         self._last_eval = metrics
@@ -365,7 +406,7 @@ class Trainer:
 
     def _interrupt(self, *, owed: bool) -> NoReturn:
         """Save and leave at once; ``owed``: evaluation and save of this step are left to the resumed run."""
-        signals = self._signals
+        signals = self.signals
         if self._saved_step != self.state.step:
             self.state.evaluation_owed = owed
             self._save()

@@ -1,4 +1,8 @@
-"""From a configuration to a trained model: check, load, build, train, leave everything in the run folder."""
+"""From a configuration to a trained model: check, load, build, train, leave everything in the run folder.
+
+`run_steps` is the whole life of a run as a generator that asks for the gradients of its optimizer steps. `train` has
+them computed by the run's own engine; `swift.train.fused` runs several beside each other on one base model.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import gc
 import json
 import multiprocessing
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from swift.core.files import atomic_write_text
 from swift.core.logging import attach_run_logs, detach_run_logs, get_logger
 from swift.data.sources import find_files, parse_dataset_spec
 from swift.data.stream import stream_notes
+from swift.parallel.engine import StepOutput
 from swift.runs.curves import draw_curves
 from swift.runs.folder import RunFolder
 from swift.runs.record import write_environment, write_provenance, write_summary
@@ -32,10 +37,12 @@ from swift.train.checkpoints import read_state
 from swift.train.config_record import recorded
 from swift.train.evaluation import Evaluator
 from swift.train.failures import failure_kind
-from swift.train.loop import Interrupted
+from swift.train.loop import Interrupted, Step, drive
 from swift.train.prepare import Prepared, prepare
+from swift.train.shared_base import SharedBase
+from swift.train.signals import StopSignals
 
-__all__ = ["RunResult", "train"]
+__all__ = ["RunResult", "run_steps", "train"]
 
 logger = get_logger(__name__)
 
@@ -73,6 +80,37 @@ def train(
         SwiftError: with cause and fix; bad options, model or data are found before anything slow.
         Interrupted: stopped by a signal, after saving.
     """
+    return drive(
+        run_steps(
+            resolved,
+            callbacks=callbacks,
+            say=say,
+            arguments=arguments,
+            announce=announce,
+            evaluators=evaluators,
+            policy=policy,
+        )
+    )
+
+
+def run_steps(
+    resolved: Resolved,
+    *,
+    callbacks: Sequence[Callback] = (),
+    say: Callable[[str], None] = print,
+    arguments: Sequence[str] | None = None,
+    announce: Callable[[Sequence[int]], None] | None = None,
+    evaluators: Sequence[Callable[[Prepared], Evaluator]] | None = None,
+    policy: PolicyFactory | None = None,
+    base: SharedBase | None = None,
+    signals: StopSignals | None = None,
+) -> Generator[Step, StepOutput, RunResult]:
+    """`train` step by step, see `swift.train.loop.Trainer.steps`.
+
+    Args:
+        base: the model that this run shares with others; None: one of its own.
+        signals: what stops it; None: the signals of this process.
+    """
     _refuse_import_by_worker()
     if resolved.config.evaluation.eval_tasks is not None and evaluators is None:
         raise ConfigError(
@@ -104,19 +142,21 @@ def train(
         everyone = [*callbacks, *tracker_callbacks(resolved.config.report.report_to), *own_callbacks]
         for callback in everyone:
             closing.callback(callback.close)
-        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), policy)
+        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), policy, base)
+        trainer.signals = signals or trainer.signals
         if resumed_step >= prepared.plan.total_steps:
             say(f"nothing is left to do: all {resumed_step} steps are done; a larger --max_steps goes on")
         elif resumed_step:
             say(f"going on from {prepared.checkpoint} (step {resumed_step} of {prepared.plan.total_steps})")
         gc.freeze()  # what is loaded by now stays to the end and need not be searched for garbage
         gc.enable()
+        trained = yield from trainer.steps()
         task = resolved.config.task.task_type
         summary = {
             "folder": str(folder.path),
             "command": resolved.command,
             **({} if task == "causal_lm" else {"task_type": task}),
-            **trainer.train(),
+            **trained,
         }
         write_summary(folder.path, summary)
         for note in stream_notes(trainer.state.stream_report, resolved.config.data):
@@ -127,7 +167,7 @@ def train(
             callback.on_train_end(trainer, summary)
         status.finish("succeeded")
         return RunResult(folder.path, summary)
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except (Interrupted, KeyboardInterrupt, GeneratorExit) as stop:
         status.finish("stopped", str(stop))
         raise
     except BaseException as error:  # whatever ended the run, its status must say so

@@ -13,19 +13,20 @@ __all__ = ["StopSignals"]
 class StopSignals:
     """While active, remembers the first stop signal instead of dying from it.
 
-    Attributes:
-        received: the signal number, or None.
+    Args:
+        group: takes the signals of this process for several runs; what it receives counts here as well.
     """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    def __init__(self, group: StopSignals | None = None) -> None:
+        self._received: int | None = None
+        self._group = group
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         # Only the main thread may set handlers; a run inside a thread is stopped through Trainer.stop().
-        if threading.current_thread() is threading.main_thread():
+        if self._group is None and threading.current_thread() is threading.main_thread():
             for number in self.HANDLED:
                 self._previous[number] = signal.signal(number, self._remember)
         return self
@@ -34,10 +35,19 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> int | None:
+        """The signal number, or None."""
+        return self._received or (self._group.received if self._group else None)
+
+    def receive(self, number: int) -> None:
+        """Ask this run alone to stop, as a signal would."""
+        self._received = number
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self._received = number
 
     @property
     def name(self) -> str:

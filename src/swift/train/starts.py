@@ -25,8 +25,10 @@ MAX_INPUT_ROWS = 2048
 """Inputs of a layer that are kept for EVA."""
 
 
-def start_from_data(engine: NativeEngine, dataset: Any, resolved: Resolved, pad_token_id: int) -> None:
-    """Let the adapter of ``engine.model`` start from the first samples of ``dataset`` that are short enough.
+def start_from_data(
+    engine: NativeEngine, dataset: Any, resolved: Resolved, pad_token_id: int, name: str = DEFAULT_ADAPTER
+) -> None:
+    """Let adapter ``name`` of ``engine.model`` start from the first samples of ``dataset`` that are short enough.
 
     Raises:
         SwiftError: no sample has at most ``lora_ga_max_length`` tokens.
@@ -45,31 +47,33 @@ def start_from_data(engine: NativeEngine, dataset: Any, resolved: Resolved, pad_
     objective = SftObjective()
     found: dict[str, Tensor] = {}
     if tuner.init_weights == "eva":
-        with _watching(model, partial(_keep_inputs, found)):
+        with _watching(model, name, partial(_keep_inputs, found)):
             for row in rows:
                 engine.evaluate(collate(dataset, [[row]], "padded", pad_token_id), objective)
-        start_from_inputs(model, DEFAULT_ADAPTER, found)
+        start_from_inputs(model, name, found)
         return
     batches = [
         collate(dataset, [[row] for row in rows[first : first + size]], "padded", pad_token_id)
         for first in range(0, len(rows), size)
     ]
-    with _watching(model, partial(_add_gradients, found)):
+    with _watching(model, name, partial(_add_gradients, found)):
         engine.forward_backward(batches, objective)
     for group in engine.parameter_sets.values():
         group.optimizer.zero_grad(set_to_none=True)
-    start_from_gradients(model, DEFAULT_ADAPTER, found, tuner, partial(module_seed, seed))
+    start_from_gradients(model, name, found, tuner, partial(module_seed, seed))
 
 
 @contextlib.contextmanager
-def _watching(model: nn.Module, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call ``watch(layer name, input, output)`` for every pass through an adapted layer within the block."""
+def _watching(model: nn.Module, name: str, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``watch(layer name, input, output)`` for every pass through a layer of adapter ``name`` within the block."""
 
-    def hook(name: str, _layer: LoraLinear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        watch(name, args[0], output)
+    def hook(key: str, _layer: LoraLinear, args: tuple[Tensor, ...], output: Tensor) -> None:
+        watch(key, args[0], output)
 
     layers = lora_layers(model).items()
-    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers]
+    handles = [
+        layer.register_forward_hook(partial(hook, key)) for key, layer in layers if name in layer.specs
+    ]
     try:
         yield
     finally:

@@ -19,11 +19,12 @@ from swift.tuners.adapter import OtherAdapter, adapter_of
 from swift.tuners.blocks import BLOCK_TYPES, attach_blocks
 from swift.tuners.freeze import freeze
 from swift.tuners.llamapro import add_layers
-from swift.tuners.lora import AdapterSpec, AdapterSwitch, LoraLinear, lora_layers
+from swift.tuners.lora import AdapterSpec, LoraLinear, lora_layers
 from swift.tuners.peft_adapter import attach_with_peft
 from swift.tuners.registry import peft_method
 from swift.tuners.saved_module import SavedModule, saved_modules
 from swift.tuners.starts import keeps_start, needs_data, start_from_weights
+from swift.tuners.switch import AdapterSwitch
 from swift.tuners.targets import find_saved, find_targets, short_names
 
 __all__ = ["TunedModel", "apply_tuner", "attach_adapter", "module_seed", "remove_adapter", "tuned_model"]
@@ -40,12 +41,14 @@ class TunedModel:
         kind: ``lora`` (our layer), ``other`` (another adapter) or ``full`` (weights of the model itself).
         switch: which adapter acts; None but for ``lora``.
         other: the adapter of kind ``other``.
+        adapter: the one that this is the view of, where the model has several; None: of all of them.
     """
 
     model: nn.Module
     kind: Literal["lora", "other", "full"]
     switch: AdapterSwitch | None = None
     other: OtherAdapter | None = None
+    adapter: str | None = None
 
     @property
     def adapter_names(self) -> list[str]:
@@ -60,7 +63,8 @@ class TunedModel:
         return list(names)
 
     def named_trainable(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
-        """Name -> trained parameter, of one adapter or (None) of all of them."""
+        """Name -> trained parameter, of one adapter (default: the view's)."""
+        adapter = adapter or self.adapter
         named = self.model.named_parameters()
         trained = {name: parameter for name, parameter in named if parameter.requires_grad}
         if adapter is None or self.kind != "lora":
@@ -68,8 +72,8 @@ class TunedModel:
         return {name: parameter for name, parameter in trained.items() if _adapter_of(name) == adapter}
 
     def parameter_sets(self) -> dict[str, dict[str, nn.Parameter]]:
-        """One named parameter set for each adapter; all but our LoRA have a single one, ``default``."""
-        if self.kind != "lora":
+        """What is optimized together: of a view, ``default`` holds what its own adapter trains."""
+        if self.kind != "lora" or self.adapter is not None:
             return {DEFAULT_ADAPTER: self.named_trainable()}
         return {name: self.named_trainable(name) for name in self.adapter_names}
 
@@ -146,13 +150,14 @@ def attach_adapter(
     if tuned.switch is None:
         model.requires_grad_(False)
         tuned = TunedModel(model, "lora", AdapterSwitch())
+    tuned.adapter = name
     assert tuned.switch is not None
     if name in tuned.adapter_names:
         raise ValueError(f"the model already has an adapter {name!r}")
     for module_name, spec in specs.items():
         module = model.get_submodule(module_name)
         if not isinstance(module, LoraLinear):
-            module = LoraLinear(module, tuned.switch)
+            module = LoraLinear(module, tuned.switch, key=module_seed(0, module_name))
             model.set_submodule(module_name, module)
         module.add_adapter(name, spec, dtype=dtype, seed=module_seed(seed, module_name))
     for module_name in saved:

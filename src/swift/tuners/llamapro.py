@@ -12,7 +12,7 @@ from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, ModelError
 from swift.tuners.targets import decoder_layers
 
-__all__ = ["add_layers", "new_positions"]
+__all__ = ["add_layers", "grow_config", "new_positions"]
 
 _OUTPUTS = frozenset(
     ("o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "wo", "w2", "fc2", "fc_out")
@@ -66,7 +66,7 @@ def _grow(model: Any, name: str, old: list[nn.Module], positions: list[int]) -> 
     model.eval()
     tokens = torch.arange(4, device=model.device)[None]
     before = model(input_ids=tokens, use_cache=False).logits
-    _grow_config(model.config.get_text_config(), len(old), positions)
+    grow_config(model.config.get_text_config(), len(old), positions)
     layers = list(old)
     for position in positions:
         layers.insert(position, _identity(layers[position - 1]))
@@ -95,7 +95,7 @@ def _identity(layer: nn.Module) -> nn.Module:
     return clone
 
 
-def _grow_config(config: Any, num_old: int, positions: list[int]) -> None:
+def grow_config(config: Any, num_old: int, positions: list[int]) -> None:
     """More layers, and in every list that has one entry for each layer the entry of the copied one."""
     for value in list(vars(config).values()):
         if isinstance(value, list) and len(value) == num_old:

@@ -10,20 +10,20 @@ One ``AdapterSwitch`` is shared by all layers of a model and says which adapter 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from swift.models.quantised import is_quantised_linear, linear_sizes
+from swift.tuners.lora_function import AdapterFunction, LoraFunction, Part, mixed_seed
+from swift.tuners.switch import AdapterSwitch
 
-__all__ = ["AdapterSpec", "AdapterSwitch", "LoraLinear", "is_linear", "lora_layers"]
+__all__ = ["AdapterSpec", "LoraLinear", "is_linear", "lora_layers"]
 
 
 @dataclass(frozen=True)
@@ -55,234 +55,6 @@ class AdapterSpec:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-class AdapterSwitch:
-    """Which adapter acts, shared by all layers of one model.
-
-    Attributes:
-        active: the adapter of every row, or None for the base model.
-        rows: ``(adapter or None, number of rows)`` for consecutive groups of rows; wins over ``active``. Rows are
-            those of a batch, or the tokens of a single row.
-    """
-
-    def __init__(self, active: str | None = None) -> None:
-        self.active = active
-        self.rows: tuple[tuple[str | None, int], ...] | None = None
-        self._groups: dict[int, tuple[tuple[str | None, int], ...]] = {}
-
-    @contextlib.contextmanager
-    def use(self, active: str | None) -> Iterator[None]:
-        """Let ``active`` act on all rows within the block; ``use(None)`` is the base model."""
-        before = (self.active, self.rows)
-        self.active, self.rows = active, None
-        try:
-            yield
-        finally:
-            self.active, self.rows = before
-
-    @contextlib.contextmanager
-    def mixed(
-        self, rows: Sequence[tuple[str | None, int]], kept: Sequence[tuple[str | None, int]] = ()
-    ) -> Iterator[None]:
-        """Batches of several adapters within the block: consecutive ``(adapter, number of rows)``.
-
-        ``kept``: the groups behind a place where the model goes on with fewer tokens (the head, of which only
-        some logits are wanted).
-        """
-        before = (self.rows, self._groups)
-        self.rows, self._groups = tuple(rows), {sum(size for _, size in kept): tuple(kept)}
-        try:
-            yield
-        finally:
-            self.rows, self._groups = before
-
-    def groups(self, total: int) -> tuple[tuple[str | None, int], ...]:
-        """``(adapter or None, size)`` of ``total`` consecutive tokens, those of a row side by side.
-
-        Raises:
-            ValueError: the rows do not divide them.
-        """
-        assert self.rows is not None
-        found = self._groups.get(total)
-        if found is None:
-            num_rows = sum(size for _, size in self.rows)
-            if not num_rows or total % num_rows:
-                raise ValueError(f"adapter rows {self.rows} do not add up to the {total} rows of the batch")
-            times = total // num_rows
-            found = self._groups[total] = tuple((name, size * times) for name, size in self.rows)
-        return found
-
-
-@dataclass(frozen=True)
-class _Part:
-    """``size`` consecutive tokens and their adapter: A ``[rank, in]`` and B ``[out, rank]``, or the base alone."""
-
-    size: int
-    a: Tensor | None = None
-    b: Tensor | None = None
-    scaling: float = 0.0
-    dropout: float = 0.0
-
-
-def _add_parts(y: Tensor, x: Tensor, parts: Sequence[_Part]) -> list[tuple[Tensor, Tensor | None]]:
-    """Add every adapter's update of its tokens to ``y [tokens, out]``, in place; what a backward pass needs.
-
-    For each adapter that is the ``[rank, tokens]`` projection, and with dropout what decided about each element.
-    The projections are kept as ``[rank, tokens]`` because CPU matrix products are up to four times faster in that
-    layout; they are added into the wide tensor in place, so no second ``[tokens, out]`` exists.
-    """
-    saved: list[tuple[Tensor, Tensor | None]] = []
-    start = 0
-    for part in parts:
-        stop = start + part.size
-        if part.a is not None and part.b is not None:
-            whole = len(parts) == 1
-            rows, out = (x, y) if whole else (x[start:stop], y[start:stop])
-            noise = _draw_dropout(rows, part.dropout) if part.dropout > 0 else None
-            kept = rows if noise is None else rows * _keep_mask(noise, part.dropout, x.dtype)
-            hidden = torch.mm(part.a.to(x.dtype), kept.t())
-            out.addmm_(hidden.t(), part.b.to(x.dtype).t(), alpha=part.scaling * _keep_scale(part.dropout))
-            saved.append((hidden, noise))
-        start = stop
-    return saved
-
-
-Plan = tuple[tuple[int, float, float], ...]
-"""Size, scaling and dropout of consecutive groups of tokens."""
-
-
-def _save(
-    ctx: Any, x: Tensor, weight: Tensor | None, plan: Plan, tensors: Sequence[Tensor | None], saved: Any
-) -> None:
-    flat = [tensor for pair in saved for tensor in pair]
-    ctx.save_for_backward(x, weight, *tensors, *flat)
-    ctx.plan = plan
-
-
-def _parts_of(plan: Plan, tensors: Sequence[Tensor | None]) -> list[_Part]:
-    pairs = zip(tensors[::2], tensors[1::2], strict=True)
-    return [_Part(size, a, b, *rest) for (size, *rest), (a, b) in zip(plan, pairs, strict=True)]
-
-
-def _backward(
-    ctx: Any, grad_y: Tensor, first: int, grad_x: Tensor | None, x: Tensor, rest: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients of A and B of each part (inputs from number ``first``); adds those of x to ``grad_x``, in place.
-
-    ``rest``: what `_save` stored behind input and weight.
-    """
-    tensors, saved = rest[: 2 * len(ctx.plan)], iter(rest[2 * len(ctx.plan) :])
-    grads: list[Tensor | None] = []
-    start = 0
-    for number, part in enumerate(_parts_of(ctx.plan, tensors)):
-        stop = start + part.size
-        rows = slice(start, stop)
-        start = stop
-        if part.a is None or part.b is None:
-            grads += [None, None]
-            continue
-        hidden, noise = next(saved), next(saved)
-        a, b, grad = part.a.to(x.dtype), part.b.to(x.dtype), grad_y[rows]
-        mask = None if noise is None else _keep_mask(noise, part.dropout, x.dtype)
-        factor = part.scaling * _keep_scale(part.dropout)
-        grad_a = grad_b = None
-        grad_hidden = torch.mm(b.t(), grad.t())  # [rank, tokens], not yet scaled
-        if ctx.needs_input_grad[first + 2 * number]:
-            kept = x[rows] if mask is None else x[rows] * mask
-            grad_a = torch.mm(grad_hidden, kept).to(part.a.dtype).mul_(factor)
-        if ctx.needs_input_grad[first + 2 * number + 1]:
-            grad_b = torch.mm(hidden, grad).t().to(part.b.dtype).contiguous().mul_(factor)
-        if grad_x is not None and mask is None:
-            grad_x[rows].addmm_(grad_hidden.t(), a, alpha=factor)
-        elif grad_x is not None:
-            grad_x[rows].addcmul_(torch.mm(grad_hidden.t(), a), mask, value=factor)
-        grads += [grad_a, grad_b]
-    return grads
-
-
-class _LoraFunction(torch.autograd.Function):
-    """The layer with a frozen weight, computed once for all tokens; every tensor in one dtype but A and B.
-
-    Saves the input (which layers with the same input share) and what `_add_parts` gives.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # [tokens, in]
-        weight: Tensor,  # [in, out], a view
-        bias: Tensor | None,
-        plan: Plan,
-        *tensors: Tensor | None,  # A and B of each part
-    ) -> Tensor:
-        y = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-        _save(ctx, x, weight, plan, tensors, _add_parts(y, x, _parts_of(plan, tensors)))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grads
-        x, weight, *rest = (
-            ctx.saved_tensors
-        )  # once: gradient checkpointing computes them when they are asked for
-        grad_x = torch.mm(grad_y, weight.t()) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None, *_backward(ctx, grad_y, 4, grad_x, x, rest)
-
-
-class _AdapterFunction(torch.autograd.Function):
-    """The adapters' part alone, added in place to what any frozen layer (a quantised one) computed.
-
-    Saves what ``_LoraFunction`` saves but the weight: the layer keeps that itself, in its few bits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, plan: Plan, *tensors: Tensor | None) -> Tensor:
-        _save(ctx, x, None, plan, tensors, _add_parts(y, x, _parts_of(plan, tensors)))
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grads
-        x, _, *rest = ctx.saved_tensors
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        return grad_y, grad_x, None, *_backward(ctx, grad_y, 3, grad_x, x, rest)
-
-
-_DROPOUT_STEPS = 2**16
-
-
-def _dropped_steps(dropout: float) -> int:
-    return min(round(dropout * _DROPOUT_STEPS), _DROPOUT_STEPS - 1)
-
-
-def _keep_scale(dropout: float) -> float:
-    """1 / P(kept), for the probability that is really drawn: ``dropout`` in steps of 2^-16."""
-    return _DROPOUT_STEPS / (_DROPOUT_STEPS - _dropped_steps(dropout))
-
-
-def _draw_dropout(x: Tensor, dropout: float) -> Tensor:
-    """Random numbers that decide which elements of ``x`` are kept.
-
-    On CPU four 16-bit numbers are cut from each 64-bit draw: drawing one per element, as torch's dropout
-    does, costs a tenth of the whole layer. Elsewhere it is the mask itself, 0 or 1.
-    """
-    if x.device.type == "cpu":
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        return draws.view(torch.int16)[: x.numel()].view(x.shape)
-    probability = 1 - _dropped_steps(dropout) / _DROPOUT_STEPS
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(probability)
-
-
-def _keep_mask(noise: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
-    """1 where an element is kept and 0 elsewhere, in ``dtype``."""
-    if noise.dtype == torch.bool:
-        return noise.to(dtype)
-    mask = torch.empty(noise.shape, dtype=dtype)
-    return torch.ge(noise, _dropped_steps(dropout) - _DROPOUT_STEPS // 2, out=mask)
-
-
 def is_linear(module: nn.Module) -> bool:
     """True where an adapter fits: linear layers, quantised ones too, and GPT-2's ``Conv1D`` (``[in, out]``)."""
     if isinstance(module, nn.Linear):
@@ -304,11 +76,13 @@ class LoraLinear(nn.Module):
     Args:
         base: ``nn.Linear`` or transformers' ``Conv1D``; its parameters are frozen here.
         switch: the model's shared switch.
+        key: tells the noise of this layer from that of others.
     """
 
-    def __init__(self, base: nn.Module, switch: AdapterSwitch) -> None:
+    def __init__(self, base: nn.Module, switch: AdapterSwitch, key: int = 0) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.key = key
         self.is_quantised = is_quantised_linear(base)
         self.is_transposed = not isinstance(base, nn.Linear) and not self.is_quantised
         self.switch = switch
@@ -435,29 +209,37 @@ class LoraLinear(nn.Module):
                 a, b = a.to(x.dtype), b.to(x.dtype)
             out.addmm_(torch.mm(a, rows.t()).t(), b.t(), alpha=spec.scaling)
 
-    def _parts(self, groups: Sequence[tuple[str | None, int]]) -> list[_Part]:
+    def _parts(self, groups: Sequence[tuple[str | None, int]]) -> list[Part]:
         return [self._part(name, size) for name, size in groups]
 
-    def _part(self, name: str | None, size: int) -> _Part:
+    def _part(self, name: str | None, size: int) -> Part:
         spec = self.specs.get(name) if name is not None else None
         if spec is None or name is None:
-            return _Part(size)
-        return _Part(size, *self.pair(name), spec.scaling, spec.dropout if self.training else 0.0)
+            return Part(size)
+        a, b = self.pair(name)
+        dropout = spec.dropout if self.training else 0.0
+        draw = self.switch.draws.get(name) if dropout else None
+        if draw is None:
+            return Part(size, a, b, spec.scaling, dropout)
+        seed = mixed_seed(draw.seed, draw.micro_batch, self.key)
+        # A head that computes some tokens only is run for one adapter at a time: there is no padding.
+        padding = draw.padding if self.switch.rows is not None else None
+        return Part(size, a, b, spec.scaling, dropout, seed, padding)
 
     def _trained(self, x: Tensor, groups: Sequence[tuple[str | None, int]]) -> Tensor:
         """``[tokens, in]`` to ``[tokens, out]``, for autograd."""
         parts = self._parts(groups)
-        plan = tuple((part.size, part.scaling, part.dropout) for part in parts)
+        plan = tuple((part.size, part.scaling, part.dropout, part.seed, part.padding) for part in parts)
         tensors = [tensor for part in parts for tensor in (part.a, part.b)]
         y: Tensor
         if self.is_quantised:
             y = self.base(x)
-            y = _AdapterFunction.apply(y, x.to(y.dtype), plan, *tensors)
+            y = AdapterFunction.apply(y, x.to(y.dtype), plan, *tensors)
             return y
         weight, bias = self.weight, self.bias
         if weight.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
             weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
-        y = _LoraFunction.apply(x, weight if self.is_transposed else weight.t(), bias, plan, *tensors)
+        y = LoraFunction.apply(x, weight if self.is_transposed else weight.t(), bias, plan, *tensors)
         return y
 
     def _compose(self, x: Tensor, groups: Sequence[tuple[str | None, int]]) -> Tensor:

@@ -191,7 +191,7 @@ def load_adapter(
         )
     _copy_in(model, pairs, saved, name, folder)
     assert tuned.switch is not None
-    tuned.switch.active = name
+    tuned.switch.active = tuned.adapter = name
     for parameter in _parameters(model, name):
         parameter.requires_grad_(trainable)
     return tuned

@@ -13,6 +13,19 @@ from typing import Any
 
 from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError
+from swift.tuners.kept import (
+    Kept,
+    keep_adalora,
+    keep_bone,
+    keep_butterfly,
+    keep_change,
+    keep_dora,
+    keep_frequencies,
+    keep_output,
+    keep_ranks,
+    keep_rotation,
+    keep_vera,
+)
 
 __all__ = [
     "METHODS",
@@ -20,8 +33,10 @@ __all__ = [
     "check_peft",
     "count_decoder_layer",
     "count_layer",
+    "kept_bytes",
     "peft_method",
     "peft_method_of_folder",
+    "reads_input",
 ]
 
 Count = Callable[[int, int, TunerSection], int]
@@ -39,6 +54,8 @@ class Method:
         options: PEFT's field -> our option.
         fixed: PEFT's field -> value.
         takes_packed: works on weights of 4 bits, whose matrix is packed into another shape.
+        keeps: what one linear layer's adapter keeps for the backward pass beside the layer's input: (bytes of a token,
+            bytes however many tokens there are), see ``kept.py``. What dropout adds is not in it.
     """
 
     config: str
@@ -48,6 +65,7 @@ class Method:
     options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     takes_packed: bool = True
+    keeps: Kept = keep_ranks
 
 
 def _lora(inputs: int, outputs: int, tuner: TunerSection) -> int:
@@ -120,6 +138,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "lora_alpha": "lora_alpha",
                 "lora_dropout": "lora_dropout",
             },
+            keeps=keep_adalora,
         ),
         "vera": Method(
             "VeraConfig",
@@ -132,8 +151,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "vera_dropout": "vera_dropout",
                 "d_initial": "vera_d_initial",
             },
+            keeps=keep_vera,
         ),
-        "oft": Method("OFTConfig", "OFT", "2306.07280", _oft, {"oft_block_size": "oft_block_size"}, {"r": 0}),
+        "oft": Method(
+            "OFTConfig",
+            "OFT",
+            "2306.07280",
+            _oft,
+            {"oft_block_size": "oft_block_size"},
+            {"r": 0},
+            keeps=keep_rotation,
+        ),
         "boft": Method(
             "BOFTConfig",
             "BOFT",
@@ -148,8 +176,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                     "boft_dropout",
                 )
             },
+            keeps=keep_butterfly,
         ),
-        "ia3": Method("IA3Config", "IA3", "2205.05638", lambda inputs, outputs, tuner: outputs),
+        "ia3": Method(
+            "IA3Config",
+            "IA3",
+            "2205.05638",
+            lambda inputs, outputs, tuner: outputs,
+            keeps=keep_output,
+        ),
         "loha": Method(
             "LoHaConfig",
             "LOHA",
@@ -157,6 +192,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             lambda inputs, outputs, tuner: 2 * tuner.lora_rank * (inputs + outputs),
             {"r": "lora_rank", "alpha": "lora_alpha"},
             takes_packed=False,
+            keeps=keep_change,
         ),
         "lokr": Method(
             "LoKrConfig",
@@ -165,6 +201,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             _lokr,
             {"r": "lora_rank", "alpha": "lora_alpha"},
             takes_packed=False,
+            keeps=keep_change,
         ),
         "fourierft": Method(
             "FourierFTConfig",
@@ -172,6 +209,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "2405.03003",
             lambda inputs, outputs, tuner: tuner.fourier_n_frequency,
             {"n_frequency": "fourier_n_frequency", "scaling": "fourier_scaling"},
+            keeps=keep_frequencies,
         ),
         "bone": Method(
             "MissConfig",
@@ -179,6 +217,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "2409.15371",
             lambda inputs, outputs, tuner: tuner.lora_rank * outputs,
             {"r": "lora_rank"},
+            keeps=keep_bone,
         ),
     }
 )
@@ -224,3 +263,47 @@ def count_decoder_layer(hidden_size: int, tuner: TunerSection) -> int:
         return tuner.reft_rank * (2 * hidden_size + 1)
     width = tuner.adapter_length  # down [width, hidden] and up [hidden, width] with biases (arXiv 1902.00751)
     return width * (2 * hidden_size + 1) + hidden_size
+
+
+def kept_bytes(
+    name: str, inputs: int, outputs: int, tuner: TunerSection, size: int, on_device: bool
+) -> tuple[float, float]:
+    """What the adapter of the linear layer ``name`` keeps for the backward pass: (bytes of a token, other bytes).
+
+    Dropout: our layer keeps its mask, one byte an input (two on the CPU); PEFT's also what was left of the input, and
+    on the CPU its mask is of float32.
+    """
+    method, own = METHODS[tuner.tuner_type], peft_method(tuner) is None
+    keeps = keep_dora if tuner.use_dora else method.keeps
+    token, once = keeps(inputs, outputs, tuner, size)
+    if tuner.tuner_type == "ia3" and reads_input(name, tuner, size):
+        return 0.0, 0.0  # it scales the input, which is kept as it is
+    if own and _starts_elsewhere(tuner):  # the start is subtracted by a second adapter in one product
+        return 2 * token + _mask(tuner, on_device, 2) * inputs, once + 8 * tuner.lora_rank * (
+            inputs + outputs
+        )
+    if own:
+        return token + _mask(tuner, on_device, 2) * inputs, once
+    if "lora_dropout" in method.options.values():
+        copied = size if tuner.lora_dropout or size < 4 else 0
+        return token + (copied + _mask(tuner, on_device, 4)) * inputs, once
+    return token, once
+
+
+def reads_input(name: str, tuner: TunerSection, size: int) -> bool:
+    """Whether the adapter of a linear layer keeps the layer's input itself."""
+    kind, method = tuner.tuner_type, peft_method(tuner)
+    if kind == "ia3":
+        return name.rpartition(".")[2] in tuner.ia3_feedforward_modules
+    if kind in ("bone", "vera"):
+        return tuner.init_weights == "bat"
+    drops = method is not None and "lora_dropout" in method.options.values()
+    return not (drops and (tuner.lora_dropout or size < 4))  # else it keeps a copy
+
+
+def _mask(tuner: TunerSection, on_device: bool, on_cpu: int) -> int:
+    return 0 if not tuner.lora_dropout else 1 if on_device else on_cpu
+
+
+def _starts_elsewhere(tuner: TunerSection) -> bool:
+    return tuner.init_weights.startswith("pissa") or tuner.init_weights in ("olora", "lora-ga")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swift.tuners.lora import AdapterSwitch
+from swift.tuners.switch import AdapterSwitch
 
 __all__ = ["SavedModule", "saved_modules"]
 

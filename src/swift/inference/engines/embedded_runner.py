@@ -26,7 +26,7 @@ from swift.inference.engines.embedded_cache import (
     SlotStep,
     register_slot_attention,
 )
-from swift.tuners.lora import AdapterSwitch
+from swift.tuners.switch import AdapterSwitch
 
 __all__ = ["Batch", "RowFailed", "RowRunner", "Runner", "SlotRunner", "choose_runner"]
 

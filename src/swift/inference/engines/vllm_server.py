@@ -18,6 +18,8 @@ from swift.core.errors import ConfigError, ModelError
 __all__ = ["BASE", "Launch", "check_adapter", "check_weights", "server_arguments", "server_variables"]
 
 BASE = "base"
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM 0.32, ``v1/attention/backends/cpu_attn.py``."""
 """What the base model is called inside the server."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told as the highest rank."""
@@ -69,11 +71,21 @@ class Launch:
 
 
 def check_weights(model: Path, features: Sequence[str]) -> None:
-    """Raise ModelError for weights of 4 bits and fewer on a CPU without AVX-512: vLLM has no kernel for them there.
+    """Raise ModelError for what vLLM has no kernel for on a CPU: its server starts, and dies with the first request.
 
-    (Its server starts, and dies with the first request.)
+    Weights of 4 bits and fewer need AVX-512; attention knows the `CPU_HEAD_SIZES` only.
     """
-    config = json.loads((model / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    whole = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    heads = whole.get("num_attention_heads")
+    size = whole.get("head_dim") or (whole["hidden_size"] // heads if heads else None)
+    if size is not None and size not in CPU_HEAD_SIZES:
+        raise ModelError(
+            f"vLLM cannot compute attention heads of {size} on a CPU",
+            where=str(model),
+            why=f"it knows sizes of {', '.join(map(str, CPU_HEAD_SIZES))}",
+            fix="--infer_backend transformers",
+        )
+    config = whole.get("quantization_config") or {}
     groups = (config.get("config_groups") or {}).values()
     bits = [config.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups)]
     is_x86 = any(name.startswith("avx") for name in features)

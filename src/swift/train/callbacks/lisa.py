@@ -35,13 +35,14 @@ class LisaCallback(Callback):
         self._interval, self._seed = interval, seed
 
     def on_train_begin(self, run: RunView) -> None:
-        self._draw(run.state.step // self._interval)
+        self.draw(run.state.step // self._interval)
 
     def on_step_end(self, run: RunView) -> None:
         if run.state.step % self._interval == 0:
-            self._draw(run.state.step // self._interval)
+            self.draw(run.state.step // self._interval)
 
-    def _draw(self, number: int) -> None:
+    def draw(self, number: int) -> None:
+        """Train the layers of draw ``number``, and let the others rest."""
         chosen = random.Random(f"{self._seed}:{number}").sample(range(len(self._layers)), self._activated)
         for index, parameters in enumerate(self._layers):
             for parameter in parameters:
