@@ -57,16 +57,15 @@ def test_options_of_one_subject_share_one_warning() -> None:
         "m",
         "--dataset",
         "d",
-        "--num_generations",
-        "8",
-        "--epsilon",
-        "0.2",
+        "--vllm_server_host",
+        "h",
+        "--max_turns",
+        "2",
     ]
     resolved = resolve("rlhf", words, planning=True)
     assert resolved.warnings == [
-        "--num_generations, --epsilon: not in this version: reinforcement learning comes with a later version; "
-        "a run refuses them",
-        "--rlhf_type: grpo comes with a later version; a run refuses it",
+        "--vllm_server_host, --max_turns: not in this version: answers are sampled by the embedded engine, in this "
+        "process; servers and several turns come with a later version; a run refuses them",
     ]
 
 

@@ -136,8 +136,8 @@ def test_values(words: str, name: str, value: object) -> None:
         ),
         (
             f"rlhf {NEEDED} --rlhf_type grpo --gc_collect_after_offload true --multi_turn_func tip",
-            "--gc_collect_after_offload, --multi_turn_func: not in this version: sampling for reinforcement learning "
-            "comes with a later version; a run refuses them",
+            "--gc_collect_after_offload, --multi_turn_func: not in this version: answers are sampled by the embedded "
+            "engine, in this process; servers and several turns come with a later version; a run refuses them",
         ),
     ],
 )

@@ -135,7 +135,11 @@ EXPLICIT = {
     "label_smoothing": "0.2",
     "cpo_alpha": "0.5",
     "task_type": "seq_cls",
+    "metric_for_best_model": "eval_mean_length",
+    "temperature": "0.7",
+    "reward_funcs": "task",
 }
+_POLICY = ["--rlhf_type", "grpo", "--per_device_train_batch_size", "8", "--reward_funcs", "format"]
 OF_RLHF = {
     "rlhf_type": ["--per_device_train_batch_size", "4"],
     "rlhf_loss_type": [],
@@ -143,6 +147,9 @@ OF_RLHF = {
     "label_smoothing": [],
     "cpo_alpha": ["--rlhf_type", "simpo"],
     "task_type": ["--rlhf_type", "rm"],
+    "metric_for_best_model": _POLICY,
+    "temperature": _POLICY,
+    "reward_funcs": _POLICY[:4],
 }
 BESIDE = {
     "problem_type": ["--task_type", "seq_cls", "--num_labels", "2"],

@@ -101,6 +101,7 @@ def run_steps(
     arguments: Sequence[str] | None = None,
     announce: Callable[[Sequence[int]], None] | None = None,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] | None = None,
+    policy: PolicyFactory | None = None,
     base: SharedBase | None = None,
     policy: PolicyFactory | None = None,
     signals: StopSignals | None = None,
