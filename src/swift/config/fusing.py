@@ -51,7 +51,7 @@ def fusing_problem(config: Config) -> tuple[str, str] | None:
         "--task_type": (config.task.task_type != "causal_lm", belongs),
         "--rlhf_type": (
             config.rlhf.rlhf_type == "rm" or config.rlhf.is_policy,
-            "reward models have a head of their own, policies sample their answers between the steps",
+            "answers are sampled between the steps" if config.rlhf.is_policy else belongs,
         ),
         "--report_to": (
             set(config.report.report_to) - {"none", "tensorboard"},

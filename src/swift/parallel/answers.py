@@ -118,8 +118,10 @@ class AnswerEngine(NativeEngine):
 class PolicyEngine(AnswerEngine):
     """The native engine for policy optimisation: every token of an answer is read."""
 
-    def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> TokenOutputs:  # type: ignore[override]
-        return tokens or self.token_outputs(batch)
+    def objective_inputs(  # type: ignore[override]
+        self, batch: Batch, tokens: TokenOutputs | None = None
+    ) -> TokenOutputs:
+        return self.token_outputs(batch) if tokens is None else tokens
 
     @torch.no_grad()
     def frozen_values(self, batch: Batch, *, training: bool = False) -> Tensor:

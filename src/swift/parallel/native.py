@@ -249,8 +249,9 @@ class NativeEngine:
             return TokenOutputs(*linear_logprobs(states, weight, targets, chunk_size=self.chunk_size))
         if self.has_own_head and self._switch is not None:
             head = self._switch.bound(head)  # it is run again by the backward pass, when others may act
-        tempered = _tempered(head, temperature)
-        return TokenOutputs(*module_logprobs(states, tempered, targets, chunk_size=self.chunk_size))
+        return TokenOutputs(
+            *module_logprobs(states, _tempered(head, temperature), targets, chunk_size=self.chunk_size)
+        )
 
     @property
     def has_own_head(self) -> bool:
@@ -260,8 +261,8 @@ class NativeEngine:
     @torch.no_grad()
     def token_entropies(self, batch: Batch) -> Tensor:
         """``[num_targets]`` float32: entropies (nats) of the distributions that the batch's targets come from."""
-        head = self._split[1] if self._split else nn.Identity()
         with self.precision():
+            head = self._split[1] if self._split else nn.Identity()
             parts = [
                 torch.distributions.Categorical(logits=head(part).float() / batch.temperature).entropy()
                 for part in self.states(batch).split(self.chunk_size)
@@ -274,7 +275,7 @@ class NativeEngine:
             yield
 
 
-def _tempered(head: Callable[..., Any], temperature: float) -> Callable[..., Any]:
+def _tempered(head: Callable[..., Any], temperature: float) -> Callable[[Tensor], Tensor]:
     return head if temperature == 1 else lambda hidden: head(hidden) / temperature
 
 

@@ -86,13 +86,13 @@ def build(
     say: Callable[[str], None],
     closing: contextlib.ExitStack,
     evaluators: Sequence[Callable[[Prepared], Evaluator]] = (),
-    base: SharedBase | None = None,
     policy: PolicyFactory | None = None,
+    base: SharedBase | None = None,
 ) -> Trainer:
     """Model, engine and trainer, ready for the next step.
 
     ``closing`` gets what must be closed in the end; ``evaluators`` make what is measured beside the validation loss;
-    ``base`` is the model where it is shared with other runs; ``policy`` makes what policy optimisation learns from.
+    ``policy`` makes what policy optimisation learns from; ``base`` is the model where it is shared with other runs.
     """
     resolved, config = prepared.resolved, prepared.resolved.config
     checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer

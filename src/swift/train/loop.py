@@ -67,6 +67,13 @@ class StepPlan:
     accumulation: int
 
 
+class PolicyLoader(Protocol):
+    """Serves the micro-batches of each step, as `BatchLoader` does; it samples them with the weights as they are."""
+
+    def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Any]]: ...
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer step of a run whose gradients are asked for, and who can compute them."""
@@ -92,13 +99,6 @@ def drive(steps: Generator[Step, StepOutput, T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
-
-
-class PolicyLoader(Protocol):
-    """Serves the micro-batches of each step, as `BatchLoader` does; it samples them with the weights as they are."""
-
-    def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Any]]: ...
-    def close(self) -> None: ...
 
 
 @dataclass

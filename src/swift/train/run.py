@@ -103,7 +103,6 @@ def run_steps(
     evaluators: Sequence[Callable[[Prepared], Evaluator]] | None = None,
     policy: PolicyFactory | None = None,
     base: SharedBase | None = None,
-    policy: PolicyFactory | None = None,
     signals: StopSignals | None = None,
 ) -> Generator[Step, StepOutput, RunResult]:
     """`train` step by step, see `swift.train.loop.Trainer.steps`.
@@ -143,7 +142,7 @@ def run_steps(
         everyone = [*callbacks, *tracker_callbacks(resolved.config.report.report_to), *own_callbacks]
         for callback in everyone:
             closing.callback(callback.close)
-        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), base, policy)
+        trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), policy, base)
         trainer.signals = signals or trainer.signals
         if resumed_step >= prepared.plan.total_steps:
             say(f"nothing is left to do: all {resumed_step} steps are done; a larger --max_steps goes on")
