@@ -205,6 +205,13 @@ def test_the_key_is_that_of_the_model_not_of_adapter_data_and_optimization():
     assert fuse_fields(config(), {"A": "1"}, {})["key"] != first
 
 
+@pytest.mark.parametrize("kind,is_fused", [("dpo", True), ("kto", True), ("rm", False), ("grpo", False)])
+def test_preferences_are_fused_and_other_reinforcement_is_not(kind, is_fused):
+    values = {"model": "/m", "dataset": "d", "rlhf_type": kind}
+    fields = fuse_fields(resolve("rlhf", values=values, planning=True), {}, {})
+    assert ("key" in fields) is is_fused and ("problem" in fields) is not is_fused
+
+
 @pytest.mark.parametrize("mode,plan", [("always", "fused"), ("never", "separate"), ("auto", "sequence")])
 def test_the_user_s_word_goes_before_the_measurement(world, mode, plan):
     specs = [world.training(name, fuse={"key": "k"}) for name in "ab"] + [
