@@ -189,6 +189,14 @@ def test_a_submission_that_nobody_judged_is_fused_when_its_shape_is_known(world)
     assert {world.job(name).placement.fused for name in ("a2", "b2")} == {"fused-j3-1"}
 
 
+def test_short_work_is_not_measured(tmp_path, world):
+    specs = [fusable(world, name, estimate={**MEMORY, "seconds": 50.0}) for name in "ab"]
+    plan, why = Choice(Home.find(tmp_path / "home"), lambda members: {"fused": 1.0})(specs)
+    assert plan == "separate" and why.startswith("100 s of work in all")
+    longer = [fusable(world, name, estimate={**MEMORY, "seconds": 70.0}) for name in "ab"]
+    assert Choice(Home.find(tmp_path / "home"), lambda members: {"fused": 1.0})(longer)[0] == "fused"
+
+
 def test_a_measurement_that_fails_leaves_things_as_they_were(tmp_path, world):
     def measure(specs):
         raise ValueError("no room")

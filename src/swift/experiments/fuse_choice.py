@@ -25,6 +25,10 @@ PLANS = ("separate", "fused", "sequence")
 TOLERANCE = 0.98
 """Of the best speed: a plan is taken for its isolation (separate processes first) when it loses no more than this."""
 MEASURE_SECONDS = 600.0
+SHORT_SECONDS = 120.0
+"""Of planned training in all: less is done before it is known whether it would have been faster otherwise."""
+_OPERATIONS_PER_SECOND = {"cpu": 5e10, "other": 1e14}
+"""Of whole training steps: the order of magnitude, to tell work of seconds from work of hours."""
 _WORDS = {"fused": "fused", "separate": "as separate processes", "sequence": "one after another"}
 _OF_THE_SHAPE = (
     "lora_rank", "target_modules", "target_regex", "per_device_train_batch_size", "max_length", "packing", "device",
@@ -88,6 +92,9 @@ class Choice:
         if shape not in known:
             if self.measure is None:
                 return "separate", "it was not measured whether fusing pays"
+            planned = sum(map(_seconds, specs))
+            if planned < SHORT_SECONDS:
+                return "separate", f"{planned:.0f} s of work in all: too little for a measurement to pay"
             self.say(f"measuring whether {len(specs)} trainings of this shape are faster fused (once)")
             try:
                 found = dict(self.measure(specs))
@@ -96,6 +103,17 @@ class Choice:
             known = {**read_json(self.file), shape: found}
             atomic_write_json(self.file, known)
         return choose(known[shape])
+
+
+def _seconds(spec: JobSpec) -> float:
+    """Of training, as planned; without a pace by the operations alone; infinite where nothing is known."""
+    estimate = spec.estimate
+    if estimate.get("seconds") is not None:
+        return float(estimate["seconds"])
+    if not estimate.get("tokens") or not estimate.get("parameters"):
+        return math.inf
+    rate = _OPERATIONS_PER_SECOND["cpu" if estimate.get("device") in (None, "cpu") else "other"]
+    return float(6 * estimate["tokens"] * estimate["parameters"] / rate)
 
 
 def measure_in_process(specs: Sequence[JobSpec]) -> dict[str, float]:
