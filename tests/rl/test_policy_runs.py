@@ -33,12 +33,17 @@ def largest_difference(one, other):
         {"rlhf_type": "grpo", "tuner_type": "full", "padding_free": False},
         {"rlhf_type": "dapo", "soft_max_length": 6, "max_steps": 1},
         {"rlhf_type": "gspo", "max_steps": 4},
-        {"rlhf_type": "rloo", "kl_estimator": "k1"},
+        pytest.param({"rlhf_type": "rloo", "kl_estimator": "k1"}, marks=pytest.mark.slow),
         {"rlhf_type": "reinforce_pp"},
-        {"rlhf_type": "real", "per_device_train_batch_size": 8},
-        {"rlhf_type": "gdpo", "num_iterations": 2},
-        {"rlhf_type": "vespo", "old_logprobs": "sampler", "mismatch": "token_truncate"},
-        {"rlhf_type": "opo", "top_entropy_quantile": 0.5, "temperature": 0.7},
+        pytest.param({"rlhf_type": "real", "per_device_train_batch_size": 8}, marks=pytest.mark.slow),
+        pytest.param({"rlhf_type": "gdpo", "num_iterations": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"rlhf_type": "vespo", "old_logprobs": "sampler", "mismatch": "token_truncate"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"rlhf_type": "opo", "top_entropy_quantile": 0.5, "temperature": 0.7}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda options: "-".join(f"{value}" for value in options.values()),
 )
@@ -111,7 +116,7 @@ def test_nothing_drifts_at_a_learning_rate_of_nothing(run_policy):
     assert len(evaluated) == 6 and len(set(evaluated)) == 1
 
 
-@pytest.mark.parametrize("options", [{"rlhf_type": "dapo", "dynamic_sample": False}, {"rlhf_type": "grpo"}])
+@pytest.mark.parametrize("options", [{"rlhf_type": "dapo", "dynamic_sample": False}])
 def test_a_step_does_not_depend_on_how_it_is_split(run_policy, options):
     whole = run_policy(**options)
     split = run_policy(**options, per_device_train_batch_size=2, gradient_accumulation_steps=8)
@@ -127,8 +132,10 @@ def test_a_step_does_not_depend_on_how_it_is_split(run_policy, options):
     [
         {},
         {"rlhf_type": "gspo", "generation_batch_size": 64},  # the checkpoint lies within a batch of answers
-        {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.1},
-        {"rlhf_type": "dapo", "max_resample_times": 1},
+        pytest.param(
+            {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.1}, marks=pytest.mark.slow
+        ),
+        pytest.param({"rlhf_type": "dapo", "max_resample_times": 1}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "grpo",
 )
@@ -175,6 +182,7 @@ def test_groups_without_a_signal_are_sampled_again_and_at_last_teach_nothing(run
     assert len(read_rollouts(find_rollouts(run.folder)[1])) == 64
 
 
+@pytest.mark.slow
 def test_chord_learns_from_the_expert_with_a_weight_that_changes(run_policy):
     options = {
         "rlhf_type": "chord",
