@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import reward_samples
 import torch
 from safetensors.torch import load_file
 
@@ -315,3 +316,30 @@ def test_the_command_shows_answers(run_policy, capsys):
     assert best["reward"] == max(row["reward"] for row in read_rollouts(find_rollouts(run.folder)[2]))
     assert command(["show", str(run.folder), "--steps"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_python_trainer_takes_rows_and_functions(tiny_model_dir, tmp_path, monkeypatch):
+    from swift import GRPOTrainer
+
+    monkeypatch.setenv("SWIFT_HOME", str(tmp_path / "home"))
+    rows = [
+        {"query": f"Reverse {number}", "answer": str(number)[::-1], "note": "x"} for number in range(10, 18)
+    ]
+    trainer = GRPOTrainer(
+        model=tiny_model_dir,
+        train_dataset=rows,
+        eval_dataset=rows[:2],
+        reward_funcs=[reward_samples.digits, "format"],
+        reward_weights=[1.0, 0.5],
+        num_generations=4,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_completion_length=4,
+        max_steps=1,
+        output_dir=str(tmp_path / "out"),
+    )
+    run = trainer.train()
+    assert trainer.resolved.config.rlhf.beta == 0.1
+    found = read_rollouts(find_rollouts(run.folder)[1])
+    assert set(found[0]["rewards"]) == {"digits", "format"} and len(found) == 8
+    assert "eval_rewards/digits" in run.summary["evaluation"]
