@@ -174,3 +174,22 @@ def test_a_quantised_base_is_unpacked_once_for_all_members(tiny_model_dir):
         )
         alone(single)
         assert relative_difference(together, single.gradients()) < 1e-5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_members_of_equal_shape_are_computed_by_batched_products(tiny_model_dir, dtype, tolerance, dropout):
+    """As in a sweep over seeds and learning rates: gradients as alone, and others bitwise the same beside NaN."""
+    kinds = [Kind(f"e{at}", [[7, 5], [4, 8]], tuner={"lora_dropout": dropout}, seed=at) for at in range(4)]
+    members = group(tiny_model_dir, kinds, dtype)
+    fused(members)
+    together = [member.gradients() for member in members]
+    for member, gradients in zip(members, together, strict=True):
+        single = attach(base(tiny_model_dir, dtype), member.kind, "default", dtype)
+        alone(single)
+        assert relative_difference(gradients, single.gradients()) < tolerance
+    members[2].parameters[next(iter(members[2].parameters))].data.fill_(float("nan"))
+    fused(members)
+    for at, member in enumerate(members):
+        same = all(torch.equal(a, b) for a, b in zip(member.gradients(), together[at], strict=True))
+        assert same is (at != 2)

@@ -35,6 +35,8 @@ def _add_parts(y: Tensor, x: Tensor, parts: Sequence[Part]) -> list[tuple[Tensor
     The projections are kept as ``[rank, tokens]`` because CPU matrix products are up to four times faster in that
     layout; they are added into the wide tensor in place, so no second ``[tokens, out]`` exists.
     """
+    if _are_even(parts):
+        return [_add_even(y, x, parts)]
     saved: list[tuple[Tensor, Tensor | None]] = []
     start = 0
     for part in parts:
@@ -49,6 +51,70 @@ def _add_parts(y: Tensor, x: Tensor, parts: Sequence[Part]) -> list[tuple[Tensor
             saved.append((hidden, noise))
         start = stop
     return saved
+
+
+def _are_even(parts: Sequence[Part]) -> bool:
+    """Whether several adapters differ in their numbers only, so that one batched product computes all of them."""
+    first = parts[0]
+    return len(parts) > 1 and all(
+        part.a is not None
+        and part.b is not None
+        and first.a is not None
+        and first.b is not None
+        and (part.size, part.scaling, part.dropout) == (first.size, first.scaling, first.dropout)
+        and (part.a.shape, part.b.shape, part.a.dtype) == (first.a.shape, first.b.shape, first.a.dtype)
+        for part in parts
+    )
+
+
+def _stacked(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A ``[parts, rank, in]`` and B ``[parts, out, rank]``."""
+    both = [torch.stack([getattr(part, name) for part in parts]).to(dtype) for name in ("a", "b")]
+    return both[0], both[1]
+
+
+def _add_even(y: Tensor, x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor | None]:
+    """`_add_parts` where `_are_even`: the projections are ``[parts, rank, tokens]``."""
+    a, b = _stacked(parts, x.dtype)
+    noise, dropout = None, parts[0].dropout
+    kept = x
+    if dropout > 0:
+        size = parts[0].size
+        noise = torch.cat([_draw_dropout(x[at * size :][:size], part) for at, part in enumerate(parts)])
+        kept = x * _keep_mask(noise, dropout, x.dtype)
+    hidden = torch.bmm(a, kept.reshape(len(parts), -1, x.shape[1]).transpose(1, 2))
+    out = y.view(len(parts), -1, y.shape[1])
+    out.baddbmm_(hidden.transpose(1, 2), b.transpose(1, 2), alpha=parts[0].scaling * _keep_scale(dropout))
+    return hidden, noise
+
+
+def _backward_even(
+    parts: Sequence[Part],
+    grad_y: Tensor,
+    grad_x: Tensor | None,
+    x: Tensor,
+    hidden: Tensor,
+    noise: Tensor | None,
+) -> list[Tensor | None]:
+    """`_backward` where `_are_even`."""
+    a, b = _stacked(parts, x.dtype)
+    number, dropout = len(parts), parts[0].dropout
+    factor = parts[0].scaling * _keep_scale(dropout)
+    mask = None if noise is None else _keep_mask(noise, dropout, x.dtype)
+    grad = grad_y.reshape(number, -1, grad_y.shape[1])
+    grad_hidden = torch.bmm(b.transpose(1, 2), grad.transpose(1, 2))  # [parts, rank, tokens], not yet scaled
+    kept = x if mask is None else x * mask
+    grad_a = torch.bmm(grad_hidden, kept.reshape(number, -1, x.shape[1])).mul_(factor)
+    grad_b = torch.bmm(hidden, grad).mul_(factor).transpose(1, 2)
+    if grad_x is not None and mask is None:
+        grad_x.view(number, -1, x.shape[1]).baddbmm_(grad_hidden.transpose(1, 2), a, alpha=factor)
+    elif grad_x is not None and mask is not None:
+        grad_x.addcmul_(torch.bmm(grad_hidden.transpose(1, 2), a).view(x.shape), mask, value=factor)
+    grads: list[Tensor | None] = []
+    for part, one_a, one_b in zip(parts, grad_a, grad_b, strict=True):
+        assert part.a is not None and part.b is not None
+        grads += [one_a.to(part.a.dtype), one_b.to(part.b.dtype).contiguous()]
+    return grads
 
 
 Plan = tuple[tuple[Any, ...], ...]
@@ -76,9 +142,12 @@ def _backward(
     ``rest``: what `_save` stored behind input and weight.
     """
     tensors, saved = rest[: 2 * len(ctx.plan)], iter(rest[2 * len(ctx.plan) :])
+    parts = _parts_of(ctx.plan, tensors)
+    if _are_even(parts):
+        return _backward_even(parts, grad_y, grad_x, x, next(saved), next(saved))
     grads: list[Tensor | None] = []
     start = 0
-    for number, part in enumerate(_parts_of(ctx.plan, tensors)):
+    for number, part in enumerate(parts):
         stop = start + part.size
         rows = slice(start, stop)
         start = stop

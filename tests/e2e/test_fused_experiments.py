@@ -1,0 +1,99 @@
+"""Experiments on one base model, through the queue: one process for all, a job, a log and a run for each."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from swift.experiments.fuse_choice import PLANS, choose
+from swift.runs.status import read_status
+
+ROWS = 24
+FILE = """
+name: fused
+defaults:
+  command: sft
+  model: {model}
+  dataset: [{data}]
+  output_dir: {out}
+  max_steps: 6
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 1
+  logging_steps: 2
+evaluate: false
+resources: {{threads: 1}}
+experiments:
+  small: {{lora_rank: 2}}
+  fast: {{learning_rate: 3.0e-3}}
+  broken: {{learning_rate: 1.0e+38, max_grad_norm: 0}}
+"""
+
+
+@pytest.fixture
+def experiments(tiny_model_dir, tmp_path):
+    """(file, environment) of three experiments; the last one fails."""
+    data = tmp_path / "chat.jsonl"
+    with data.open("w") as file:
+        for number in range(ROWS):
+            turns = [
+                {"role": "user", "content": f"say {number}"},
+                {"role": "assistant", "content": "one two"},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    path = tmp_path / "fused.yaml"
+    path.write_text(FILE.format(model=tiny_model_dir, data=data, out=tmp_path / "out"))
+    return path, {**os.environ, "SWIFT_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+
+
+def swift(env, *words, seconds=300):
+    command = [sys.executable, "-m", "swift", *map(str, words)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
+
+
+@pytest.mark.slow
+def test_a_file_of_experiments_runs_fused_and_one_failure_is_one_failure(experiments, tmp_path):
+    path, env = experiments
+    done = swift(env, "run", path, "--fuse", "always", "--inline", "--cold")
+    assert done.returncode == 1, done.stderr
+    assert "3 trainings on one base model: fused (--fuse always)" in done.stderr
+    home = tmp_path / "home"
+    assert len(list(home.glob("jobs/fused-*"))) == 1
+    states = {name: read_status(tmp_path / "out" / name) for name in ("small", "fast", "broken")}
+    assert [status["state"] for status in states.values()] == ["succeeded", "succeeded", "failed"]
+    assert states["broken"]["failure"] == "nonfinite"
+    assert len({status["pid"] for status in states.values()}) == 1
+    log = (home / "jobs" / "j1" / "output.log").read_text()
+    assert "-- done" in log and "step 6/6" in log
+    assert "the loss is not finite at step" in (home / "jobs" / "j3" / "output.log").read_text()
+    assert (tmp_path / "out" / "small" / "last" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_plans_are_measured_with_the_real_model_and_data(experiments, tmp_path):
+    path, env = experiments
+    done = swift(env, "run", path, "--inline", "--cold", seconds=580)
+    (seconds,) = json.loads((tmp_path / "home" / "fused-speeds.json").read_text()).values()
+    assert set(seconds) == set(PLANS) and min(seconds.values()) > 0
+    plan, why = choose(seconds)
+    assert f"3 trainings on one base model: {plan} ({why})" in done.stderr
+    assert bool(list((tmp_path / "home").glob("jobs/fused-*"))) is (plan == "fused")
+
+
+@pytest.mark.slow
+def test_configuration_files_are_fused_by_hand(experiments, tiny_model_dir, tmp_path):
+    _, env = experiments
+    files = []
+    for name, rate in (("one", 1e-3), ("two", 1e38)):
+        files.append(tmp_path / f"{name}.yaml")
+        values = {
+            "command": "sft", "model": str(tiny_model_dir), "dataset": [str(tmp_path / "chat.jsonl")],
+            "output_dir": str(tmp_path / "hand"), "run_name": name, "learning_rate": rate, "max_steps": 3,
+            "max_grad_norm": 0, "gradient_accumulation_steps": 1, "logging_steps": 1,
+        }  # fmt: skip
+        files[-1].write_text(json.dumps(values))
+    done = swift(env, "fuse", *files)
+    assert done.returncode == 1
+    assert "error: two: " in done.stderr and "the loss is not finite at step" in done.stderr
+    assert read_status(tmp_path / "hand" / "one")["state"] == "succeeded"
