@@ -230,3 +230,30 @@ def test_a_short_name_needs_no_download() -> None:
     assert plan.model["trainable_parameters"] == 8 * 36 * layer
     assert plan.memory["parts"] and plan.memory["total"] > 8.19e9 * 2
     assert any("Qwen3 has no 7B" in warning for warning in plan.warnings)
+
+
+def test_a_plan_of_policy_optimisation_counts_answers(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWIFT_HOME", str(tmp_path))
+    words = [
+        "--model",
+        str(tiny_model_dir),
+        "--dataset",
+        "task:reverse#40",
+        "--rlhf_type",
+        "grpo",
+        "--device",
+        "cpu",
+    ]
+    words += [
+        "--num_generations",
+        "4",
+        "--per_device_train_batch_size",
+        "16",
+        "--max_completion_length",
+        "30",
+    ]
+    words += ["--num_train_epochs", "2", "--use_vllm_sampler", "true"]
+    found = make_plan(resolve("rlhf", words, planning=True))
+    assert found.steps["total"] == 2 * 40 * 4 // 16
+    assert found.steps["largest_micro_batch_tokens"] >= 16 * 30
+    assert any("vLLM samplers" in warning for warning in found.warnings)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import reward_samples
 import torch
 from safetensors.torch import load_file
 
@@ -33,12 +34,17 @@ def largest_difference(one, other):
         {"rlhf_type": "grpo", "tuner_type": "full", "padding_free": False},
         {"rlhf_type": "dapo", "soft_max_length": 6, "max_steps": 1},
         {"rlhf_type": "gspo", "max_steps": 4},
-        {"rlhf_type": "rloo", "kl_estimator": "k1"},
+        pytest.param({"rlhf_type": "rloo", "kl_estimator": "k1"}, marks=pytest.mark.slow),
         {"rlhf_type": "reinforce_pp"},
-        {"rlhf_type": "real", "per_device_train_batch_size": 8},
-        {"rlhf_type": "gdpo", "num_iterations": 2},
-        {"rlhf_type": "vespo", "old_logprobs": "sampler", "mismatch": "token_truncate"},
-        {"rlhf_type": "opo", "top_entropy_quantile": 0.5, "temperature": 0.7},
+        pytest.param({"rlhf_type": "real", "per_device_train_batch_size": 8}, marks=pytest.mark.slow),
+        pytest.param({"rlhf_type": "gdpo", "num_iterations": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"rlhf_type": "vespo", "old_logprobs": "sampler", "mismatch": "token_truncate"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"rlhf_type": "opo", "top_entropy_quantile": 0.5, "temperature": 0.7}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda options: "-".join(f"{value}" for value in options.values()),
 )
@@ -111,7 +117,7 @@ def test_nothing_drifts_at_a_learning_rate_of_nothing(run_policy):
     assert len(evaluated) == 6 and len(set(evaluated)) == 1
 
 
-@pytest.mark.parametrize("options", [{"rlhf_type": "dapo", "dynamic_sample": False}, {"rlhf_type": "grpo"}])
+@pytest.mark.parametrize("options", [{"rlhf_type": "dapo", "dynamic_sample": False}])
 def test_a_step_does_not_depend_on_how_it_is_split(run_policy, options):
     whole = run_policy(**options)
     split = run_policy(**options, per_device_train_batch_size=2, gradient_accumulation_steps=8)
@@ -127,8 +133,10 @@ def test_a_step_does_not_depend_on_how_it_is_split(run_policy, options):
     [
         {},
         {"rlhf_type": "gspo", "generation_batch_size": 64},  # the checkpoint lies within a batch of answers
-        {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.1},
-        {"rlhf_type": "dapo", "max_resample_times": 1},
+        pytest.param(
+            {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.1}, marks=pytest.mark.slow
+        ),
+        pytest.param({"rlhf_type": "dapo", "max_resample_times": 1}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "grpo",
 )
@@ -175,6 +183,7 @@ def test_groups_without_a_signal_are_sampled_again_and_at_last_teach_nothing(run
     assert len(read_rollouts(find_rollouts(run.folder)[1])) == 64
 
 
+@pytest.mark.slow
 def test_chord_learns_from_the_expert_with_a_weight_that_changes(run_policy):
     options = {
         "rlhf_type": "chord",
@@ -307,3 +316,30 @@ def test_the_command_shows_answers(run_policy, capsys):
     assert best["reward"] == max(row["reward"] for row in read_rollouts(find_rollouts(run.folder)[2]))
     assert command(["show", str(run.folder), "--steps"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_python_trainer_takes_rows_and_functions(tiny_model_dir, tmp_path, monkeypatch):
+    from swift import GRPOTrainer
+
+    monkeypatch.setenv("SWIFT_HOME", str(tmp_path / "home"))
+    rows = [
+        {"query": f"Reverse {number}", "answer": str(number)[::-1], "note": "x"} for number in range(10, 18)
+    ]
+    trainer = GRPOTrainer(
+        model=tiny_model_dir,
+        train_dataset=rows,
+        eval_dataset=rows[:2],
+        reward_funcs=[reward_samples.digits, "format"],
+        reward_weights=[1.0, 0.5],
+        num_generations=4,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_completion_length=4,
+        max_steps=1,
+        output_dir=str(tmp_path / "out"),
+    )
+    run = trainer.train()
+    assert trainer.resolved.config.rlhf.beta == 0.1
+    found = read_rollouts(find_rollouts(run.folder)[1])
+    assert set(found[0]["rewards"]) == {"digits", "format"} and len(found) == 8
+    assert "eval_rewards/digits" in run.summary["evaluation"]

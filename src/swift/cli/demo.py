@@ -51,6 +51,30 @@ def run(argv: list[str]) -> int:
     )
 
 
+def _learn_from_a_reward(folder: Path, seed: int) -> None:
+    """Another model gets no answers to copy, only a number for each of its own (GRPO)."""
+    from swift.demo.policy import run_policy_demo
+    from swift.demo.show import sparkline
+    from swift.runs.cards import print_card
+    from swift.train.callbacks.progress import ProgressLine
+
+    shutil.rmtree(folder / "grpo", ignore_errors=True)
+    print(
+        "\nreinforcement learning: a model that knows the task badly learns from the rewards of its own answers\n"
+    )
+    result = run_policy_demo(folder, seed=seed, callbacks=[ProgressLine()])
+    curve = sparkline(result.rewards, encoding=sys.stdout.encoding or "ascii")
+    run = _short(result.run)
+    print_card(
+        "what the reward taught",
+        [
+            ("reward", f"{result.rewards[0]:.2f} {curve} {result.rewards[-1]:.2f}"),
+            ("held-out", f"reward {result.evaluated[-1]:.2f} at the end"),
+            ("next", f"swift rollouts show {run} --step {len(result.rewards)} --worst 5"),
+        ],
+    )
+
+
 def _experiments(folder: Path, model: Path, seed: int) -> int:
     """Four adapters at once, their evaluation and report, with a service of their own; then the winner's use."""
     from swift.cli import compare, report, service

@@ -24,7 +24,7 @@ from swift.train.callbacks.base import Callback, RunView
 
 __all__ = ["PolicyDemo", "run_policy_demo", "write_policy_files"]
 
-WARM_UP_STEPS, WARM_UP_LOSS = 100, 0.6
+WARM_UP_STEPS, WARM_UP_LOSS = 100, 0.7
 """At most so many steps; the loss, in nats a token, at which few answers are right and some digits are."""
 NUM_STEPS = 40
 _REWARD = '''"""The reward of the demo: the share of digits that stand where they should."""
@@ -73,7 +73,7 @@ def write_policy_files(folder: Path, model: Path, *, seed: int, num_steps: int =
             "max_steps": num_steps,
             "per_device_train_batch_size": 64,
             "gradient_accumulation_steps": 1,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "lr_scheduler_type": "constant",
             "weight_decay": 0,
             "seed": seed,

@@ -316,6 +316,11 @@ def _steps(
     if not section.val_dataset and section.split_dataset_ratio > 0 and rows.rows > 1:
         train_share = 1 - _count_validation(resolved, rows, []) / rows.rows
     num_samples = round(rows.rows * len(lengths) / len(rows.lengths) * train_share)
+    if (
+        resolved.config.rlhf.is_policy
+    ):  # the rows are prompts: each gets several answers, as long as they may be
+        lengths = [length + resolved.config.generation.max_new_tokens for length in lengths]
+        num_samples *= resolved.config.policy.num_generations
     epoch = plan_epoch(
         lengths,
         max(1, num_samples),
@@ -369,7 +374,8 @@ def _widest(
         return Widest(batch, _row_length(resolved), count)
     count = batch * sequences
     limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
-    tokens = count * min(limit, longest or limit)
+    answer = resolved.config.generation.max_new_tokens if resolved.config.rlhf.is_policy else 0
+    tokens = count * (min(limit, longest or limit) + answer)
     if epoch is not None and (mode == "padding_free" or sequences == 1 or longest is None):
         tokens = epoch.widest
     rows = 1 if mode == "padding_free" else min(count, tokens)

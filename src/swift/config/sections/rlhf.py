@@ -162,7 +162,8 @@ class RlhfSection(Section):
     @property
     def runs_reference(self) -> bool:
         """The reference is computed in every step."""
-        reads = self.rlhf_type in (*DPO_TYPES, "kto") and not self.reference_free
+        reads = self.rlhf_type in (*DPO_TYPES, "kto") or (self.is_policy and bool(self.beta))
+        reads = reads and not self.reference_free
         return reads and not self.precompute_ref_log_probs
 
     @property

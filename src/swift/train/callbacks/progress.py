@@ -90,7 +90,9 @@ class ProgressLine(Callback):
 def describe(metrics: dict[str, Any], eta_seconds: float | None) -> str:
     """``loss 1.2345  lr 1e-04  812 tok/s  3m05s left``; what is not known is left out."""
     parts = []
-    if metrics.get("loss") is not None:
+    if metrics.get("reward") is not None:  # the loss of a policy is near 0, whatever it learns
+        parts.append(f"reward {metrics['reward']:.4f}")
+    elif metrics.get("loss") is not None:
         parts.append(f"loss {metrics['loss']:.4f}")
     if metrics.get("learning_rate") is not None:
         parts.append(f"lr {metrics['learning_rate']:.2e}")
