@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -68,6 +70,30 @@ def test_a_file_of_experiments_runs_fused_and_one_failure_is_one_failure(experim
     assert "-- done" in log and "step 6/6" in log
     assert "the loss is not finite at step" in (home / "jobs" / "j3" / "output.log").read_text()
     assert (tmp_path / "out" / "small" / "last" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_when_the_common_process_is_killed_every_member_goes_on_alone_from_its_checkpoint(
+    experiments, tmp_path
+):
+    path, env = experiments
+    text = path.read_text().replace("max_steps: 6", "max_steps: 150\n  save_steps: 5")
+    path.write_text("\n".join(line for line in text.splitlines() if "broken" not in line))
+    command = [sys.executable, "-m", "swift", "run", str(path), "--fuse", "always", "--inline", "--cold"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out, host = tmp_path / "out", tmp_path / "home" / "jobs" / "fused-j1-1" / "attempt-1"
+    deadline = time.monotonic() + 240
+    while not all(list((out / name).glob("checkpoint-*/state.json")) for name in ("small", "fast")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.kill(json.loads((host / "child.json").read_text())["pid"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for job, name in (("j1", "small"), ("j2", "fast")):
+        status = read_status(out / name)
+        assert (status["state"], status["step"]) == ("succeeded", 150)
+        log = (tmp_path / "home" / "jobs" / job / "output.log").read_text()
+        assert "the process of the fused group died" in log and f"swift resume {out / name}" in log
 
 
 @pytest.mark.slow

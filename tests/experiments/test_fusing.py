@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,18 @@ def test_a_shape_is_measured_once_and_then_known(tmp_path, world):
     assert Choice(home)(unknown)[0] == "separate"
 
 
+def test_a_submission_that_nobody_judged_is_fused_when_its_shape_is_known(world):
+    specs = [world.training(name, fuse={"key": "k"}, estimate=MEMORY, needs=Needs()) for name in "ab"]
+    world.submit(*specs)
+    assert [world.job(name).placement.fused for name in "ab"] == ["", ""]
+    assert world.job("a").spec.fuse["why"] == "it was not measured whether fusing pays"
+    for name in "ab":
+        world.end(name)
+    Choice(world.home, lambda members: {"fused": 1.0, "separate": 2.0, "sequence": 2.0})(specs)
+    world.submit(*(replace(spec, name=f"{spec.name}2") for spec in specs), group="again")
+    assert {world.job(name).placement.fused for name in ("a2", "b2")} == {"fused-j3-1"}
+
+
 def test_a_measurement_that_fails_leaves_things_as_they_were(tmp_path, world):
     def measure(specs):
         raise ValueError("no room")
@@ -203,6 +216,13 @@ def test_the_key_is_that_of_the_model_not_of_adapter_data_and_optimization():
     assert len({first, *others}) == 5
     assert "LoRA" in fuse_fields(config(tuner_type="full"), {}, {})["problem"]
     assert fuse_fields(config(), {"A": "1"}, {})["key"] != first
+
+
+@pytest.mark.parametrize("kind,is_fused", [("dpo", True), ("kto", True), ("rm", False), ("grpo", False)])
+def test_preferences_are_fused_and_other_reinforcement_is_not(kind, is_fused):
+    values = {"model": "/m", "dataset": "d", "rlhf_type": kind, "per_device_train_batch_size": 8}
+    fields = fuse_fields(resolve("rlhf", values=values, planning=True), {}, {})
+    assert ("key" in fields) is is_fused and ("problem" in fields) is not is_fused
 
 
 @pytest.mark.parametrize("mode,plan", [("always", "fused"), ("never", "separate"), ("auto", "sequence")])

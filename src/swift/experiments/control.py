@@ -17,6 +17,8 @@ from typing import Any
 
 from swift.core.errors import UsageError
 from swift.experiments.dependencies import dependents
+from swift.experiments.fuse_choice import Choice
+from swift.experiments.fusing import apply_verdicts
 from swift.experiments.home import Home
 from swift.experiments.open_sweeps import OpenSweeps
 from swift.experiments.runner import Runner
@@ -66,12 +68,14 @@ class Control(abc.ABC):
         sweep: dict[str, str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Group:
-        """Queue jobs, all or none.
+        """Queue jobs, all or none. Whether they run fused is looked up where nobody has decided yet.
 
         Args:
             sweep: ``{"text", "shown", "cwd"}`` of a file whose trials depend on results; its first trials are added.
             environment: of the submitting shell (`isolation.from_shell`).
         """
+        if not any("plan" in spec.fuse for spec in specs):
+            specs = apply_verdicts(specs, "auto", Choice(self.home))
         with self._submitting:
             if sweep is None:
                 group = self.store.add_group(name, source_text, specs, environment)

@@ -37,7 +37,7 @@ __all__ = [
 
 GROUP_FILE = "group.json"
 FUSED_SOCKET = "fused.sock"
-MAX_MEMBERS = 16
+MAX_MEMBERS = 32
 _SPOILT = ("crash", "out_of_memory", "lost", "stall", "launch")
 """A job that failed so is tried again alone: whatever it was, it shall not take others with it twice."""
 
