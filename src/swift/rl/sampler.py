@@ -82,6 +82,7 @@ class EmbeddedSampler:
         self._merged = MergedWeights.of(tuned_model(engine.model))
         with self._weights() as model:
             self.core = EmbeddedCore(_bundle(model, prepared), limits)
+        self.core.shares_prompts = True
 
     @contextlib.contextmanager
     def _weights(self) -> Iterator[Any]:
@@ -105,7 +106,8 @@ class EmbeddedSampler:
         self, jobs: Sequence[SamplingJob], version: int, *, temperature: float | None = None
     ) -> list[Trajectory]:
         """See `Sampler`. ``temperature`` replaces that of the options (0: the likeliest answers)."""
-        order = sorted(range(len(jobs)), key=lambda at: -len(jobs[at].prompt_ids))
+        # The first answer of each group computes the prompt for all of them; long prompts go first.
+        order = sorted(range(len(jobs)), key=lambda at: (jobs[at].sample > 0, -len(jobs[at].prompt_ids)))
         requests = [self._request(str(at), jobs[at], temperature) for at in order]
         watch = _Deadline(self.deadline_seconds, len(jobs))
         with self._weights():

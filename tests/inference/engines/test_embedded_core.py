@@ -212,3 +212,33 @@ def test_scores_that_are_not_finite_end_only_their_request(
     answers = core.generate(requests(texts))
     assert answers[1].finish_reason == "error" and "finite" in (answers[1].error or "")
     assert [answers[0].tokens, answers[2].tokens] == [expected[0], expected[2]]
+
+
+def test_a_shared_prompt_is_computed_once_and_changes_no_answer(bundle: ModelBundle) -> None:
+    """Three prompts, four seeds each, in few slots and in small pieces; one group has a prompt of one token."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(5, 200, (size,), generator=generator).tolist() for size in (40, 17, 1)]
+    wanted = [
+        Request(f"{seed}-{number}", prompt, SamplingOptions(max_tokens=6, seed=seed, logprobs=0))
+        for seed in range(4)
+        for number, prompt in enumerate(prompts)
+    ]
+    for options in (EngineSection(max_num_seqs=16), EngineSection(max_num_seqs=4, prefill_chunk=8)):
+        plain = EmbeddedCore(bundle, options)
+        shared = EmbeddedCore(bundle, options)
+        shared.shares_prompts = True
+        counted: list[int] = []
+        run = shared._runner.run
+        shared._runner.run = lambda batch, run=run, counted=counted: (
+            counted.append(len(batch.ids)),
+            run(batch),
+        )[1]  # type: ignore[method-assign]
+        answers = shared.generate(wanted)
+        for one, other in zip(plain.generate(wanted), answers, strict=True):
+            assert one.tokens == other.tokens
+            pairs = zip(one.infos, other.infos, strict=True)
+            assert all(abs(a.logprob - b.logprob) < 1e-4 for a, b in pairs)
+        if (
+            options.max_num_seqs == 16
+        ):  # each prompt once, one token of it for each further answer, the answers
+            assert sum(counted) == 40 + 17 + 1 + 3 * 3 + sum(len(one.tokens) - 1 for one in answers)

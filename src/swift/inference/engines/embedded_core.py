@@ -57,6 +57,10 @@ class EmbeddedCore:
         options: limits.
         task: what the model was trained for; default: to write text.
 
+    Attributes:
+        shares_prompts: a request waits while another one with the same prompt computes it, and copies what comes of
+            it. For many answers to each prompt; the first request of every prompt should come before the others.
+
     Raises:
         ModelError: the model cannot write text step by step.
         ConfigError: a limit is beyond what the model or memory allows.
@@ -81,6 +85,7 @@ class EmbeddedCore:
         self._most_rows = self.options.max_num_seqs
         self._totals = {"requests": 0, "aborted": 0, "prompt": 0, "generated": 0}
         self._events: list[Event] = []
+        self.shares_prompts = False
 
     def _prepare_writing(self) -> None:
         cache, device = self.cache, self.model.device
@@ -276,10 +281,27 @@ class EmbeddedCore:
             width = max(int(rows.length[: len(rows)].max(initial=0)), len(row.tokens)) + 1
             if len(rows) and not self._runner.fits(len(rows) + 1, width):
                 break
+            twin = self._twin(row) if self.shares_prompts else None
+            if twin is not None and rows.computed[twin.slot] < row.num_prompt - 1:
+                break  # its prompt is being computed: the next step may copy it
             self._waiting.popleft()
             slot = rows.enter(row, self._adapters.number(row.request.adapter))
             answer = row.tokens[row.num_prompt :]
             self._sampler.place(slot, row.request.sampling, row.seed, row.request.prompt, answer, row.grammar)
+            if twin is not None and self._runner.reserve(len(rows), width):
+                # All but the last token, whose forward chooses the first one of the answer.
+                self._runner.move(twin.slot, slot, row.num_prompt - 1)
+                rows.computed[slot] = row.num_prompt - 1
+
+    def _twin(self, row: Row) -> Row | None:
+        """A running request whose prompt is the same, for one that has not begun; None where nothing can be copied."""
+        if row.tells_prompt or len(row.tokens) > row.num_prompt or self._runner.whole_prompts:
+            return None
+        prompt, adapter = row.request.prompt, row.request.adapter
+        same = (
+            one for one in self._rows.rows if one.request.prompt == prompt and one.request.adapter == adapter
+        )
+        return next(same, None)
 
     def _plan(self) -> np.ndarray:
         """How many tokens of each slot this step computes; there is memory for them."""
