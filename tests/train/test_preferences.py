@@ -247,7 +247,8 @@ def test_bad_rows_say_what_is_wrong(prefer, tmp_path, row, options, reason):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"rlhf_type": "grpo"}, "grpo comes with a later version"),
+        ({"rlhf_type": "grpo"}, "which reward"),
+        ({"rlhf_type": "ppo"}, "ppo comes with a later version"),
         ({"rlhf_type": "simpo", "ref_model": "m"}, "no effect with rlhf_type simpo"),
         ({"rlhf_type": "rm", "beta": 0.2}, "no effect with rlhf_type rm"),
         ({"rlhf_type": "kto", "per_device_train_batch_size": 1}, "there is only one"),
