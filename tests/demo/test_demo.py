@@ -110,6 +110,7 @@ def test_four_experiments_their_report_and_the_winner_merged_quantised_and_serve
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "what the reward taught" in done.stdout
     assert "winner: bold" in done.stdout
     for made in ("winner", "winner-nf4"):
         parity = json.loads((tmp_path / "demo" / made / "parity.json").read_text())

@@ -44,11 +44,10 @@ def run(argv: list[str]) -> int:
     if result.accuracy_after < GOAL:
         print(f"the goal is {GOAL:.0%}: this seed did not get there", file=sys.stderr)
         return 1
-    return (
-        0
-        if arguments.single
-        else _experiments(Path(arguments.output_dir), result.run / "last", arguments.seed)
-    )
+    if arguments.single:
+        return 0
+    _learn_from_a_reward(Path(arguments.output_dir), arguments.seed)
+    return _experiments(Path(arguments.output_dir), result.run / "last", arguments.seed)
 
 
 def _learn_from_a_reward(folder: Path, seed: int) -> None:
