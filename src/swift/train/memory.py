@@ -74,9 +74,14 @@ def trace_memory(
             "weights that are stored quantised cannot be traced",
             fix="leave out --exact: the formulas know them",
         )
+    if resolved.config.training.activation_cpu_offload:
+        raise ModelError(
+            "a trace does not follow activations into host memory",
+            where="--activation_cpu_offload",
+            fix="leave out --exact: the formulas know them",
+        )
     resolved = copy.deepcopy(resolved)
     resolved.config.training.torch_compile = False  # compiled or not, the same tensors at most
-    resolved.config.training.activation_cpu_offload = False
     model_class, config = _class_of(resolved, facts, folder)
     kinds = _kinds(config.get_text_config())
     traced = _picked(kinds, resolved)
