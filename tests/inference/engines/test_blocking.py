@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from engine_models import prompts
+from engine_models import lively, prompts
 
 from swift.config.sections.generation import GenerationSection
 from swift.core.errors import ConfigError
@@ -17,9 +19,11 @@ from swift.models.load import ModelBundle
 GREEDY = SamplingOptions(max_tokens=12, temperature=0)
 
 
-def test_answers_streams_and_stop_words_are_the_same(bundle: ModelBundle) -> None:
+def test_answers_streams_and_stop_words_are_the_same(make_bundle: Callable[..., ModelBundle]) -> None:
+    # Two models: an engine writes in its own thread, and a cancelled answer may still be in its last step.
+    bundle = lively(make_bundle())
     core = EmbeddedCore(bundle)
-    engine = BlockingEngine(EmbeddedEngine(lambda: bundle))
+    engine = BlockingEngine(EmbeddedEngine(lambda: lively(make_bundle())))
     try:
         asked = [Request(str(i), text, GREEDY) for i, text in enumerate(prompts(9, 512))]
         expected = [answer.tokens for answer in core.generate(asked)]

@@ -121,8 +121,14 @@ class SlotRunner:
 
     @contextlib.contextmanager
     def _attention(self) -> Iterator[None]:
-        """Our attention within the block; whoever else uses the model finds it as it was."""
+        """Our attention within the block; whoever uses the model afterwards finds it as it was.
+
+        Raises:
+            RuntimeError: another thread computes with the model at this moment, and would get our attention.
+        """
         before = [config._attn_implementation for config in self._configs]
+        if ATTENTION in before:
+            raise RuntimeError("another thread is writing text with this model: give each engine its own")
         try:
             for config in self._configs:
                 config._attn_implementation = ATTENTION
