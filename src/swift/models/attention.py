@@ -127,7 +127,8 @@ def _documents(
         all_lengths = tuple(length for row in document_lengths for length in row)
         return _call_kernel(kernel, parts, all_lengths, scaling, window)
     if all(list(lengths) == [parts[0].shape[2]] for lengths in document_lengths):  # a document fills each row
-        return _causal(*parts, dropout, scaling, window).transpose(1, 2)
+        query, key, value = parts
+        return _causal(query, key, value, dropout, scaling, window).transpose(1, 2)
     rows = [
         _row([part[None] for part in row], list(lengths), dropout, scaling, window)
         for *row, lengths in zip(*parts, document_lengths, strict=True)
