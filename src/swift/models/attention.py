@@ -68,6 +68,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     document_lengths: Sequence[Sequence[int]] | None = None,
     is_causal: bool | None = None,
+    context: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within documents, in the form transformers calls attention functions.
@@ -78,12 +79,17 @@ def varlen_attention(
         value: as key.
         sliding_window: a token sees itself and at most ``sliding_window - 1`` tokens before it.
         document_lengths: for each row the lengths of its documents, which fill the row.
+        context: what computes attention over tokens that are spread over ranks (``parallel/sequence/context.py``);
+            it knows the documents.
 
     Returns:
         [rows, width, heads, channels] and None (no attention weights).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("swift_varlen computes neither soft-capped scores nor attention sinks")
+    if context is not None:
+        kwargs |= {"dropout": dropout, "sliding_window": sliding_window, "is_causal": is_causal}
+        return context.attend(module, query, key, value, scaling, **kwargs), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("position_bias") is None
     if not plain or not causal:

@@ -19,6 +19,7 @@ from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
 from swift.parallel.engine import ParameterSet, StepOutput
 from swift.parallel.offload import OffloadedActivations
+from swift.parallel.sequence.context import ContextParallel
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import SavedModule
 from swift.tuners.switch import Draw
@@ -41,6 +42,7 @@ class NativeEngine:
         penalty: a term added to the loss once a step; it is not part of the loss that is reported.
         offload_activations: keep what the backward pass needs in host memory.
         split: tells backbone and head apart.
+        context: the ranks that share every row of a batch.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class NativeEngine:
         penalty: Callable[[], Tensor | None] | None = None,
         offload_activations: bool = False,
         split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
+        context: ContextParallel | None = None,
     ) -> None:
         self.model = model
+        self.context = context
         self.parameter_sets = {group.name: group for group in parameter_sets}
         self.device = device
         self.dtype = dtype
@@ -217,10 +221,15 @@ class NativeEngine:
         """What the model says at the batch's targets, in the mode it is in: log-probabilities ``[n]``."""
         return self.token_outputs(batch).logprobs
 
-    def _run(self, batch: Batch) -> Any:
-        """The outputs of the backbone, or of the whole model when its head cannot be told apart."""
+    def _run(self, batch: Batch, attention: Any = None) -> Any:
+        """The outputs of the backbone, or of the whole model when its head cannot be told apart.
+
+        ``attention``: over tokens that are spread over ranks.
+        """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if batch.document_lengths is not None and self._takes_lengths:
+        if attention is not None:
+            inputs["context"] = attention
+        elif batch.document_lengths is not None and self._takes_lengths:
             inputs["document_lengths"] = batch.document_lengths
         return self._forward(**inputs, use_cache=False)
 
@@ -231,12 +240,16 @@ class NativeEngine:
     def token_outputs(self, batch: Batch) -> TokenOutputs:
         """Log-probabilities of the batch's targets, in row-major order."""
         with self.precision():
-            targets = batch.targets[batch.targets != -100]
-            return self.of_states(self.states(batch), targets, batch.temperature)
+            shard = self.context.shard(batch) if self.context else None
+            own = shard.batch if shard else batch
+            targets = own.targets[own.targets != -100]
+            states = self.states(own, shard.attention if shard else None)
+            outputs = self.of_states(states, targets, batch.temperature)
+            return self.context.gather_outputs(outputs, shard) if self.context and shard else outputs
 
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch, attention: Any = None) -> Tensor:
         """What the head reads of each target, ``[num_targets, size]``; its logits where there is no head apart."""
-        outputs = self._run(batch)
+        outputs = self._run(batch, attention)
         found: Tensor = outputs.last_hidden_state if self._split else outputs.logits
         return found[batch.targets != -100]
 
