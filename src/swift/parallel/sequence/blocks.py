@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["block_backward", "block_forward", "merge"]
+__all__ = ["block_backward", "block_forward", "merge", "plain_backward", "plain_forward"]
 
 
 def merge(output: Tensor, total: Tensor, part: Tensor, logsumexp: Tensor) -> None:
@@ -23,7 +23,9 @@ def merge(output: Tensor, total: Tensor, part: Tensor, logsumexp: Tensor) -> Non
     total.copy_(merged)
 
 
-def block_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def block_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     """``[rows, heads, width, channels]`` each (equal numbers of heads) -> output alike, log-sum-exp without channels.
 
     ``causal``: query i sees keys 0..i; both have the same width then.
@@ -36,9 +38,7 @@ def block_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale
             return output, logsumexp
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, 0.0, causal, scale=scale)
-    scores = _scores(query, key, causal, scale)
-    logsumexp = scores.logsumexp(-1)
-    return (scores - logsumexp[..., None]).exp_().to(value.dtype) @ value, logsumexp
+    return plain_forward(query, key, value, causal, scale)
 
 
 def block_backward(
@@ -58,10 +58,45 @@ def block_backward(
             widths = query.shape[2], key.shape[2]
             ends: Any = (None, None)
             return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                gradient, query, key, value, output, logsumexp, *ends, *widths, 0.0, causal, zero, zero, scale=scale
+                gradient,
+                query,
+                key,
+                value,
+                output,
+                logsumexp,
+                *ends,
+                *widths,
+                0.0,
+                causal,
+                zero,
+                zero,
+                scale=scale,
             )
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return flash(gradient, query, key, value, output, logsumexp, 0.0, causal, scale=scale)
+    return plain_backward(gradient, query, key, value, output, logsumexp, causal, scale)
+
+
+def plain_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`block_forward` by its formulas, for every device and precision."""
+    scores = _scores(query, key, causal, scale)
+    logsumexp = scores.logsumexp(-1)
+    return (scores - logsumexp[..., None]).exp_().to(value.dtype) @ value, logsumexp
+
+
+def plain_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_backward` by its formulas."""
     high = logsumexp.dtype
     probabilities = (_scores(query, key, causal, scale) - logsumexp[..., None]).exp_()
     mean = (gradient.to(high) * output.to(high)).sum(-1, keepdim=True)
@@ -83,7 +118,12 @@ def _scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
 def _flash(query: Tensor) -> bool:
     if query.is_cuda:
         half = query.dtype in (torch.float16, torch.bfloat16)
-        return half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and _cuda_flash_is_right(query.device.index)
+        return (
+            half
+            and query.shape[-1] % 8 == 0
+            and query.shape[-1] <= 256
+            and _cuda_flash_is_right(query.device.index)
+        )
     return query.device.type == "cpu"
 
 
@@ -93,17 +133,20 @@ def _cuda_flash_is_right(device: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     shape = (4, 1, 2, 32, 64)
     query, key, value, gradient = torch.randn(shape, generator=generator).to(f"cuda:{device}", torch.bfloat16)
-    exact = [tensor.float() for tensor in (query, key, value, gradient)]
-    wanted = block_forward(*exact[:3], True, 0.125)
+    q, k, v, slope = (tensor.float() for tensor in (query, key, value, gradient))
+    wanted = plain_forward(q, k, v, True, 0.125)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=0.125)
+            found = torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, True, False, scale=0.125
+            )
             zero = torch.zeros((), dtype=torch.int64, device=query.device)
+            given = gradient, query, key, value, found[0], found[1] + 1, None, None, 32, 32, 0.0, True
             slopes = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                gradient, query, key, value, found[0], found[1] + 1, None, None, 32, 32, 0.0, True, zero, zero, scale=0.125
+                *given, zero, zero, scale=0.125
             )
     except (RuntimeError, TypeError, NotImplementedError):
         return False  # not built for this device: the plain formulas
-    expected = block_backward(exact[3], *exact[:3], wanted[0], wanted[1] + 1, True, 0.125)
+    expected = plain_backward(slope, q, k, v, wanted[0], wanted[1] + 1, True, 0.125)
     pairs = zip((*found[:2], *slopes), (*wanted, *expected), strict=True)
     return all(torch.allclose(one.float(), other, atol=0.1, rtol=0.05) for one, other in pairs)

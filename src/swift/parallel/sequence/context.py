@@ -1,9 +1,9 @@
 """Context parallelism: the tokens of every row are spread over ranks, and only attention knows of it.
 
-A batch that all ranks of the group hold whole is cut (`ContextParallel.shard`), the model runs on the rank's own tokens,
-and what it says of the targets is put together again (`ContextParallel.gather`): every rank gets all log-probabilities
-in the batch's own order. So objectives, denominators and metrics see whole batches, whatever they compute; gradients of
-parameters are this rank's share and have to be summed over the group.
+A batch that all ranks of the group hold whole is cut (`ContextParallel.shard`), the model runs on the rank's own
+tokens, and what it says of the targets is put together again (`ContextParallel.gather`): every rank gets all
+log-probabilities in the batch's own order. So objectives, denominators and metrics see whole batches, whatever they
+compute; gradients of parameters are this rank's share and have to be summed over the group.
 
 The group is a grid of rings times Ulysses groups: rank ``ring * U + place``.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from swift.core.errors import ConfigError
 from swift.data.collate import Batch
-from swift.models.attention import SHIFTED_GROUPS, VARLEN, varlen_attention
+from swift.models.attention import SHIFTED_GROUPS, varlen_attention
 from swift.objectives.base import TokenOutputs
 from swift.parallel.sequence.ring import RingPlan, held_chunks, ring_attention
 from swift.parallel.sequence.ulysses import heads_to_tokens, share_heads, tokens_to_heads
@@ -33,8 +33,8 @@ __all__ = ["ContextParallel", "Shard", "split_degree"]
 def split_degree(kind: str, size: int, heads: int, key_value_heads: int) -> tuple[int, int]:
     """(ranks in a ring, ranks in a Ulysses group) of ``size`` ranks.
 
-    Ulysses needs its ranks to divide the heads, and the key/value heads or the other way round. ``hybrid`` takes as many
-    for it as fit and makes rings of the rest.
+    Ulysses needs its ranks to divide the heads, and the key/value heads or the other way round. ``hybrid`` takes as
+    many for it as fit and makes rings of the rest.
 
     Raises:
         ConfigError: Ulysses was asked for and the heads do not divide.
@@ -77,26 +77,36 @@ class Shard:
 class ContextAttention:
     """Attention over tokens that are spread over ranks; one for all layers of a pass."""
 
-    def __init__(self, lengths: Sequence[Sequence[int]], rings: dist.ProcessGroup, heads: dist.ProcessGroup) -> None:
+    def __init__(
+        self, lengths: Sequence[Sequence[int]], rings: dist.ProcessGroup, heads: dist.ProcessGroup
+    ) -> None:
         self.lengths, self.rings, self.heads = lengths, rings, heads
         self.plan = RingPlan(lengths, rings.rank(), rings.size()) if rings.size() > 1 else None
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **options: Any
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        **options: Any,
     ) -> Tensor:
         """``[rows, heads, own width, channels]`` -> ``[rows, own width, heads, channels]``."""
         size = self.heads.size()
-        parts = [query, share_heads(key, size), share_heads(value, size)]
         if size > 1:
-            parts = [tokens_to_heads(part, self.heads) for part in parts]
+            query, key, value = (
+                tokens_to_heads(part, self.heads)
+                for part in (query, share_heads(key, size), share_heads(value, size))
+            )
         if self.plan is None:
             output, _ = varlen_attention(
-                module, *parts, None, scaling=scaling, document_lengths=self.lengths, **options
+                module, query, key, value, None, scaling=scaling, document_lengths=self.lengths, **options
             )
         else:
             self._check(module, options)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            output = ring_attention(*parts, self.plan, self.rings, scale).transpose(1, 2)
+            output = ring_attention(query, key, value, self.plan, self.rings, scale).transpose(1, 2)
         return heads_to_tokens(output, self.heads) if size > 1 else output
 
     def _check(self, module: nn.Module, options: dict[str, Any]) -> None:

@@ -49,7 +49,11 @@ class RingPlan:
         self.rank, self.size = rank, size
         self.chunk = sum(lengths[0]) // (2 * size)
         alike = all(list(row) == list(lengths[0]) for row in lengths)
-        rows = [(slice(None), lengths[0])] if alike else [(slice(at, at + 1), row) for at, row in enumerate(lengths)]
+        rows = (
+            [(slice(None), lengths[0])]
+            if alike
+            else [(slice(at, at + 1), row) for at, row in enumerate(lengths)]
+        )
         self.blocks = {
             source: [block for where, row in rows for block in self._blocks(where, row, source)]
             for source in range(size)
@@ -113,7 +117,13 @@ class _Hop:
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: RingPlan, group: dist.ProcessGroup, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: RingPlan,
+        group: dist.ProcessGroup,
+        scale: float,
     ) -> Tensor:
         high = torch.promote_types(query.dtype, torch.float32)
         output = torch.zeros_like(query, dtype=high)

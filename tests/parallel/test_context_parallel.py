@@ -1,0 +1,143 @@
+"""Context parallelism: gradients of a step whose rows are spread over ranks are those of one process."""
+
+import parallel_parity as parity
+import pytest
+import torch
+import torch.distributed as dist
+from worker_pool import pool
+
+from swift.core.errors import ConfigError
+from swift.objectives.sft import SftObjective
+from swift.parallel.sequence.blocks import block_backward, block_forward, merge, plain_backward, plain_forward
+from swift.parallel.sequence.context import ContextParallel, split_degree
+
+
+def step(rank, ring, family, task, packed, dtype, lora, changes):
+    wanted_loss, wanted = parity.expected(parity.tiny(family, dtype, lora=lora, **changes), task, packed)
+    model = parity.tiny(family, dtype, lora=lora, **changes)
+    context = ContextParallel(dist.group.WORLD, ring)
+    engine = parity.engine_of(model, task, context=context)
+    loss = engine.forward_backward(*parity.step_of(task, packed)).loss
+    found = {name: p.grad for name, p in engine.parameter_sets["default"].parameters.items()}
+    for gradient in found.values():
+        dist.all_reduce(gradient)
+    return abs(float(loss) - wanted_loss) / abs(wanted_loss), *parity.worst(found, wanted)
+
+
+def check(size, ring, family="qwen3", task="sft", packed=True, dtype=torch.float64, lora=False, **changes):
+    for loss, gradient, name in pool(size).run(step, ring, family, task, packed, dtype, lora, changes):
+        assert loss < parity.LIMITS[dtype], loss
+        assert gradient < parity.LIMITS[dtype], (gradient, name)
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_two_ranks(ring, packed, task):
+    check(2, ring, task=task, packed=packed, lora=task == "dpo")
+
+
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_four_ranks(ring):
+    check(4, ring)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3_moe"])
+def test_families(family):
+    check(2, 2, family, packed=True)
+    check(2, 1, family, packed=False, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "heads", "degrees"),
+    [
+        ("ring", 4, (4, 2), (4, 1)),
+        ("ulysses", 4, (4, 2), (1, 4)),  # key/value heads are fewer than ranks
+        ("hybrid", 4, (2, 2), (2, 2)),
+        ("hybrid", 6, (4, 2), (3, 2)),
+        ("hybrid", 3, (4, 2), (3, 1)),
+        ("hybrid", 4, (12, 3), (4, 1)),  # 3 heads and 2 or 4 ranks do not divide one another
+    ],
+)
+def test_degrees(kind, size, heads, degrees):
+    assert split_degree(kind, size, *heads) == degrees
+
+
+def test_ulysses_refuses_what_does_not_divide():
+    with pytest.raises(ConfigError, match="cannot share 4 heads"):
+        split_degree("ulysses", 3, 4, 2)
+
+
+def layout_of(rank, ring):
+    context = ContextParallel(dist.group.WORLD, ring)
+    shard = context.shard(parity.token_batch([[5, 4]]))
+    return context.places(16).tolist(), shard.batch.input_ids.shape, shard.attention.lengths
+
+
+def test_rings_hold_chunks_from_both_ends():
+    results = pool(4).run(layout_of, 2)
+    assert [places for places, _, _ in results] == [
+        [0, 1, 2, 3],  # first ring place: chunks 0 and 3, shared by two ranks
+        [12, 13, 14, 15],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+    ]
+    for _, shape, lengths in results:
+        assert shape == (1, 4)  # 9 tokens padded to 16
+        assert lengths == [[5, 4, 7]]
+
+
+def without_targets(rank):
+    batch, objective = [parity.token_batch([[5]])], SftObjective()  # of 4 ranks in a ring, two have no target
+    engines = [parity.engine_of(parity.tiny()), parity.engine_of(parity.tiny())]
+    engines[1].context = ContextParallel(dist.group.WORLD, 4)
+    grads = []
+    for engine in engines:
+        engine.forward_backward(batch, objective)
+        grads.append({name: p.grad for name, p in engine.parameter_sets["default"].parameters.items()})
+    for gradient in grads[1].values():
+        dist.all_reduce(gradient)
+    return parity.worst(grads[1], grads[0])
+
+
+def test_ranks_without_targets():
+    assert max(error for error, _ in pool(4).run(without_targets)) < 1e-10
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_merge_to_attention_over_all_keys(causal):
+    query, key, value, gradient = torch.randn(
+        4, 2, 3, 12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    tensors = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    whole = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal, scale=0.3)
+    whole.backward(gradient)
+    for forward, backward in ((plain_forward, plain_backward), (block_forward, block_backward)):
+        # The last five queries and keys are a block of their own; under a causal mask they see the others entirely.
+        output, total = torch.zeros_like(query), torch.full(query.shape[:-1], -torch.inf, dtype=torch.float64)
+        spans = [slice(0, 7), slice(7, 12)]
+        pairs = [(q, k) for q in spans for k in spans if not causal or k.start <= q.start]
+        for q, k in pairs:
+            parts = (query[:, :, q], key[:, :, k], value[:, :, k])
+            merge(output[:, :, q], total[:, :, q], *forward(*parts, causal and q == k, 0.3))
+        torch.testing.assert_close(output, whole)
+        sums = [torch.zeros_like(tensor) for tensor in tensors]
+        for q, k in pairs:
+            parts = (
+                gradient[:, :, q],
+                query[:, :, q],
+                key[:, :, k],
+                value[:, :, k],
+                output[:, :, q],
+                total[:, :, q],
+            )
+            for where, total_sum, part in zip(
+                (q, k, k), sums, backward(*parts, causal and q == k, 0.3), strict=True
+            ):
+                total_sum[:, :, where] += part
+        for tensor, total_sum in zip(tensors, sums, strict=True):
+            torch.testing.assert_close(total_sum, tensor.grad)
+
+
+def test_ulysses_has_sliding_windows():
+    check(2, 1, "mistral")
