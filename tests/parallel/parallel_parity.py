@@ -149,6 +149,32 @@ def step_of(task, packed=True, rows=1):
     return [token_batch(part, packed=packed, seed=at) for at, part in enumerate(lengths)], SftObjective()
 
 
+class OfAll:
+    """An objective whose denominators are those of a whole step, of which a rank sees a part."""
+
+    def __init__(self, objective, batches):
+        self.objective, self.batches = objective, batches
+
+    def denominators(self, batches):
+        return self.objective.denominators(self.batches)
+
+    def __call__(self, *args):
+        return self.objective(*args)
+
+
+def shard_layers(model, mesh):
+    """FSDP over layers and the rest; gradients are summed."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    for layer in getattr(model, model.base_model_prefix).layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
 def engine_of(model, task="sft", **options):
     """An engine over what of the model is trained."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -19,7 +19,8 @@ from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
 from swift.parallel.engine import ParameterSet, StepOutput
 from swift.parallel.offload import OffloadedActivations
-from swift.parallel.sequence.context import ContextParallel
+from swift.parallel.sequence.context import ContextParallel, pad_batch
+from swift.parallel.tensor import TensorParallel
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import SavedModule
 from swift.tuners.switch import Draw
@@ -43,6 +44,7 @@ class NativeEngine:
         offload_activations: keep what the backward pass needs in host memory.
         split: tells backbone and head apart.
         context: the ranks that share every row of a batch.
+        tensor: the ranks that share the model's layers.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class NativeEngine:
         offload_activations: bool = False,
         split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
         context: ContextParallel | None = None,
+        tensor: TensorParallel | None = None,
     ) -> None:
         self.model = model
-        self.context = context
+        self.context, self.tensor = context, tensor
         self.parameter_sets = {group.name: group for group in parameter_sets}
         self.device = device
         self.dtype = dtype
@@ -103,6 +106,9 @@ class NativeEngine:
         penalty = self._penalty() if self._penalty else None
         if penalty is not None:
             (self.scaler.scale(penalty) if self.scaler else penalty).backward()
+        if self.tensor:
+            for group in self.parameter_sets.values():
+                self.tensor.sum_gradients(group.parameters)
         return StepOutput(torch.stack(losses).sum(), metrics)
 
     def _drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
@@ -240,8 +246,9 @@ class NativeEngine:
     def token_outputs(self, batch: Batch) -> TokenOutputs:
         """Log-probabilities of the batch's targets, in row-major order."""
         with self.precision():
-            shard = self.context.shard(batch) if self.context else None
-            own = shard.batch if shard else batch
+            multiple = self.tensor.multiple if self.tensor else 1
+            shard = self.context.shard(batch, multiple) if self.context else None
+            own = shard.batch if shard else pad_batch(batch, multiple)
             targets = own.targets[own.targets != -100]
             states = self.states(own, shard.attention if shard else None)
             outputs = self.of_states(states, targets, batch.temperature)

@@ -27,7 +27,7 @@ from swift.objectives.base import TokenOutputs
 from swift.parallel.sequence.ring import RingPlan, held_chunks, ring_attention
 from swift.parallel.sequence.ulysses import heads_to_tokens, share_heads, tokens_to_heads
 
-__all__ = ["ContextParallel", "Shard", "split_degree"]
+__all__ = ["ContextParallel", "Shard", "pad_batch", "split_degree"]
 
 
 def split_degree(kind: str, size: int, heads: int, key_value_heads: int) -> tuple[int, int]:
@@ -142,9 +142,12 @@ class ContextParallel:
             tokens = torch.cat([chunks[at] for at in held_chunks(self.rings.rank(), self.ring)])
         return tokens.chunk(self.ulysses)[self.heads.rank()]
 
-    def shard(self, batch: Batch) -> Shard:
-        """This rank's tokens of a batch; rows are filled up first, with a document of padding each."""
-        batch = pad_batch(batch, self.multiple())
+    def shard(self, batch: Batch, multiple: int = 1) -> Shard:
+        """This rank's tokens of a batch; rows are filled up first, with a document of padding each.
+
+        ``multiple``: divides the number of tokens that a rank gets of each row.
+        """
+        batch = pad_batch(batch, self.multiple() * multiple)
         rows, width = batch.input_ids.shape
         lengths = batch.document_lengths or [[width]] * rows
         places = self.places(width).to(batch.input_ids.device)
