@@ -5,16 +5,24 @@ from __future__ import annotations
 import functools
 
 import torch
+from worker_pool import mesh_of, pool
 
 from swift.data.collate import Batch
+from swift.models.head import split_head
+from swift.models.sharded import local
 from swift.objectives.pooled import PooledObjective
 from swift.objectives.preference.objective import PreferenceLoss
 from swift.objectives.sft import SftObjective
 from swift.parallel.answers import AnswerEngine
+from swift.parallel.data_parallel import Ranks, ShardOptions, shard_model
 from swift.parallel.engine import ParameterSet
 from swift.parallel.native import NativeEngine
+from swift.parallel.sequence.context import ContextParallel
+from swift.parallel.tensor import apply_tensor_parallel
+from swift.parallel.world import World
 from swift.tuners.apply import attach_adapter
 from swift.tuners.lora import AdapterSpec, is_linear
+from swift.tuners.targets import decoder_layers
 
 FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
@@ -149,32 +157,6 @@ def step_of(task, packed=True, rows=1):
     return [token_batch(part, packed=packed, seed=at) for at, part in enumerate(lengths)], SftObjective()
 
 
-class OfAll:
-    """An objective whose denominators are those of a whole step, of which a rank sees a part."""
-
-    def __init__(self, objective, batches):
-        self.objective, self.batches = objective, batches
-
-    def denominators(self, batches):
-        return self.objective.denominators(self.batches)
-
-    def __call__(self, *args):
-        return self.objective(*args)
-
-
-def shard_layers(model, mesh):
-    """FSDP over layers and the rest; gradients are summed."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    for layer in getattr(model, model.base_model_prefix).layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
 def engine_of(model, task="sft", **options):
     """An engine over what of the model is trained."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -183,6 +165,62 @@ def engine_of(model, task="sft", **options):
     kind = AnswerEngine if task == "dpo" else NativeEngine
     dtype = next(model.parameters()).dtype
     return kind(model, sets, device=torch.device("cpu"), dtype=dtype, chunk_size=8, **options)
+
+
+def distributed_engine(model, rank, layout, task="sft", ring=None, sequence=False):
+    """An engine over a model that the ranks of a layout share."""
+    world = World(rank, layout, mesh_of(layout))
+    split = split_head(model)
+    tensor = apply_tensor_parallel(model, world.mesh["tp"], sequence=sequence) if layout.tp > 1 else None
+    context = ContextParallel(world.mesh["cp"].get_group(), ring or layout.cp) if layout.cp > 1 else None
+    root = None
+    if layout.dp_shard > 1:
+        root = shard_model(model, decoder_layers(model)[1], world, ShardOptions())
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ranks = Ranks(world, trained, root, context, tensor)
+    return engine_of(model, task, ranks=ranks, split=lambda _: split)
+
+
+def compare(rank, layout, family, task, packed, dtype, lora, ring, sequence, changes):
+    """In a rank: relative errors of loss, gradients (with the worst one's name) and norm; share of the weights."""
+    wanted_loss, wanted = expected(tiny(family, dtype, lora=lora, **changes), task, packed)
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    model = tiny(family, dtype, lora=lora, **changes)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    engine = distributed_engine(model, rank, layout, task, ring, sequence)
+    batches, objective = step_of(task, packed)
+    world = engine.ranks.world
+    output = engine.forward_backward(batches[world.data_rank :: layout.dp], objective)
+    (loss,) = world.sums([float(output.loss)])
+    parameters = engine.parameter_sets["default"].parameters
+    error, name = worst({name: engine.ranks.whole(p.grad) for name, p in parameters.items()}, wanted)
+    return {
+        "loss": abs(loss - wanted_loss) / abs(wanted_loss),
+        "gradients": error,
+        "worst": name,
+        "norm": abs(float(engine.clip()["default"] / norm) - 1),
+        "share": sum(local(parameter).numel() for parameter in model.parameters()) / total,
+    }
+
+
+def check(
+    layout,
+    family="qwen3",
+    task="sft",
+    packed=True,
+    dtype=torch.float64,
+    lora=False,
+    ring=None,
+    sequence=False,
+    **changes,
+):
+    """Assert that a step of the layout is that of one process; the largest share of the weights that a rank holds."""
+    arguments = (layout, family, task, packed, dtype, lora, ring, sequence, changes)
+    results = pool(layout.world_size).run(compare, *arguments)
+    for result in results:
+        for what in ("loss", "gradients", "norm"):
+            assert result[what] < LIMITS[dtype], result
+    return max(result["share"] for result in results)
 
 
 def expected(model, task="sft", packed=True, rows=1):

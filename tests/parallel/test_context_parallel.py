@@ -4,48 +4,32 @@ import parallel_parity as parity
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_parity import check
 from worker_pool import pool
 
 from swift.core.errors import ConfigError
 from swift.objectives.sft import SftObjective
+from swift.parallel.layout import Layout
 from swift.parallel.sequence.blocks import block_backward, block_forward, merge, plain_backward, plain_forward
 from swift.parallel.sequence.context import ContextParallel, split_degree
-
-
-def step(rank, ring, family, task, packed, dtype, lora, changes):
-    wanted_loss, wanted = parity.expected(parity.tiny(family, dtype, lora=lora, **changes), task, packed)
-    model = parity.tiny(family, dtype, lora=lora, **changes)
-    context = ContextParallel(dist.group.WORLD, ring)
-    engine = parity.engine_of(model, task, context=context)
-    loss = engine.forward_backward(*parity.step_of(task, packed)).loss
-    found = {name: p.grad for name, p in engine.parameter_sets["default"].parameters.items()}
-    for gradient in found.values():
-        dist.all_reduce(gradient)
-    return abs(float(loss) - wanted_loss) / abs(wanted_loss), *parity.worst(found, wanted)
-
-
-def check(size, ring, family="qwen3", task="sft", packed=True, dtype=torch.float64, lora=False, **changes):
-    for loss, gradient, name in pool(size).run(step, ring, family, task, packed, dtype, lora, changes):
-        assert loss < parity.LIMITS[dtype], loss
-        assert gradient < parity.LIMITS[dtype], (gradient, name)
 
 
 @pytest.mark.parametrize("ring", [1, 2])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_two_ranks(ring, packed, task):
-    check(2, ring, task=task, packed=packed, lora=task == "dpo")
+    check(Layout(cp=2), ring=ring, task=task, packed=packed, lora=task == "dpo")
 
 
 @pytest.mark.parametrize("ring", [1, 2, 4])
 def test_four_ranks(ring):
-    check(4, ring)
+    check(Layout(cp=4), ring=ring)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen3_moe"])
 def test_families(family):
-    check(2, 2, family, packed=True)
-    check(2, 1, family, packed=False, dtype=torch.float32)
+    check(Layout(cp=2), family)
+    check(Layout(cp=2), family, ring=1, packed=False, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +73,11 @@ def test_rings_hold_chunks_from_both_ends():
 
 def without_targets(rank):
     batch, objective = [parity.token_batch([[5]])], SftObjective()  # of 4 ranks in a ring, two have no target
-    engines = [parity.engine_of(parity.tiny()), parity.engine_of(parity.tiny())]
-    engines[1].context = ContextParallel(dist.group.WORLD, 4)
+    engines = [parity.engine_of(parity.tiny()), parity.distributed_engine(parity.tiny(), rank, Layout(cp=4))]
     grads = []
     for engine in engines:
         engine.forward_backward(batch, objective)
         grads.append({name: p.grad for name, p in engine.parameter_sets["default"].parameters.items()})
-    for gradient in grads[1].values():
-        dist.all_reduce(gradient)
     return parity.worst(grads[1], grads[0])
 
 
@@ -139,5 +120,15 @@ def test_blocks_merge_to_attention_over_all_keys(causal):
             torch.testing.assert_close(total_sum, tensor.grad)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_with_fsdp(lora):
+    check(Layout(dp_shard=2, cp=2), lora=lora)
+    check(Layout(dp_shard=2, cp=2), task="dpo", ring=1, lora=lora, packed=False, dtype=torch.float32)
+
+
+def test_with_copies():
+    check(Layout(dp_replicate=2, cp=2), lora=True)
+
+
 def test_ulysses_has_sliding_windows():
-    check(2, 1, "mistral")
+    check(Layout(cp=2), "mistral", ring=1)

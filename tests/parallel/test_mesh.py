@@ -69,9 +69,9 @@ def _die(rank):
 
 
 def test_pool_tells_what_went_wrong():
-    with pytest.raises(RanksFailed, match="(?s)rank 1 raised.*what is wrong.*rank 0 waited for it.*barrier"):
+    with pytest.raises(RanksFailed, match=r"(?s)rank 1 raised.*what is wrong.*rank 0 waited for it.*barrier"):
         pool(2).run(_fail_on_one)
-    with pytest.raises(RanksFailed, match="(?s)rank 0 did not end in 1 s.*in _sleep"):
+    with pytest.raises(RanksFailed, match=r"(?s)rank 0 did not end in 1 s.*in _sleep"):
         pool(2).run(_sleep, seconds=1)
     with pytest.raises(RanksFailed, match="the process died"):
         pool(2).run(_die)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ __all__ = ["split_head"]
 def split_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
     """(backbone, lm_head) with ``lm_head(backbone(input_ids=x).last_hidden_state) == model(input_ids=x).logits``.
 
-    The equation is tried on the loaded model with 16 tokens, in evaluation mode. A model that does anything else
+    The equation is tried on the loaded model with four tokens, in evaluation mode. A model that does anything else
     between hidden states and logits (soft-capping, a scale) gives None, as does one without the usual parts. Both
     share the model's parameters; tied heads work alike.
     """
@@ -25,19 +24,16 @@ def split_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
     if not isinstance(head, nn.Module) or not isinstance(backbone, nn.Module) or backbone is model:
         return None
     embedding = model.get_input_embeddings()
-    tokens = torch.arange(16, device=embedding.weight.device)[None] % embedding.weight.shape[0]
-    inputs = {"input_ids": tokens, "use_cache": False}
-    if "position_ids" in inspect.signature(model.forward).parameters:  # else made of the width, which may be a share
-        inputs["position_ids"] = torch.arange(16, device=tokens.device)[None]
+    tokens = torch.arange(4, device=embedding.weight.device)[None] % embedding.weight.shape[0]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            output = backbone(**inputs)
+            output = backbone(input_ids=tokens, use_cache=False)
             hidden = getattr(output, "last_hidden_state", None)
             if hidden is None:
                 return None
-            ours, theirs = head(hidden), model(**inputs).logits
+            ours, theirs = head(hidden), model(input_ids=tokens, use_cache=False).logits
     finally:
         model.train(was_training)
     # Not equal bit for bit: some models compute fewer positions in another order.

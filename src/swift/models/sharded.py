@@ -12,7 +12,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Share", "ShardedLinear", "local"]
+__all__ = ["ShardedLinear", "Share", "local"]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -37,7 +37,13 @@ def _scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return own
 
 
-_MOVES = {"own": _own, "gather": _gathered, "sum": _summed, "scatter": _scattered, "none": lambda x, group: x.view_as(x)}
+_MOVES = {
+    "own": _own,
+    "gather": _gathered,
+    "sum": _summed,
+    "scatter": _scattered,
+    "none": lambda x, group: x.view_as(x),
+}
 
 
 class _Move(torch.autograd.Function):

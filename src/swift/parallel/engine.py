@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from swift.objectives.base import Objective
+from swift.objectives.base import Denominators, Objective
 
-__all__ = ["Engine", "ParameterSet", "StepOutput"]
+__all__ = ["Engine", "ParameterSet", "StepCounts", "StepOutput", "count_step"]
 
 
 @dataclass
@@ -38,17 +38,43 @@ class ParameterSet:
     max_grad_norm: float
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """What one optimizer step holds, over all ranks.
+
+    Attributes:
+        denominators: by which the objective divides.
+        num_tokens: tokens that are not padding.
+        num_targets: targets that are learned.
+    """
+
+    denominators: Denominators
+    num_tokens: int
+    num_targets: int
+
+
+def count_step(objective: Objective, batches: Sequence[Any]) -> StepCounts:
+    """The counts of these micro-batches."""
+    return StepCounts(
+        objective.denominators(batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(batch.num_targets for batch in batches),
+    )
+
+
 @dataclass
 class StepOutput:
     """Sums over the micro-batches of one optimizer step, still on the device.
 
     Attributes:
-        loss: the step's loss (already divided by its denominators).
-        metrics: name -> sum, as the objective returned them.
+        loss: the step's loss (already divided by its denominators); with several ranks, this rank's share of it.
+        metrics: name -> sum, as the objective returned them, over this rank's micro-batches.
+        counts: over all ranks; None for an evaluation.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    counts: StepCounts | None = None
 
 
 class Engine(Protocol):

@@ -8,8 +8,12 @@ they need no processes of their own.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from swift.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from swift.config.sections.parallel import ParallelSection
 
 __all__ = ["AXES", "Coordinates", "Layout"]
 
@@ -60,6 +64,18 @@ class Layout:
                 "which must be a multiple",
                 fix=f"--data_parallel_shard_size {self.ep}, or a divisor of {self.ranks_of_a_copy}",
             )
+
+    @classmethod
+    def of(cls, section: ParallelSection) -> Layout:
+        """The layout of a configuration whose open sizes are settled."""
+        return cls(
+            pp=section.pipeline_parallel_size,
+            dp_replicate=section.data_parallel_replicate_size,
+            dp_shard=section.data_parallel_shard_size,
+            cp=section.context_parallel_size,
+            tp=section.tensor_parallel_size,
+            ep=section.expert_parallel_size,
+        )
 
     @property
     def world_size(self) -> int:

@@ -1,11 +1,11 @@
-"""The native engine on one device. Sharded and multi-device layouts extend it behind the same protocol."""
+"""The native engine: one device, or with `Ranks` one of several that share a step."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from swift.models.head import split_head
 from swift.models.quantised import is_quantised_linear
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
-from swift.parallel.engine import ParameterSet, StepOutput
+from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, count_step
 from swift.parallel.offload import OffloadedActivations
-from swift.parallel.sequence.context import ContextParallel, pad_batch
-from swift.parallel.tensor import TensorParallel
+from swift.parallel.sequence.context import pad_batch
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import SavedModule
 from swift.tuners.switch import Draw
+
+if TYPE_CHECKING:
+    from swift.parallel.data_parallel import Ranks
 
 __all__ = ["NativeEngine"]
 
@@ -43,8 +45,7 @@ class NativeEngine:
         penalty: a term added to the loss once a step; it is not part of the loss that is reported.
         offload_activations: keep what the backward pass needs in host memory.
         split: tells backbone and head apart.
-        context: the ranks that share every row of a batch.
-        tensor: the ranks that share the model's layers.
+        ranks: the other processes of the run.
     """
 
     def __init__(
@@ -59,11 +60,9 @@ class NativeEngine:
         penalty: Callable[[], Tensor | None] | None = None,
         offload_activations: bool = False,
         split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
-        context: ContextParallel | None = None,
-        tensor: TensorParallel | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model = model
-        self.context, self.tensor = context, tensor
+        self.model, self.ranks = model, ranks
         self.parameter_sets = {group.name: group for group in parameter_sets}
         self.device = device
         self.dtype = dtype
@@ -90,26 +89,34 @@ class NativeEngine:
     ) -> StepOutput:
         self.model.train()
         self.average(False)
-        denominators = objective.denominators(batches)
+        counts = self.count(objective, batches)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             batch = batch.to(self.device)
             self.training_batch = batch
-            with self._drawing(seed, number):
+            if self.ranks is not None and number == len(batches) - 1 and self._penalty is None:
+                self.ranks.before_last()
+            with self._drawing(seed, self.ranks.number(number) if self.ranks else number):
                 with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
-                    loss, sums = objective(self.objective_inputs(batch), batch, denominators)
+                    loss, sums = objective(self.objective_inputs(batch), batch, counts.denominators)
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
             losses.append(loss.detach())
             add_sums(metrics, sums)
         self.training_batch = None
         penalty = self._penalty() if self._penalty else None
         if penalty is not None:
+            penalty = penalty / (self.ranks.world.layout.dp if self.ranks else 1)
             (self.scaler.scale(penalty) if self.scaler else penalty).backward()
-        if self.tensor:
-            for group in self.parameter_sets.values():
-                self.tensor.sum_gradients(group.parameters)
-        return StepOutput(torch.stack(losses).sum(), metrics)
+        if self.ranks is not None:
+            self.ranks.finish()
+        return StepOutput(torch.stack(losses).sum(), metrics, counts)
+
+    def count(self, objective: Objective, batches: Sequence[Batch]) -> StepCounts:
+        """What the step holds, over all ranks."""
+        # A rank that others have left without work passes over an empty micro-batch; it does not count as one.
+        counts = count_step(objective, [batch for batch in batches if batch.num_tokens])
+        return counts if self.ranks is None else self.ranks.world.total(counts)
 
     def _drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
         """The dropout of the acting LoRA adapter, while the gradients of micro-batch ``number`` are computed."""
@@ -158,7 +165,12 @@ class NativeEngine:
                 self.scaler.unscale_(group.optimizer)
             parameters = [p for p in group.parameters.values() if p.grad is not None]
             limit = group.max_grad_norm or float("inf")
-            norms[name] = nn.utils.clip_grad_norm_(parameters, limit, foreach=self.device.type != "cpu")
+            foreach = self.device.type != "cpu"
+            if self.ranks is None:
+                norms[name] = nn.utils.clip_grad_norm_(parameters, limit, foreach=foreach)
+            else:
+                norms[name] = self.ranks.norm([p.grad for p in parameters if p.grad is not None])
+                nn.utils.clip_grads_with_norm_(parameters, limit, norms[name], foreach=foreach)
         return norms
 
     def step(self, step: int) -> dict[str, float]:
@@ -217,7 +229,7 @@ class NativeEngine:
 
     def gather(self) -> dict[str, Tensor]:
         return {
-            name: parameter.detach()
+            name: parameter.detach() if self.ranks is None else self.ranks.whole(parameter.detach())
             for group in self.parameter_sets.values()
             for name, parameter in group.parameters.items()
         }
@@ -245,14 +257,24 @@ class NativeEngine:
 
     def token_outputs(self, batch: Batch) -> TokenOutputs:
         """Log-probabilities of the batch's targets, in row-major order."""
+        if self.ranks is None:
+            return self._token_outputs(batch)
+        return TokenOutputs(*self.ranks.compute(lambda: self._fields(self._token_outputs(batch))))
+
+    @staticmethod
+    def _fields(outputs: TokenOutputs) -> tuple[Tensor, Tensor]:
+        return outputs.logprobs, outputs.is_argmax
+
+    def _token_outputs(self, batch: Batch) -> TokenOutputs:
         with self.precision():
-            multiple = self.tensor.multiple if self.tensor else 1
-            shard = self.context.shard(batch, multiple) if self.context else None
-            own = shard.batch if shard else pad_batch(batch, multiple)
-            targets = own.targets[own.targets != -100]
-            states = self.states(own, shard.attention if shard else None)
+            if self.ranks is None or self.ranks.context is None:
+                own = batch if self.ranks is None else pad_batch(batch, self.ranks.multiple)
+                return self.of_states(self.states(own), own.targets[own.targets != -100], batch.temperature)
+            shard = self.ranks.context.shard(batch, self.ranks.multiple)
+            targets = shard.batch.targets[shard.batch.targets != -100]
+            states = self.states(shard.batch, shard.attention)
             outputs = self.of_states(states, targets, batch.temperature)
-            return self.context.gather_outputs(outputs, shard) if self.context and shard else outputs
+            return self.ranks.context.gather_outputs(outputs, shard)
 
     def states(self, batch: Batch, attention: Any = None) -> Tensor:
         """What the head reads of each target, ``[num_targets, size]``; its logits where there is no head apart."""

@@ -18,21 +18,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from swift.core.errors import ConfigError
-from swift.models.sharded import Share, ShardedLinear, local
+from swift.models.sharded import ShardedLinear, Share, local
 from swift.parallel.collectives import add_up, enter, gather, keep_own, leave
 from swift.tuners.lora import LoraLinear
 from swift.tuners.lora_function import mixed_seed
+from swift.tuners.targets import decoder_layers
 
-__all__ = ["TensorParallel", "apply_tensor_parallel", "check_tensor_parallel", "decoder_layers"]
+__all__ = ["TensorParallel", "apply_tensor_parallel", "check_tensor_parallel"]
 
 
 @dataclass
@@ -61,19 +61,6 @@ class TensorParallel:
         add_up([local(gradient) for gradient in found if gradient is not None], self.group)
 
 
-def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Full name and list of a causal model's layers. Raises ConfigError where they cannot be told."""
-    prefix = model.base_model_prefix
-    layers = getattr(getattr(model, prefix, None), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(
-            f"{type(model).__name__} has no list of decoder layers where it is looked for ({prefix}.layers)",
-            why="its layers cannot be shared or divided among devices",
-            fix="--data_parallel_shard_size, which works for every model",
-        )
-    return f"{prefix}.layers", layers
-
-
 def check_tensor_parallel(config: Any, size: int) -> None:
     """Raises ConfigError when a model of this (transformers) configuration cannot be shared by ``size`` ranks."""
     text = config.get_text_config()
@@ -85,16 +72,22 @@ def check_tensor_parallel(config: Any, size: int) -> None:
             why="transformers has no plan that splits its attention or its MLP",
             fix="--data_parallel_shard_size, which shards every model's weights",
         )
-    heads, shared = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads, shared = (
+        text.num_attention_heads,
+        getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+    )
     counts = {"attention heads": heads, "channels of the MLP": text.intermediate_size}
     for what, count in counts.items():
         if count % size:
             raise ConfigError(
-                f"{count} {what} cannot be shared by {size} devices", where="--tensor_parallel_size", fix="a divisor"
+                f"{count} {what} cannot be shared by {size} devices",
+                where="--tensor_parallel_size",
+                fix="a divisor",
             )
     if shared % size and size % shared:
         raise ConfigError(
-            f"{shared} key/value heads and {size} devices: neither divides the other", where="--tensor_parallel_size"
+            f"{shared} key/value heads and {size} devices: neither divides the other",
+            where="--tensor_parallel_size",
         )
 
 
@@ -147,13 +140,15 @@ def _apply_block(
 ) -> None:
     """Split one child of a decoder layer and put the region's borders round it."""
     group, parameters = state.group, [f"{name}.{key}" for key, _ in block.named_parameters()]
-    styles = {key.removeprefix(f"{child}."): style for key, style in plan.items() if key.startswith(f"{child}.")}
+    styles = {
+        key.removeprefix(f"{child}."): style for key, style in plan.items() if key.startswith(f"{child}.")
+    }
     present = {key: style for key, style in styles.items() if _has(block, key)}
     if "rowwise" in present.values() and not _has(block, "experts"):
         for key, style in present.items():
             _split(f"{name}.{key}", block, key, style, mesh)
         if hasattr(block, "num_key_value_groups"):
-            block.num_key_value_groups = _local_groups(block, mesh.size())
+            block.num_key_value_groups = _local_groups(block, mesh.size())  # type: ignore[assignment]
         _border(block, lambda x: enter(x, group, state.sequence), lambda y: leave(y, group, state.sequence))
         split = {key for key, parameter in block.named_parameters() if hasattr(parameter, "placements")}
         state.partial.update(key for key in parameters if key.removeprefix(f"{name}.") not in split)
@@ -180,7 +175,8 @@ def _split(name: str, block: nn.Module, key: str, style: str, mesh: DeviceMesh) 
             why="plain linear layers can, quantised ones cannot",
             fix="--data_parallel_shard_size for a quantised base",
         )
-    size, kind = mesh.size(), "column" if style == "colwise" else "row"
+    size = mesh.size()
+    kind: Literal["column", "row"] = "column" if style == "colwise" else "row"
     rows = None
     if kind == "column" and re.search(r"\b[kv]_proj$", key) and _key_value_heads(block, linear) < size:
         heads = _key_value_heads(block, linear)
@@ -205,7 +201,9 @@ def _split(name: str, block: nn.Module, key: str, style: str, mesh: DeviceMesh) 
             a, b = layer.starts[adapter]
             part = mesh.get_local_rank()
             layer.starts[adapter] = (
-                (a.chunk(size, 1)[part], b) if kind == "row" else (a, b.chunk(size)[part] if rows is None else b)
+                (a.chunk(size, 1)[part], b)
+                if kind == "row"
+                else (a, b.chunk(size)[part] if rows is None else b)
             )
     if kind == "row":  # other inputs, other noise
         layer.key = mixed_seed(layer.key, 1 + mesh.get_local_rank())
@@ -214,7 +212,8 @@ def _split(name: str, block: nn.Module, key: str, style: str, mesh: DeviceMesh) 
 def _shard(owner: Any, key: str, dim: int, mesh: DeviceMesh) -> None:
     whole = getattr(owner, key) if isinstance(owner, nn.Linear) else owner[key]
     parameter = nn.Parameter(
-        distribute_tensor(whole.data, mesh, [Shard(dim)], src_data_rank=None), requires_grad=whole.requires_grad
+        distribute_tensor(whole.data, mesh, [Shard(dim)], src_data_rank=None),
+        requires_grad=whole.requires_grad,
     )
     owner.register_parameter(key, parameter)
 
