@@ -17,6 +17,7 @@ from swift.parallel.answers import AnswerEngine
 from swift.parallel.data_parallel import Ranks, ShardOptions, shard_model
 from swift.parallel.engine import ParameterSet
 from swift.parallel.native import NativeEngine
+from swift.parallel.pipeline import Pipeline
 from swift.parallel.sequence.context import ContextParallel
 from swift.parallel.tensor import apply_tensor_parallel
 from swift.parallel.world import World
@@ -167,33 +168,45 @@ def engine_of(model, task="sft", **options):
     return kind(model, sets, device=torch.device("cpu"), dtype=dtype, chunk_size=8, **options)
 
 
-def distributed_engine(model, rank, layout, task="sft", ring=None, sequence=False):
+def distributed_engine(model, rank, layout, task="sft", ring=None, sequence=False, schedule="1f1b"):
     """An engine over a model that the ranks of a layout share."""
     world = World(rank, layout, mesh_of(layout))
     split = split_head(model)
     tensor = apply_tensor_parallel(model, world.mesh["tp"], sequence=sequence) if layout.tp > 1 else None
     context = ContextParallel(world.mesh["cp"].get_group(), ring or layout.cp) if layout.cp > 1 else None
-    root = None
+    root, pipeline, stages = None, None, ()
+    if layout.pp > 1:
+        share = layout.tp if sequence else 1
+        pipeline = Pipeline(model, world.mesh["pp"].get_group(), schedule, width_share=share)
+        stages = list(pipeline.stages.values())
+        split = (split[0], split[1] if pipeline.has_last else torch.nn.Identity())
     if layout.dp_shard > 1:
-        root = shard_model(model, decoder_layers(model)[1], world, ShardOptions())
+        root = shard_model(model, decoder_layers(model)[1], world, ShardOptions(), stages)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    ranks = Ranks(world, trained, root, context, tensor)
+    ranks = Ranks(world, trained, root, context, tensor, pipeline)
     return engine_of(model, task, ranks=ranks, split=lambda _: split)
 
 
-def compare(rank, layout, family, task, packed, dtype, lora, ring, sequence, changes):
+def compare(rank, layout, family, task, packed, dtype, lora, ring, sequence, schedule, layers, rows, changes):
     """In a rank: relative errors of loss, gradients (with the worst one's name) and norm; share of the weights."""
-    wanted_loss, wanted = expected(tiny(family, dtype, lora=lora, **changes), task, packed)
+    changes = {**changes, "lora": lora, "layers": layers}
+    wanted_loss, wanted = expected(tiny(family, dtype, **changes), task, packed, rows)
     norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    model = tiny(family, dtype, lora=lora, **changes)
+    model = tiny(family, dtype, **changes)
     total = sum(parameter.numel() for parameter in model.parameters())
-    engine = distributed_engine(model, rank, layout, task, ring, sequence)
-    batches, objective = step_of(task, packed)
+    engine = distributed_engine(model, rank, layout, task, ring, sequence, schedule)
+    batches, objective = step_of(task, packed, rows)
     world = engine.ranks.world
     output = engine.forward_backward(batches[world.data_rank :: layout.dp], objective)
     (loss,) = world.sums([float(output.loss)])
     parameters = engine.parameter_sets["default"].parameters
-    error, name = worst({name: engine.ranks.whole(p.grad) for name, p in parameters.items()}, wanted)
+    found = {name: engine.ranks.whole(p.grad) for name, p in parameters.items()}
+    if engine.ranks.pipeline:
+        held = [None] * layout.pp
+        torch.distributed.all_gather_object(held, set(found), group=engine.ranks.pipeline.group)
+        assert set().union(*held) == wanted.keys()
+        wanted = {name: wanted[name] for name in found}
+    error, name = worst(found, wanted)
     return {
         "loss": abs(loss - wanted_loss) / abs(wanted_loss),
         "gradients": error,
@@ -212,10 +225,13 @@ def check(
     lora=False,
     ring=None,
     sequence=False,
+    schedule="1f1b",
+    layers=2,
+    rows=1,
     **changes,
 ):
     """Assert that a step of the layout is that of one process; the largest share of the weights that a rank holds."""
-    arguments = (layout, family, task, packed, dtype, lora, ring, sequence, changes)
+    arguments = (layout, family, task, packed, dtype, lora, ring, sequence, schedule, layers, rows, changes)
     results = pool(layout.world_size).run(compare, *arguments)
     for result in results:
         for what in ("loss", "gradients", "norm"):

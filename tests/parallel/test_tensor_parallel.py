@@ -7,7 +7,7 @@ from parallel_parity import check
 
 from swift.core.errors import ConfigError
 from swift.parallel.layout import Layout
-from swift.parallel.tensor import check_tensor_parallel
+from swift.parallel.tensor import FAMILIES, check_tensor_parallel
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -16,6 +16,13 @@ from swift.parallel.tensor import check_tensor_parallel
 def test_families_on_two_ranks(family, lora, sequence):
     share = check(Layout(tp=2), family, lora=lora, sequence=sequence)
     assert share < (0.95 if family == "qwen3_moe" else 0.82)  # experts, embedding and head are not shared
+
+
+@pytest.mark.parametrize(
+    "family", sorted(set(FAMILIES) - {"qwen3", "qwen2", "llama", "gemma", "mistral", "qwen3_moe"})
+)
+def test_every_accepted_family(family):
+    assert check(Layout(tp=2), family, lora=True, sequence=True) < 0.8
 
 
 @pytest.mark.parametrize("sequence", [False, True])

@@ -27,8 +27,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from swift.core.errors import SwiftError
+from swift.data.collate import Batch
 from swift.models.sharded import local
-from swift.parallel.sequence.context import ContextParallel
+from swift.parallel.pipeline import Pipeline
+from swift.parallel.sequence.context import ContextParallel, Shard, pad_batch
 from swift.parallel.tensor import TensorParallel
 from swift.parallel.world import World
 
@@ -64,11 +66,16 @@ class ShardOptions:
 
 
 def shard_model(
-    model: nn.Module, layers: Iterable[nn.Module], world: World, options: ShardOptions
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    world: World,
+    options: ShardOptions,
+    stages: Sequence[nn.Module] = (),
 ) -> ShardedRoot:
     """Shard each layer, and what is left, over ``dp_shard`` x ``cp``. Parameters become DTensors.
 
     Adapters must be attached before. Every rank calls this with the same weights, or with meta tensors.
+    ``stages``: of a pipeline; then each of these is a root, and what is returned is none.
     """
     assert world.mesh is not None
     mesh = world.mesh["dp_shard_cp"]
@@ -84,11 +91,12 @@ def shard_model(
         ),
         "offload_policy": CPUOffloadPolicy(pin_memory=pin) if options.offload else OffloadPolicy(),
     }
-    for layer in layers:
+    for layer in (layer for layer in layers if any(True for _ in layer.parameters())):
         fully_shard(layer, reshard_after_forward=options.reshard_after_forward, **settings)
     root = ShardedRoot(model)
-    fully_shard(root, reshard_after_forward=False, **settings)
-    for module in root.modules():
+    for outer in stages or (root,):
+        fully_shard(outer, reshard_after_forward=False, **settings)
+    for module in {module for outer in stages or (root,) for module in outer.modules()}:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -218,6 +226,7 @@ class Ranks:
         root: of a sharded model; None: every rank has a copy.
         context: ranks that share every row of a batch.
         tensor: ranks that share every layer.
+        pipeline: ranks that have the model's stages.
     """
 
     def __init__(
@@ -227,10 +236,12 @@ class Ranks:
         root: ShardedRoot | None = None,
         context: ContextParallel | None = None,
         tensor: TensorParallel | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         assert world.mesh is not None
-        self.world, self.root, self.parameters = world, root, parameters
-        self.context, self.tensor = context, tensor
+        self.world, self.parameters = world, parameters
+        self.context, self.tensor, self.pipeline = context, tensor, pipeline
+        self.root = root if pipeline is None else None  # stages are roots of their own
         # With a root all must be its shards; without one, parameters that ranks of tp share have copies as well.
         copies = [] if root is not None else list(parameters.values())
         self._sum = GradientSum(copies, world.mesh["dp_cp"].get_group()) if copies else None
@@ -265,10 +276,31 @@ class Ranks:
             self._sum.finish()
         if self.tensor is not None:
             self.tensor.sum_gradients(self.parameters)
+        if self.pipeline is not None:
+            self.pipeline.sum_tied(self.parameters)
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The norm of all gradients, the shards of other ranks included."""
-        return global_norm(gradients)
+    def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        """The norm of all gradients, those of other ranks included."""
+        twice = self.pipeline.tied_copy if self.pipeline else None
+        norm = global_norm([p.grad for name, p in parameters.items() if p.grad is not None and name != twice])
+        if self.pipeline is not None:
+            square = norm.square()
+            distributed.all_reduce(square, group=self.pipeline.group)
+            norm = square.sqrt()
+        return norm
+
+    def cut(self, batch: Batch) -> Shard:
+        """What this rank computes of a batch, with the width that it needs."""
+        if self.context is not None:
+            return self.context.shard(batch, self.multiple)
+        return Shard(pad_batch(batch, self.multiple))
+
+    def alike(self, batches: Sequence[Batch]) -> list[Shard]:
+        """`cut` of several batches, which get the same shape."""
+        rows = max(batch.input_ids.shape[0] for batch in batches)
+        width = max(batch.input_ids.shape[1] for batch in batches)
+        multiple = self.multiple * (self.context.multiple() if self.context else 1)
+        return [self.cut(pad_batch(batch, multiple, rows=rows, width=width)) for batch in batches]
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter with the shards of all ranks."""

@@ -5,7 +5,7 @@ Optimizer, schedule and clipping belong to a *named parameter set*: one for a so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swift.objectives.base import Denominators, Objective
 
-__all__ = ["Engine", "ParameterSet", "StepCounts", "StepOutput", "count_step"]
+__all__ = ["Engine", "ParameterSet", "StepCounts", "StepOutput", "add_sums", "count_step"]
 
 
 @dataclass
@@ -75,6 +75,12 @@ class StepOutput:
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     counts: StepCounts | None = None
+
+
+def add_sums(total: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    """Add sums to those of other micro-batches."""
+    for name, value in sums.items():
+        total[name] = total[name] + value if name in total else value
 
 
 class Engine(Protocol):

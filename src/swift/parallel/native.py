@@ -17,9 +17,10 @@ from swift.models.head import split_head
 from swift.models.quantised import is_quantised_linear
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
-from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, count_step
+from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, add_sums, count_step
 from swift.parallel.offload import OffloadedActivations
-from swift.parallel.sequence.context import pad_batch
+from swift.parallel.pipelined import pipelined_outputs, pipelined_step
+from swift.parallel.sequence.context import Shard
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import SavedModule
 from swift.tuners.switch import Draw
@@ -90,6 +91,8 @@ class NativeEngine:
         self.model.train()
         self.average(False)
         counts = self.count(objective, batches)
+        if self.ranks is not None and self.ranks.pipeline is not None:
+            return pipelined_step(self, batches, objective, counts, seed)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
@@ -97,7 +100,7 @@ class NativeEngine:
             self.training_batch = batch
             if self.ranks is not None and number == len(batches) - 1 and self._penalty is None:
                 self.ranks.before_last()
-            with self._drawing(seed, self.ranks.number(number) if self.ranks else number):
+            with self.drawing(seed, self.ranks.number(number) if self.ranks else number):
                 with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
                     loss, sums = objective(self.objective_inputs(batch), batch, counts.denominators)
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
@@ -118,7 +121,11 @@ class NativeEngine:
         counts = count_step(objective, [batch for batch in batches if batch.num_tokens])
         return counts if self.ranks is None else self.ranks.world.total(counts)
 
-    def _drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
+    def before_step(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The micro-batches with what has to be known of each before the model is in the midst of a step."""
+        return list(batches)
+
+    def drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
         """The dropout of the acting LoRA adapter, while the gradients of micro-batch ``number`` are computed."""
         if seed is None or self._switch is None or self._switch.active is None:
             return contextlib.nullcontext()
@@ -169,7 +176,7 @@ class NativeEngine:
             if self.ranks is None:
                 norms[name] = nn.utils.clip_grad_norm_(parameters, limit, foreach=foreach)
             else:
-                norms[name] = self.ranks.norm([p.grad for p in parameters if p.grad is not None])
+                norms[name] = self.ranks.norm(group.parameters)
                 nn.utils.clip_grads_with_norm_(parameters, limit, norms[name], foreach=foreach)
         return norms
 
@@ -244,12 +251,16 @@ class NativeEngine:
 
         ``attention``: over tokens that are spread over ranks.
         """
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        return self._forward(input_ids=batch.input_ids, use_cache=False, **self.inputs_of(batch, attention))
+
+    def inputs_of(self, batch: Batch, attention: Any = None) -> dict[str, Any]:
+        """What the backbone is told beside the tokens."""
+        inputs: dict[str, Any] = {"position_ids": batch.position_ids}
         if attention is not None:
             inputs["context"] = attention
         elif batch.document_lengths is not None and self._takes_lengths:
             inputs["document_lengths"] = batch.document_lengths
-        return self._forward(**inputs, use_cache=False)
+        return inputs
 
     def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> Any:
         """What the objective reads; ``tokens``: what the model says of the targets, where it has been asked."""
@@ -259,6 +270,8 @@ class NativeEngine:
         """Log-probabilities of the batch's targets, in row-major order."""
         if self.ranks is None:
             return self._token_outputs(batch)
+        if self.ranks.pipeline is not None:
+            return pipelined_outputs(self, batch)
         return TokenOutputs(*self.ranks.compute(lambda: self._fields(self._token_outputs(batch))))
 
     @staticmethod
@@ -266,15 +279,17 @@ class NativeEngine:
         return outputs.logprobs, outputs.is_argmax
 
     def _token_outputs(self, batch: Batch) -> TokenOutputs:
+        cut = self.ranks.cut(batch) if self.ranks else Shard(batch)
         with self.precision():
-            if self.ranks is None or self.ranks.context is None:
-                own = batch if self.ranks is None else pad_batch(batch, self.ranks.multiple)
-                return self.of_states(self.states(own), own.targets[own.targets != -100], batch.temperature)
-            shard = self.ranks.context.shard(batch, self.ranks.multiple)
-            targets = shard.batch.targets[shard.batch.targets != -100]
-            states = self.states(shard.batch, shard.attention)
-            outputs = self.of_states(states, targets, batch.temperature)
-            return self.ranks.context.gather_outputs(outputs, shard)
+            return self.outputs_of(self.states(cut.batch, cut.attention), cut)
+
+    def outputs_of(self, states: Tensor, cut: Shard) -> TokenOutputs:
+        """Of the whole batch, by the `states` of this rank's targets."""
+        targets = cut.batch.targets[cut.batch.targets != -100]
+        outputs = self.of_states(states, targets, cut.batch.temperature)
+        if self.ranks is None or self.ranks.context is None:
+            return outputs
+        return self.ranks.context.gather_outputs(outputs, cut)
 
     def states(self, batch: Batch, attention: Any = None) -> Tensor:
         """What the head reads of each target, ``[num_targets, size]``; its logits where there is no head apart."""
@@ -335,8 +350,3 @@ def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             name.split(".")
         ):
             yield parameter
-
-
-def add_sums(total: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
-    for name, value in sums.items():
-        total[name] = total[name] + value if name in total else value

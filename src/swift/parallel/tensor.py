@@ -32,7 +32,13 @@ from swift.tuners.lora import LoraLinear
 from swift.tuners.lora_function import mixed_seed
 from swift.tuners.targets import decoder_layers
 
-__all__ = ["TensorParallel", "apply_tensor_parallel", "check_tensor_parallel"]
+__all__ = ["FAMILIES", "TensorParallel", "apply_tensor_parallel", "check_tensor_parallel", "final_norms"]
+
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "glm", "glm4", "granite"),
+    *("olmo2", "olmo3", "starcoder2", "cohere", "smollm3", "ernie4_5", "qwen3_moe"),
+)
+"""Model types that are tested to compute the same when they are split."""
 
 
 @dataclass
@@ -64,12 +70,11 @@ class TensorParallel:
 def check_tensor_parallel(config: Any, size: int) -> None:
     """Raises ConfigError when a model of this (transformers) configuration cannot be shared by ``size`` ranks."""
     text = config.get_text_config()
-    plan = _plan(text)
-    if not plan:
+    if text.model_type not in FAMILIES or not _plan(text):
         raise ConfigError(
             f"tensor parallelism is not there for {text.model_type}",
             where="--tensor_parallel_size",
-            why="transformers has no plan that splits its attention or its MLP",
+            why=f"tested are {', '.join(FAMILIES)}; transformers' plan has to split attention or MLP",
             fix="--data_parallel_shard_size, which shards every model's weights",
         )
     heads, shared = (
@@ -127,12 +132,27 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool = Fals
         for child, block in layer.named_children():
             _apply_block(f"{name}.{number}.{child}", block, child, plan, mesh, state)
     if sequence:
-        group = state.group
-        _embedding(model).register_forward_hook(lambda module, args, output: keep_own(output, group))
-        getattr(model, model.base_model_prefix).register_forward_hook(_gather_states(group))
-        final = [key for key, _ in _norms_behind(model, name)]
-        state.partial.update(final)
+        group, base = state.group, getattr(model, model.base_model_prefix)
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: keep_own(output, group)
+        )
+        for norm in final_norms(model):
+            module = getattr(base, norm)
+            module.register_forward_hook(lambda module, args, output: gather(output, group))
+            state.partial.update(
+                f"{model.base_model_prefix}.{norm}.{key}" for key, _ in module.named_parameters()
+            )
     return state
+
+
+def final_norms(model: Any) -> list[str]:
+    """Names of the backbone's children that have weights and are neither layers nor embedding."""
+    _, layers = decoder_layers(model)
+    return [
+        key
+        for key, module in getattr(model, model.base_model_prefix).named_children()
+        if module is not layers and module is not model.get_input_embeddings() and list(module.parameters())
+    ]
 
 
 def _apply_block(
@@ -235,30 +255,6 @@ def _local_groups(block: Any, size: int) -> int:
     config = block.config
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     return (heads // size) // max(1, (shared or heads) // size)
-
-
-def _embedding(model: Any) -> nn.Module:
-    embedding: nn.Module = model.get_input_embeddings()
-    return embedding
-
-
-def _norms_behind(model: Any, layers: str) -> list[tuple[str, nn.Parameter]]:
-    """Parameters of the base model that are neither of its layers nor of its embedding: the final norm's."""
-    embedding = {id(parameter) for parameter in _embedding(model).parameters()}
-    prefix = f"{model.base_model_prefix}."
-    return [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if name.startswith(prefix) and not name.startswith(f"{layers}.") and id(parameter) not in embedding
-    ]
-
-
-def _gather_states(group: dist.ProcessGroup) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        output.last_hidden_state = gather(output.last_hidden_state, group)
-        return output
-
-    return hook
 
 
 def _border(block: nn.Module, on_entry: Any, on_exit: Any) -> None:

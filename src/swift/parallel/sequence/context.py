@@ -63,15 +63,15 @@ class Shard:
 
     Attributes:
         batch: as the model runs it; its ``document_lengths`` are those of whole rows.
-        order: ``[local targets]`` the places of its targets among all targets of the batch.
+        order: ``[local targets]`` the places of its targets among all targets of the batch; None: it is all of it.
         num_targets: of the whole batch.
         attention: goes to the attention function as ``context``.
     """
 
     batch: Batch
-    order: Tensor
-    num_targets: int
-    attention: ContextAttention
+    order: Tensor | None = None
+    num_targets: int = 0
+    attention: ContextAttention | None = None
 
 
 class ContextAttention:
@@ -169,6 +169,7 @@ class ContextParallel:
 
         Every rank then computes the same loss, so the gradient that comes back is already whole.
         """
+        assert shard.order is not None
         result: Tensor = _Gather.apply(values, shard.order, shard.num_targets, self.group)
         return result
 
@@ -177,23 +178,28 @@ class ContextParallel:
         return TokenOutputs(self.gather(outputs.logprobs, shard), hits)
 
 
-def pad_batch(batch: Batch, multiple: int) -> Batch:
-    """The same batch with rows of a width that ``multiple`` divides."""
-    rows, width = batch.input_ids.shape
-    extra = -width % multiple
-    if not extra:
+def pad_batch(batch: Batch, multiple: int = 1, *, rows: int = 0, width: int = 0) -> Batch:
+    """The same batch with at least so many rows, of at least ``width``, which ``multiple`` divides."""
+    more = max(0, rows - batch.input_ids.shape[0])
+    width = max(width, batch.input_ids.shape[1])
+    width += -width % multiple
+    extra = width - batch.input_ids.shape[1]
+    if not extra and not more:
         return batch
-    lengths = batch.document_lengths
+    added = (0, extra, 0, more)
+    lengths, positions = batch.document_lengths, F.pad(batch.position_ids, added)
+    positions[:, width - extra :] = torch.arange(extra, device=positions.device)
+    positions[len(positions) - more :] = torch.arange(width, device=positions.device)
+    # Rows of one document have padding at their right already; it sees what is before it, and nobody sees it.
+    if lengths is not None:
+        lengths = [*([*row, extra] if extra else row for row in lengths), *[[width]] * more]
     return replace(
         batch,
-        input_ids=F.pad(batch.input_ids, (0, extra)),
-        position_ids=torch.cat(
-            [batch.position_ids, torch.arange(extra, device=batch.position_ids.device).expand(rows, -1)], 1
-        ),
-        targets=F.pad(batch.targets, (0, extra), value=-100),
-        weights=None if batch.weights is None else F.pad(batch.weights, (0, extra)),
-        # Rows of one document have padding at their right already; it sees what is before it, and nobody sees it.
-        document_lengths=None if lengths is None else [[*row, extra] for row in lengths],
+        input_ids=F.pad(batch.input_ids, added),
+        position_ids=positions,
+        targets=F.pad(batch.targets, added, value=-100),
+        weights=None if batch.weights is None else F.pad(batch.weights, added),
+        document_lengths=lengths,
     )
 
 
