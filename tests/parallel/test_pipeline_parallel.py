@@ -2,6 +2,7 @@
 
 import parallel_parity as parity
 import pytest
+import torch
 from parallel_parity import check
 from transformers import Gemma3nTextConfig
 from worker_pool import pool
