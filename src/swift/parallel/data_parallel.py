@@ -253,6 +253,12 @@ class Ranks:
         """The norm of all gradients, the shards of other ranks included."""
         return global_norm(gradients)
 
+    def load_whole(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """The optimizer state that one process has saved."""
+        from swift.parallel.states import load_whole
+
+        load_whole(optimizer, state)
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter with the shards of all ranks."""
         return whole(tensor)
