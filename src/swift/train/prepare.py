@@ -182,6 +182,8 @@ def _data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, 
     batch = resolved.config.training.per_device_train_batch_size
     ranks = resolved.config.parallel.data_parallel_size
     in_step = (resolved.config.training.gradient_accumulation_steps or 1) * ranks
+    if resolved.config.training.global_batch_size is not None:
+        in_step = resolved.config.training.global_batch_size // batch
     state = read_state(checkpoint) if checkpoint else TrainState()
     began, split = state.order_batch_size, 1
     if began > batch and began % batch == 0 and in_step % (began // batch) == 0:
