@@ -187,7 +187,7 @@ def _mixes(resolved: Resolved) -> str:
 
 def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None]) -> None:
     """What several processes cannot do yet."""
-    config = resolved.config
+    config, tuner = resolved.config, resolved.config.tuner
     sharded = config.parallel.data_parallel_shard_size > 1
     place = f"{config.parallel.num_processes} processes"
     if config.rlhf.is_policy:
@@ -197,6 +197,16 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
             "tasks are measured by one process",
             where(resolved, "eval_tasks"),
             fix="swift eval after training, or validation data (--val_dataset)",
+        )
+    if config.rlhf.precompute_ref_log_probs:
+        refuse("one process does that", where(resolved, "precompute_ref_log_probs"), fix="leave it out")
+    if config.report.debug_mode:
+        refuse("the inspection is for one process", where(resolved, "debug_mode"), fix="leave it out")
+    if tuner.init_weights not in ("default", "gaussian") and (sharded or tuner.init_weights == "lora-ga"):
+        refuse(
+            f"starts that read the weights ({tuner.init_weights}) are for one process",
+            where(resolved, "init_weights"),
+            fix="--init_weights default",
         )
     if config.training.torch_compile:
         refuse("torch.compile is for one process", where(resolved, "torch_compile"), fix="leave it out")
@@ -208,7 +218,6 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
                 fix=f"--data_parallel_shard_size {config.parallel.data_parallel_size}",
             )
         return
-    tuner = config.tuner
     if tuner.tuner_type not in ("lora", "full"):
         refuse(
             f"{tuner.tuner_type} cannot be sharded",

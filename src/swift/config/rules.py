@@ -55,7 +55,9 @@ def _accumulation(resolved: Resolved) -> int:
     at_once = _samples_at_once(resolved)
     if resolved.config.rlhf.is_policy and resolved.config.training.global_batch_size is None:
         wanted = whole_groups(resolved, wanted, at_once)
-    return max(1, (resolved.config.training.global_batch_size or wanted) // at_once)
+    if resolved.config.training.global_batch_size is not None:
+        return -(-resolved.config.training.global_batch_size // at_once)
+    return max(1, wanted // at_once)
 
 
 def _samples_at_once(resolved: Resolved) -> int:
@@ -367,7 +369,8 @@ def _check_training(resolved: Resolved) -> None:
 
 def _check_global_batch(resolved: Resolved) -> None:
     training = resolved.config.training
-    wanted, at_once = training.global_batch_size, _samples_at_once(resolved)
+    # Of several processes some may have a micro-batch less: only their size has to fit.
+    wanted, at_once = training.global_batch_size, training.per_device_train_batch_size
     if wanted is None:
         return
     if resolved.is_explicit("gradient_accumulation_steps") and resolved.is_explicit("global_batch_size"):

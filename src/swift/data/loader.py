@@ -63,8 +63,8 @@ class BatchLoader:
     def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """Our micro-batches of each optimizer step of ``epoch``, from step ``start_step`` (0-based) on.
 
-        A step has ``accumulation`` micro-batches, all ranks together; the last one of an epoch may have fewer. Raises SwiftError when a batch does
-        not arrive in time or a worker dies; what a worker raises is raised here.
+        A step has ``accumulation`` micro-batches, all ranks together; the last one of an epoch may have fewer.
+        Raises SwiftError when a batch does not arrive in time or a worker dies; what a worker raises is raised here.
         """
         everything = self.schedule.micro_batches(epoch)
         starts = range(start_step * accumulation, len(everything), accumulation)

@@ -302,6 +302,12 @@ class Ranks:
         multiple = self.multiple * (self.context.multiple() if self.context else 1)
         return [self.cut(pad_batch(batch, multiple, rows=rows, width=width)) for batch in batches]
 
+    def load_whole(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """The optimizer state that one process has saved."""
+        from swift.parallel.states import load_whole
+
+        load_whole(optimizer, state)
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter with the shards of all ranks."""
         return whole(tensor)

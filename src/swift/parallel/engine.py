@@ -117,6 +117,12 @@ class Engine(Protocol):
     def save(self, folder: Path) -> None:
         """Optimizer state (and what else only the engine knows) into a checkpoint folder."""
 
+    def begin_saving(self, folder: Path) -> Any:
+        """`save` of several ranks together: starts it, and returns a future."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A parameter with the parts that other ranks have; all of them call this."""
+
     def load(self, folder: Path) -> None:
         """The reverse of `save`; raises SwiftError when the folder does not fit."""
 

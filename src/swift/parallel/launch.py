@@ -9,6 +9,7 @@ Workers end when the launcher dies: the kernel sends them a signal.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -44,6 +45,8 @@ def launch(words: Sequence[str], section: ParallelSection) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happened is told below
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     folder = Path(tempfile.mkdtemp(prefix="swift-launch-"))
     count = section.nproc_per_node or section.num_processes
     os.environ |= {_FOLDER: str(folder), _LAUNCHER: str(os.getpid())}
@@ -57,7 +60,7 @@ def launch(words: Sequence[str], section: ParallelSection) -> int:
                     )
                     return 0
                 except ChildFailedError as error:
-                    failures = error.failures
+                    failures = _first_to_fail(error.failures)
                 if received:
                     return 128 + received[0]
                 said = [
@@ -138,6 +141,12 @@ def _passing_signals_on() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _first_to_fail(failures: dict[int, Any]) -> dict[int, Any]:
+    """Without those that the agent itself has ended, because another one had failed."""
+    own = {rank: one for rank, one in failures.items() if one.exitcode != -signal.SIGTERM}
+    return own or failures
+
+
 def _describe(failures: dict[int, Any]) -> str:
     killed = {rank: -one.exitcode for rank, one in failures.items() if one.exitcode < 0}
     if killed:
@@ -168,7 +177,7 @@ def _noted_folder(folder: Path) -> Path | None:
 
 @contextlib.contextmanager
 def as_worker() -> Iterator[None]:
-    """Be one of several processes: end with the launcher, leave the terminal to rank 0, give losses of others a code."""
+    """Be one of several processes: end with the launcher, leave the terminal to rank 0, tell when others are lost."""
     if "RANK" not in os.environ:
         yield
         return

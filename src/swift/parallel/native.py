@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["NativeEngine"]
 
 OPTIMIZER_FILE = "optimizer.pt"
+RANKS_FOLDER = "ranks"
+"""What several ranks save instead."""
 
 
 class NativeEngine:
@@ -117,9 +119,11 @@ class NativeEngine:
 
     def count(self, objective: Objective, batches: Sequence[Batch]) -> StepCounts:
         """What the step holds, over all ranks."""
+        if self.ranks is None:
+            return count_step(objective, batches)
         # A rank that others have left without work passes over an empty micro-batch; it does not count as one.
         counts = count_step(objective, [batch for batch in batches if batch.num_tokens])
-        return counts if self.ranks is None else self.ranks.world.total(counts)
+        return self.ranks.world.total(counts)
 
     def before_step(self, batches: Sequence[Batch]) -> list[Batch]:
         """The micro-batches with what has to be known of each before the model is in the midst of a step."""
@@ -205,6 +209,16 @@ class NativeEngine:
             if switch is not None:
                 switch()
 
+    def begin_saving(self, folder: Path) -> Any:
+        """Of several ranks: have all write their parts of the state; returns a future, see `swift.parallel.states`."""
+        from swift.parallel.states import begin_saving, named_state
+
+        assert self.ranks is not None
+        if self.scaler is not None and self.ranks.world.is_main:
+            with (folder / OPTIMIZER_FILE).open("wb") as file:
+                torch.save({"optimizers": {}, "scaler": self.scaler.state_dict()}, file)
+        return begin_saving(folder, named_state(self.parameter_sets), self.ranks.world.saving)
+
     def save(self, folder: Path) -> None:
         state = {
             "optimizers": {name: group.optimizer.state_dict() for name, group in self.parameter_sets.items()},
@@ -216,30 +230,47 @@ class NativeEngine:
 
     def load(self, folder: Path) -> None:
         file = folder / OPTIMIZER_FILE
-        if not file.is_file():
+        by_ranks = (folder / RANKS_FOLDER).is_dir()
+        if by_ranks:
+            from swift.parallel.states import load_state
+
+            load_state(folder, self.parameter_sets)
+        if not file.is_file() and not by_ranks:
             raise SwiftError(
                 "this checkpoint has no optimizer state and cannot be resumed",
                 where=str(folder),
                 why="it was saved with save_only_model, or copied in part",
                 fix=f"start a new run from its weights: --model or --adapters {folder}",
             )
+        if not file.is_file():
+            return
         state = torch.load(file, map_location="cpu", weights_only=True)
+        if not by_ranks:
+            self._load_optimizers(folder, state)
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _load_optimizers(self, folder: Path, state: dict[str, Any]) -> None:
         if set(state["optimizers"]) != set(self.parameter_sets):
             raise SwiftError(
                 f"the checkpoint trains {sorted(state['optimizers'])}, this run {sorted(self.parameter_sets)}",
                 where=str(folder),
             )
         for name, group in self.parameter_sets.items():
-            group.optimizer.load_state_dict(state["optimizers"][name])
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            if self.ranks is None:
+                group.optimizer.load_state_dict(state["optimizers"][name])
+            else:
+                self.ranks.load_whole(group.optimizer, state["optimizers"][name])
 
     def gather(self) -> dict[str, Tensor]:
         return {
-            name: parameter.detach() if self.ranks is None else self.ranks.whole(parameter.detach())
+            name: self.whole(parameter.detach())
             for group in self.parameter_sets.values()
             for name, parameter in group.parameters.items()
         }
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor if self.ranks is None else self.ranks.whole(tensor)
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:

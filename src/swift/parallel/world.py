@@ -33,15 +33,22 @@ class World:
         rank: which one this is; 0 writes the run folder and has the terminal.
         layout: along which dimensions they work.
         mesh: the device mesh; None for one process.
+        saving: the processes once more, for a thread that writes checkpoints while training goes on.
     """
 
     rank: int = 0
     layout: Layout = field(default_factory=Layout)
     mesh: DeviceMesh | None = None
+    saving: distributed.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
         return self.layout.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """Which of the processes of this machine this is."""
+        return int(os.environ.get("LOCAL_RANK", "0")) if self.mesh is not None else 0
 
     @property
     def is_main(self) -> bool:
@@ -74,7 +81,7 @@ class World:
             key: total if isinstance(value, float) else round(total)
             for (key, value), total in zip(known.items(), sums, strict=True)
         }
-        denominators = replace(counts.denominators, **summed)
+        denominators = replace(counts.denominators, **summed)  # type: ignore[arg-type]
         return StepCounts(denominators, round(tokens), round(targets))
 
     def largest(self, value: int) -> int:
@@ -147,4 +154,5 @@ def join(layout: Layout, device_type: str, timeout_seconds: int) -> World:
         distributed.init_process_group(
             backends.get(device_type, "gloo"), timeout=datetime.timedelta(seconds=timeout_seconds)
         )
-    return World(distributed.get_rank(), layout, build_mesh(layout, device_type))
+    saving = distributed.new_group(backend="gloo")
+    return World(distributed.get_rank(), layout, build_mesh(layout, device_type), saving)

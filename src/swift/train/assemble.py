@@ -16,11 +16,13 @@ from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
 from swift.data.channels import Channels
 from swift.models.classifier import SCORE
+from swift.models.head import split_head
 from swift.models.quantised import stored_weights
 from swift.objectives.base import Objective
 from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
 from swift.parallel.native import NativeEngine
+from swift.parallel.world import World
 from swift.train.low_precision import train_in_float8, train_quantisation_aware
 from swift.train.optimizers import build_optimizer
 from swift.train.precision import param_dtype
@@ -123,10 +125,22 @@ def make_engine(
     dtype: torch.dtype,
     total_steps: int,
     tokenizer: Any,
+    world: World | None = None,
     **options: Any,
 ) -> NativeEngine:
-    """The engine of the task, with an optimizer for each parameter set; ``options`` go to the engine."""
+    """The engine of the task, with an optimizer for each parameter set; ``options`` go to the engine.
+
+    With several processes the model is sharded here: all its parts have to be there, and have their values.
+    """
     training = resolved.config.training
+    make = engine_of(resolved.config, tuned.model, tokenizer)
+    root = None
+    if world is not None and world.layout.dp_shard > 1:
+        split = options.get("split") or getattr(make, "keywords", {}).get("split", split_head)
+        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            parts = split(tuned.model)  # tries the model, which in shards works as a whole only
+        options["split"] = lambda _: parts
+        root = _shard(tuned, resolved, dtype, world)
     assert training.learning_rate is not None
     warmup = training.warmup_steps
     schedule = learning_rate_schedule(
@@ -150,7 +164,11 @@ def make_engine(
     ]
     if tuned.other is not None:
         sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
-    make = engine_of(resolved.config, tuned.model, tokenizer)
+    if world is not None and world.size > 1:
+        from swift.parallel.data_parallel import Ranks
+
+        trained = {name: parameter for group in sets for name, parameter in group.parameters.items()}
+        options["ranks"] = Ranks(world, trained, root)
     return make(
         tuned.model,
         sets,
@@ -162,6 +180,20 @@ def make_engine(
         offload_activations=training.activation_cpu_offload,
         **options,
     )
+
+
+def _shard(tuned: TunedModel, resolved: Resolved, dtype: torch.dtype, world: World) -> Any:
+    """Shard the model; with full training its weights are gathered in the computing precision."""
+    from swift.parallel.data_parallel import ShardOptions, shard_model
+
+    section = resolved.config.parallel
+    rounds = tuned.kind == "full" and dtype != param_dtype(resolved)
+    options = ShardOptions(
+        param_dtype=dtype if rounds else None,
+        reshard_after_forward=section.reshard_after_forward,
+        offload=section.offload,
+    )
+    return shard_model(tuned.model, decoder_layers(tuned.model)[1], world, options)
 
 
 def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
