@@ -7,6 +7,7 @@ import functools
 import torch
 from worker_pool import mesh_of, pool
 
+from swift.config.sections.parallel import ParallelSection
 from swift.data.collate import Batch
 from swift.models.head import split_head
 from swift.models.sharded import local
@@ -14,16 +15,13 @@ from swift.objectives.pooled import PooledObjective
 from swift.objectives.preference.objective import PreferenceLoss
 from swift.objectives.sft import SftObjective
 from swift.parallel.answers import AnswerEngine
-from swift.parallel.data_parallel import Ranks, ShardOptions, shard_model
+from swift.parallel.data_parallel import Ranks, ShardOptions
+from swift.parallel.distribute import distribute
 from swift.parallel.engine import ParameterSet
 from swift.parallel.native import NativeEngine
-from swift.parallel.pipeline import Pipeline
-from swift.parallel.sequence.context import ContextParallel
-from swift.parallel.tensor import apply_tensor_parallel
 from swift.parallel.world import World
 from swift.tuners.apply import attach_adapter
 from swift.tuners.lora import AdapterSpec, is_linear
-from swift.tuners.targets import decoder_layers
 
 FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
@@ -171,20 +169,21 @@ def engine_of(model, task="sft", **options):
 def distributed_engine(model, rank, layout, task="sft", ring=None, sequence=False, schedule="1f1b"):
     """An engine over a model that the ranks of a layout share."""
     world = World(rank, layout, mesh_of(layout))
-    split = split_head(model)
-    tensor = apply_tensor_parallel(model, world.mesh["tp"], sequence=sequence) if layout.tp > 1 else None
-    context = ContextParallel(world.mesh["cp"].get_group(), ring or layout.cp) if layout.cp > 1 else None
-    root, pipeline, stages = None, None, ()
-    if layout.pp > 1:
-        share = layout.tp if sequence else 1
-        pipeline = Pipeline(model, world.mesh["pp"].get_group(), schedule, width_share=share)
-        stages = list(pipeline.stages.values())
-        split = (split[0], split[1] if pipeline.has_last else torch.nn.Identity())
-    if layout.dp_shard > 1:
-        root = shard_model(model, decoder_layers(model)[1], world, ShardOptions(), stages)
+    method = "auto" if ring is None else "ring" if ring == layout.cp else "ulysses" if ring == 1 else "hybrid"
+    section = ParallelSection(
+        tensor_parallel_size=layout.tp,
+        pipeline_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_parallel_size=layout.ep,
+        sequence_parallel=sequence,
+        sequence_parallel_method=method,
+        pipeline_schedule=schedule,
+    )
+    shards = ShardOptions() if layout.dp_shard > 1 else None
+    divided = distribute(model, world, split_head(model), section, shards)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    ranks = Ranks(world, trained, root, context, tensor, pipeline)
-    return engine_of(model, task, ranks=ranks, split=lambda _: split)
+    ranks = Ranks(world, trained, **divided.parts)
+    return engine_of(model, task, ranks=ranks, split=lambda _: divided.split)
 
 
 def compare(rank, layout, family, task, packed, dtype, lora, ring, sequence, schedule, layers, rows, changes):

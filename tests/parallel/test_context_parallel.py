@@ -7,11 +7,10 @@ import torch.distributed as dist
 from parallel_parity import check
 from worker_pool import pool
 
-from swift.core.errors import ConfigError
 from swift.objectives.sft import SftObjective
 from swift.parallel.layout import Layout
 from swift.parallel.sequence.blocks import block_backward, block_forward, merge, plain_backward, plain_forward
-from swift.parallel.sequence.context import ContextParallel, split_degree
+from swift.parallel.sequence.context import ContextParallel
 
 
 @pytest.mark.parametrize("ring", [1, 2])
@@ -30,26 +29,6 @@ def test_four_ranks(ring):
 def test_families(family):
     check(Layout(cp=2), family)
     check(Layout(cp=2), family, ring=1, packed=False, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "heads", "degrees"),
-    [
-        ("ring", 4, (4, 2), (4, 1)),
-        ("ulysses", 4, (4, 2), (1, 4)),  # key/value heads are fewer than ranks
-        ("hybrid", 4, (2, 2), (2, 2)),
-        ("hybrid", 6, (4, 2), (3, 2)),
-        ("hybrid", 3, (4, 2), (3, 1)),
-        ("hybrid", 4, (12, 3), (4, 1)),  # 3 heads and 2 or 4 ranks do not divide one another
-    ],
-)
-def test_degrees(kind, size, heads, degrees):
-    assert split_degree(kind, size, *heads) == degrees
-
-
-def test_ulysses_refuses_what_does_not_divide():
-    with pytest.raises(ConfigError, match="cannot share 4 heads"):
-        split_degree("ulysses", 3, 4, 2)
 
 
 def layout_of(rank, ring):

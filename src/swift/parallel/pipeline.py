@@ -18,27 +18,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from swift.core.errors import ConfigError
 from swift.models.sharded import local
+from swift.parallel.accepted import STAGES_OF_A_RANK
 from swift.parallel.tensor import final_norms
 from swift.tuners.targets import decoder_layers
 
-__all__ = ["FAMILIES", "MicroBatch", "Pipeline", "check_pipeline", "split_layers"]
-
-FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "glm", "glm4", "granite"),
-    *("olmo2", "olmo3", "starcoder2", "smollm3", "ernie4_5", "qwen3_moe"),
-)
-"""Model types whose stages are tested to compute what the whole model does."""
+__all__ = ["SCHEDULES", "MicroBatch", "Pipeline", "split_layers"]
 
 SCHEDULES = {
-    "gpipe": ("ScheduleGPipe", 1),
-    "1f1b": ("Schedule1F1B", 1),
-    "interleaved_1f1b": ("ScheduleInterleaved1F1B", 2),
-    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2),
-    "zbv": ("ScheduleZBVZeroBubble", 2),
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved_1f1b": "ScheduleInterleaved1F1B",
+    "interleaved_zb": "ScheduleInterleavedZeroBubble",
+    "zbv": "ScheduleZBVZeroBubble",
 }
-"""Name -> class in torch.distributed.pipelining, and stages of a rank."""
+"""Name -> class in torch.distributed.pipelining."""
 
 
 def split_layers(count: int, stages: int) -> list[range]:
@@ -52,30 +46,9 @@ def split_layers(count: int, stages: int) -> list[range]:
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def check_pipeline(config: Any, size: int, schedule: str) -> None:
-    """Raises ConfigError when a model of this configuration cannot be divided into the schedule's stages."""
-    text = config.get_text_config()
-    where = "--pipeline_parallel_size"
-    if text.model_type not in FAMILIES:
-        raise ConfigError(
-            f"{text.model_type} models cannot be divided into stages",
-            where=where,
-            why=f"tested are {', '.join(FAMILIES)}: layers that need hidden states and positions only",
-            fix="--data_parallel_shard_size, which shards every model's weights",
-        )
-    stages = size * SCHEDULES[schedule][1]
-    if text.num_hidden_layers < stages:
-        raise ConfigError(
-            f"{text.num_hidden_layers} layers are too few for {stages} stages",
-            where=where,
-            why=f"{schedule} has {SCHEDULES[schedule][1]} on each of {size} devices",
-            fix="--pipeline_schedule 1f1b" if SCHEDULES[schedule][1] > 1 else f"{where} {text.num_hidden_layers}",
-        )
-
-
 def _holders(size: int, schedule: str) -> list[int]:
     """Which rank has each stage."""
-    if SCHEDULES[schedule][1] == 1:
+    if STAGES_OF_A_RANK[schedule] == 1:
         return list(range(size))
     back = range(size) if schedule != "zbv" else reversed(range(size))
     return [*range(size), *back]
@@ -133,7 +106,9 @@ class Stage(nn.Module):
             for norm in final_norms(model):
                 setattr(base, norm, _Nothing())
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        shared = is_last and getattr(head, "weight", None) is embedding.weight  # keeps its name by the embedding
+        shared = (
+            is_last and getattr(head, "weight", None) is embedding.weight
+        )  # keeps its name by the embedding
         if not is_first and not shared:
             for key, module in list(base.named_children()):
                 if module is embedding:
@@ -177,7 +152,6 @@ class Pipeline:
     def __init__(
         self, model: Any, group: dist.ProcessGroup, schedule: str = "1f1b", *, width_share: int = 1
     ) -> None:
-        check_pipeline(model.config, group.size(), schedule)
         self.group, self.schedule, self.width_share = group, schedule, width_share
         self.holders = _holders(group.size(), schedule)
         parts = split_layers(len(decoder_layers(model)[1]), len(self.holders))
@@ -317,9 +291,8 @@ class Pipeline:
                 )
                 for stage, module in self.stages.items()
             ]
-            name, held = SCHEDULES[self.schedule]
-            self._schedules[key] = getattr(pipelining, name)(
-                stages[0] if held == 1 else stages,
+            self._schedules[key] = getattr(pipelining, SCHEDULES[self.schedule])(
+                stages[0] if STAGES_OF_A_RANK[self.schedule] == 1 else stages,
                 n_microbatches=len(batches),
                 loss_fn=lambda output, target: output.sum(),
                 scale_grads=False,

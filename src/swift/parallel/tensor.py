@@ -32,13 +32,7 @@ from swift.tuners.lora import LoraLinear
 from swift.tuners.lora_function import mixed_seed
 from swift.tuners.targets import decoder_layers
 
-__all__ = ["FAMILIES", "TensorParallel", "apply_tensor_parallel", "check_tensor_parallel", "final_norms"]
-
-FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "glm", "glm4", "granite"),
-    *("olmo2", "olmo3", "starcoder2", "cohere", "smollm3", "ernie4_5", "qwen3_moe"),
-)
-"""Model types that are tested to compute the same when they are split."""
+__all__ = ["TensorParallel", "apply_tensor_parallel", "final_norms"]
 
 
 @dataclass
@@ -67,35 +61,6 @@ class TensorParallel:
         add_up([local(gradient) for gradient in found if gradient is not None], self.group)
 
 
-def check_tensor_parallel(config: Any, size: int) -> None:
-    """Raises ConfigError when a model of this (transformers) configuration cannot be shared by ``size`` ranks."""
-    text = config.get_text_config()
-    if text.model_type not in FAMILIES or not _plan(text):
-        raise ConfigError(
-            f"tensor parallelism is not there for {text.model_type}",
-            where="--tensor_parallel_size",
-            why=f"tested are {', '.join(FAMILIES)}; transformers' plan has to split attention or MLP",
-            fix="--data_parallel_shard_size, which shards every model's weights",
-        )
-    heads, shared = (
-        text.num_attention_heads,
-        getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-    )
-    counts = {"attention heads": heads, "channels of the MLP": text.intermediate_size}
-    for what, count in counts.items():
-        if count % size:
-            raise ConfigError(
-                f"{count} {what} cannot be shared by {size} devices",
-                where="--tensor_parallel_size",
-                fix="a divisor",
-            )
-    if shared % size and size % shared:
-        raise ConfigError(
-            f"{shared} key/value heads and {size} devices: neither divides the other",
-            where="--tensor_parallel_size",
-        )
-
-
 def _plan(text: Any) -> dict[str, str]:
     """Pattern of a linear layer below ``layers.N`` -> colwise or rowwise, for whole blocks of them."""
     plan = {
@@ -121,12 +86,16 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool = Fals
     DTensors. Batches must have a width of a multiple of ``multiple``.
 
     Raises:
-        ConfigError: see `check_tensor_parallel`; or a layer to be split is quantised.
+        ConfigError: a layer to be split is quantised, or transformers has no plan for the model.
     """
-    text = model.config.get_text_config()
-    check_tensor_parallel(model.config, mesh.size())
     state = TensorParallel(mesh.get_group(), sequence)
-    plan = _plan(text)
+    plan = _plan(model.config.get_text_config())
+    if not plan:
+        raise ConfigError(
+            f"transformers' plan for {type(model).__name__} splits neither attention nor MLP",
+            where="--tensor_parallel_size",
+            fix="--data_parallel_shard_size, which shards every model's weights",
+        )
     name, layers = decoder_layers(model)
     for number, layer in enumerate(layers):
         for child, block in layer.named_children():

@@ -20,41 +20,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swift.core.errors import ConfigError
 from swift.data.collate import Batch
 from swift.models.attention import SHIFTED_GROUPS, varlen_attention
 from swift.objectives.base import TokenOutputs
 from swift.parallel.sequence.ring import RingPlan, held_chunks, ring_attention
 from swift.parallel.sequence.ulysses import heads_to_tokens, share_heads, tokens_to_heads
 
-__all__ = ["ContextParallel", "Shard", "pad_batch", "split_degree"]
-
-
-def split_degree(kind: str, size: int, heads: int, key_value_heads: int) -> tuple[int, int]:
-    """(ranks in a ring, ranks in a Ulysses group) of ``size`` ranks.
-
-    Ulysses needs its ranks to divide the heads, and the key/value heads or the other way round. ``hybrid`` takes as
-    many for it as fit and makes rings of the rest.
-
-    Raises:
-        ConfigError: Ulysses was asked for and the heads do not divide.
-    """
-    fits = [
-        number
-        for number in range(1, size + 1)
-        if size % number == 0
-        and heads % number == 0
-        and (key_value_heads % number == 0 or number % key_value_heads == 0)
-    ]
-    if kind == "ring":
-        return size, 1
-    if kind == "ulysses" and size not in fits:
-        raise ConfigError(
-            f"Ulysses over {size} ranks cannot share {heads} heads ({key_value_heads} of keys and values)",
-            why="every rank takes equally many heads",
-            fix=f"--sequence_parallel_kind hybrid, which makes {size // max(fits)} x {max(fits)} of them, or ring",
-        )
-    return size // max(fits), max(fits)
+__all__ = ["ContextParallel", "Shard", "pad_batch"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +94,7 @@ class ContextParallel:
 
     Args:
         group: the ranks that share each row.
-        ring: how many of them form a ring; the others divide the heads (`split_degree`).
+        ring: how many of them form a ring; the others divide the heads (`accepted.split_degree`).
     """
 
     def __init__(self, group: dist.ProcessGroup, ring: int = 1) -> None:
