@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.locate import derive_chat_template, find_model, not_here
 from swift.models.registry import ModelEntry, find_entry, own_folder
+from swift.parallel.layout import Layout
 from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
@@ -390,14 +390,20 @@ def _row_length(resolved: Resolved) -> int:
 
 def _parallel(resolved: Resolved, device: DeviceFacts) -> dict[str, Any]:
     section = resolved.config.parallel
-    sizes = {name: size for name, size in section.model_dump().items() if name.endswith("_size")}
-    named = [f"{name.removesuffix('_parallel_size')} {size}" for name, size in sizes.items() if size > 1]
+    layout = Layout.of(section)
     return {
-        "sizes": {name.removesuffix("_parallel_size"): size for name, size in sizes.items()},
-        "devices_needed": math.prod(sizes.values()),
+        "sizes": {
+            "tensor": layout.tp,
+            "pipeline": layout.pp,
+            "context": layout.cp,
+            "expert": layout.ep,
+            "data": layout.dp,
+            "shards": layout.dp_shard,
+        },
+        "devices_needed": layout.world_size,
         "devices_present": device.count,
         "device": device.kind,
-        "layout": " x ".join(named) or "one device",
+        "layout": layout.describe(),
     }
 
 

@@ -10,7 +10,7 @@ Known limit: for mixture-of-experts models that have ``gate_proj``, ``up_proj`` 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,16 @@ def adapter_folder(path: str | Path) -> Path:
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, base_path: str | Path | None = None, *, name: str = DEFAULT_ADAPTER
+    model: nn.Module,
+    folder: Path | None,
+    base_path: str | Path | None = None,
+    *,
+    name: str = DEFAULT_ADAPTER,
+    whole: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
     """Write adapter ``name`` of ``model`` to ``folder`` (created where missing).
+
+    ``whole`` collects a parameter whose parts lie on several ranks; the others call this with ``folder`` None.
 
     The two files are written one after the other: wrap the call in ``atomic_directory`` where a crash
     matters.
@@ -93,6 +100,8 @@ def save_adapter(
 
     other = adapter_of(model)
     if other is not None:
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         other.save(folder, base_name(base_path))
         return
@@ -103,9 +112,11 @@ def save_adapter(
     if not layers:
         raise ModelError(f"the model has no adapter {name!r} to save", where=str(folder))
     tensors = adapter_tensors(layers, saved, name)
+    plain = {key: whole(value.detach()).to("cpu").contiguous() for key, value in tensors.items()}
+    if folder is None:
+        return
     config = adapter_config(model, layers, list(saved), name, base_path)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {key: value.detach().to("cpu").contiguous() for key, value in tensors.items()}
     save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
