@@ -39,7 +39,9 @@ def data(tmp_path_factory):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             chat.write(json.dumps({"messages": messages}) + "\n")
             if number < 40:
-                pairs.write(json.dumps({"messages": messages, "rejected_response": _sentence(generator, 16)}) + "\n")
+                pairs.write(
+                    json.dumps({"messages": messages, "rejected_response": _sentence(generator, 16)}) + "\n"
+                )
     return folder
 
 
@@ -67,7 +69,16 @@ def alone(command, options, monkeypatch):
 
 
 def rows_of(folder):
-    kept = ("step", "loss", "grad_norm", "token_accuracy", "num_tokens", "eval_loss", "eval_token_accuracy", "accuracy")
+    kept = (
+        "step",
+        "loss",
+        "grad_norm",
+        "token_accuracy",
+        "num_tokens",
+        "eval_loss",
+        "eval_token_accuracy",
+        "accuracy",
+    )
     return [{key: row[key] for key in kept if key in row} for row in read_metrics(folder / "metrics.jsonl")]
 
 
@@ -80,7 +91,10 @@ def same(found, expected, rel=2e-5):
 CASES = {
     "lora, copies": ("sft", {}),
     "lora, shards": ("sft", {"fsdp": "full"}),
-    "full, shards, packed": ("sft", {"fsdp": "full", "tuner_type": "full", "packing": True, "global_batch_size": 4}),
+    "full, shards, packed": (
+        "sft",
+        {"fsdp": "full", "tuner_type": "full", "packing": True, "global_batch_size": 4},
+    ),
     "full, grads, evaluated": (
         "sft",
         {"deepspeed": "zero2", "tuner_type": "full", "split_dataset_ratio": 0.1, "eval_steps": 2},
@@ -108,7 +122,11 @@ def test_two_ranks_report_what_one_process_does(tiny_model_dir, data, tmp_path, 
     assert len(expected) >= 5
     folder, _ = pool(2).run(train_on, command, {**options, "output_dir": str(tmp_path / "two")})
     same(rows_of(folder), expected)
-    assert {path.name for path in (folder / "logs").iterdir()} >= {"rank-0.jsonl", "rank-1.jsonl", "rank-1.txt"}
+    assert {path.name for path in (folder / "logs").iterdir()} >= {
+        "rank-0.jsonl",
+        "rank-1.jsonl",
+        "rank-1.txt",
+    }
     assert json.loads((folder / "ranks" / "1" / "status.json").read_text())["state"] == "succeeded"
 
 
@@ -164,7 +182,11 @@ def test_shards_go_on_from_what_one_process_has_saved(tiny_model_dir, data, tmp_
         "save_steps": 3,
     }
     folder = alone("sft", {**options, "output_dir": str(tmp_path / "one")}, monkeypatch)
-    more = {**options, "output_dir": str(tmp_path), "resume_from_checkpoint": _resumed(folder, tmp_path / "on")}
+    more = {
+        **options,
+        "output_dir": str(tmp_path),
+        "resume_from_checkpoint": _resumed(folder, tmp_path / "on"),
+    }
     pool(2).run(train_on, "sft", {**more, "fsdp": "full"})
     same(rows_of(tmp_path / "on"), rows_of(folder))
 
