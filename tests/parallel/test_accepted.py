@@ -43,7 +43,11 @@ def test_ulysses_refuses_what_does_not_divide():
             "no sliding window",
         ),
         ({"expert_parallel_size": 2}, QWEN3, "no experts"),
-        ({"expert_parallel_size": 3}, Decoder("qwen3_moe", 4, 4, 4, 8, 128), "128 experts cannot be shared by 3"),
+        (
+            {"expert_parallel_size": 3},
+            Decoder("qwen3_moe", 4, 4, 4, 8, 128),
+            "128 experts cannot be shared by 3",
+        ),
     ],
 )
 def test_refusals(sizes, decoder, message):

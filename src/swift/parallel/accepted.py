@@ -84,12 +84,18 @@ def _check_tensor(decoder: Decoder, size: int) -> None:
             why=f"tested are {', '.join(TENSOR_FAMILIES)}",
             fix=_SHARD,
         )
-    for what, count in {"attention heads": decoder.heads, "channels of the MLP": decoder.intermediate}.items():
+    for what, count in {
+        "attention heads": decoder.heads,
+        "channels of the MLP": decoder.intermediate,
+    }.items():
         if count % size:
-            raise ConfigError(f"{count} {what} cannot be shared by {size} devices", where=where, fix="a divisor")
+            raise ConfigError(
+                f"{count} {what} cannot be shared by {size} devices", where=where, fix="a divisor"
+            )
     if decoder.key_value_heads % size and size % decoder.key_value_heads:
         raise ConfigError(
-            f"{decoder.key_value_heads} key/value heads and {size} devices: neither divides the other", where=where
+            f"{decoder.key_value_heads} key/value heads and {size} devices: neither divides the other",
+            where=where,
         )
 
 
