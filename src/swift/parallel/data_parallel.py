@@ -11,7 +11,7 @@ around the model, because an engine computes less than the model's own ``forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from swift.core.errors import SwiftError
+from swift.data.collate import Batch
+from swift.models.sharded import local
+from swift.parallel.pipeline import Pipeline
+from swift.parallel.sequence.context import ContextParallel, Shard, pad_batch
+from swift.parallel.tensor import TensorParallel
 from swift.parallel.world import World
 
 __all__ = ["GradientSum", "ShardedRoot", "check_reduced", "global_norm", "shard_model", "whole"]
@@ -61,11 +66,16 @@ class ShardOptions:
 
 
 def shard_model(
-    model: nn.Module, layers: Iterable[nn.Module], world: World, options: ShardOptions
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    world: World,
+    options: ShardOptions,
+    stages: Sequence[nn.Module] = (),
 ) -> ShardedRoot:
     """Shard each layer, and what is left, over ``dp_shard`` x ``cp``. Parameters become DTensors.
 
     Adapters must be attached before. Every rank calls this with the same weights, or with meta tensors.
+    ``stages``: of a pipeline; then each of these is a root, and what is returned is none.
     """
     assert world.mesh is not None
     mesh = world.mesh["dp_shard_cp"]
@@ -81,11 +91,12 @@ def shard_model(
         ),
         "offload_policy": CPUOffloadPolicy(pin_memory=pin) if options.offload else OffloadPolicy(),
     }
-    for layer in layers:
+    for layer in (layer for layer in layers if any(True for _ in layer.parameters())):
         fully_shard(layer, reshard_after_forward=options.reshard_after_forward, **settings)
     root = ShardedRoot(model)
-    fully_shard(root, reshard_after_forward=False, **settings)
-    for module in root.modules():
+    for outer in stages or (root,):
+        fully_shard(outer, reshard_after_forward=False, **settings)
+    for module in {module for outer in stages or (root,) for module in outer.modules()}:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -145,7 +156,7 @@ class GradientSum:
         if not gradients:
             self._sent.append(([], torch.empty(0), None))
             return
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = torch.cat([local(gradient).reshape(-1) for gradient in gradients])
         work = distributed.all_reduce(flat, group=self.group, async_op=True)
         self._sent.append((gradients, flat, work))
 
@@ -161,10 +172,10 @@ class GradientSum:
             if work is not None:
                 work.wait()
             trained = [parameter for parameter in bucket if parameter.requires_grad]
-            parts = flat.split([gradient.numel() for gradient in gradients]) if gradients else ()
+            parts = flat.split([local(gradient).numel() for gradient in gradients]) if gradients else ()
             for parameter, gradient, part in zip(trained, gradients, parts, strict=True):
                 if anywhere[parameter]:
-                    gradient.copy_(part.view_as(gradient))
+                    local(gradient).copy_(part.view_as(local(gradient)))
                     parameter.grad = gradient
         self._missing, self._sent = [], []
 
@@ -213,18 +224,33 @@ class Ranks:
         world: the processes.
         parameters: all that are trained, by name.
         root: of a sharded model; None: every rank has a copy.
+        context: ranks that share every row of a batch.
+        tensor: ranks that share every layer.
+        pipeline: ranks that have the model's stages.
     """
 
     def __init__(
-        self, world: World, parameters: Mapping[str, nn.Parameter], root: ShardedRoot | None = None
+        self,
+        world: World,
+        parameters: Mapping[str, nn.Parameter],
+        root: ShardedRoot | None = None,
+        context: ContextParallel | None = None,
+        tensor: TensorParallel | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         assert world.mesh is not None
-        self.world, self.root, self.parameters = world, root, parameters
-        plain = [parameter for parameter in parameters.values() if not isinstance(parameter, DTensor)]
-        if root is not None and plain:
-            check_reduced(parameters, ())
-        self._sum = GradientSum(plain, world.mesh["dp_cp"].get_group()) if plain else None
-        check_reduced(parameters, plain)
+        self.world, self.parameters = world, parameters
+        self.context, self.tensor, self.pipeline = context, tensor, pipeline
+        self.root = root if pipeline is None else None  # stages are roots of their own
+        # With a root all must be its shards; without one, parameters that ranks of tp share have copies as well.
+        copies = [] if root is not None else list(parameters.values())
+        self._sum = GradientSum(copies, world.mesh["dp_cp"].get_group()) if copies else None
+        check_reduced(parameters, copies)
+
+    @property
+    def multiple(self) -> int:
+        """What the width of a rank's part of a batch has to be a multiple of."""
+        return self.tensor.multiple if self.tensor else 1
 
     def compute(self, work: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
         """``work(*args)`` while the weights it needs are there."""
@@ -248,10 +274,33 @@ class Ranks:
         """All gradients are sums over all ranks now."""
         if self._sum is not None:
             self._sum.finish()
+        if self.tensor is not None:
+            self.tensor.sum_gradients(self.parameters)
+        if self.pipeline is not None:
+            self.pipeline.sum_tied(self.parameters)
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The norm of all gradients, the shards of other ranks included."""
-        return global_norm(gradients)
+    def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        """The norm of all gradients, those of other ranks included."""
+        twice = self.pipeline.tied_copy if self.pipeline else None
+        norm = global_norm([p.grad for name, p in parameters.items() if p.grad is not None and name != twice])
+        if self.pipeline is not None:
+            square = norm.square()
+            distributed.all_reduce(square, group=self.pipeline.group)
+            norm = square.sqrt()
+        return norm
+
+    def cut(self, batch: Batch) -> Shard:
+        """What this rank computes of a batch, with the width that it needs."""
+        if self.context is not None:
+            return self.context.shard(batch, self.multiple)
+        return Shard(pad_batch(batch, self.multiple))
+
+    def alike(self, batches: Sequence[Batch]) -> list[Shard]:
+        """`cut` of several batches, which get the same shape."""
+        rows = max(batch.input_ids.shape[0] for batch in batches)
+        width = max(batch.input_ids.shape[1] for batch in batches)
+        multiple = self.multiple * (self.context.multiple() if self.context else 1)
+        return [self.cut(pad_batch(batch, multiple, rows=rows, width=width)) for batch in batches]
 
     def load_whole(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """The optimizer state that one process has saved."""
@@ -262,3 +311,10 @@ class Ranks:
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter with the shards of all ranks."""
         return whole(tensor)
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole tensors, one after another, on rank 0 those of all pipeline stages; all ranks call this."""
+        if self.pipeline is None:
+            yield from ((name, whole(tensor)) for name, tensor in tensors.items())
+        else:
+            yield from self.pipeline.collect(tensors, whole)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from swift.data.collate import Batch
 from swift.objectives.base import Denominators, Objective, TokenOutputs
-from swift.parallel.engine import StepOutput, count_step
-from swift.parallel.native import NativeEngine, add_sums
+from swift.parallel.engine import StepOutput, add_sums, count_step
+from swift.parallel.native import NativeEngine
 from swift.tuners.switch import AdapterSwitch, Draw
 
 __all__ = ["MemberStep", "clear_gradients", "fused_gradients", "join_rows"]

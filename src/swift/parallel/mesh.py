@@ -2,9 +2,9 @@
 
 ``build_mesh`` has the axes of `Layout` (``pp, dp_replicate, dp_shard, cp, tp``) and flattened ones over them:
 
-- ``dp``: ranks with different data (replicas x shards);
+- ``dp``: ranks with different data (replicas x shards), over which losses and counts are added up;
 - ``dp_shard_cp``: over which FSDP shards weights (a rank with another part of the sequence has another gradient);
-- ``dp_cp``: over which gradients, losses and counts are added up.
+- ``dp_cp``: over which gradients are added up.
 
 ``build_expert_mesh`` cuts the same ranks the other way: ``pp, dp_replicate, ep_shard, ep``; experts are split over
 ``ep`` and sharded by FSDP over ``ep_shard``.

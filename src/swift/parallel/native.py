@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from swift.models.head import split_head
 from swift.models.quantised import is_quantised_linear
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
-from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, count_step
+from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, add_sums, count_step
 from swift.parallel.offload import OffloadedActivations
+from swift.parallel.pipelined import pipelined_outputs, pipelined_step
+from swift.parallel.sequence.context import Shard
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import SavedModule
 from swift.tuners.switch import Draw
@@ -91,6 +93,8 @@ class NativeEngine:
         self.model.train()
         self.average(False)
         counts = self.count(objective, batches)
+        if self.ranks is not None and self.ranks.pipeline is not None:
+            return pipelined_step(self, batches, objective, counts, seed)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
@@ -98,7 +102,7 @@ class NativeEngine:
             self.training_batch = batch
             if self.ranks is not None and number == len(batches) - 1 and self._penalty is None:
                 self.ranks.before_last()
-            with self._drawing(seed, self.ranks.number(number) if self.ranks else number):
+            with self.drawing(seed, self.ranks.number(number) if self.ranks else number):
                 with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
                     loss, sums = objective(self.objective_inputs(batch), batch, counts.denominators)
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
@@ -121,7 +125,11 @@ class NativeEngine:
         counts = count_step(objective, [batch for batch in batches if batch.num_tokens])
         return self.ranks.world.total(counts)
 
-    def _drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
+    def before_step(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The micro-batches with what has to be known of each before the model is in the midst of a step."""
+        return list(batches)
+
+    def drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
         """The dropout of the acting LoRA adapter, while the gradients of micro-batch ``number`` are computed."""
         if seed is None or self._switch is None or self._switch.active is None:
             return contextlib.nullcontext()
@@ -172,7 +180,7 @@ class NativeEngine:
             if self.ranks is None:
                 norms[name] = nn.utils.clip_grad_norm_(parameters, limit, foreach=foreach)
             else:
-                norms[name] = self.ranks.norm([p.grad for p in parameters if p.grad is not None])
+                norms[name] = self.ranks.norm(group.parameters)
                 nn.utils.clip_grads_with_norm_(parameters, limit, norms[name], foreach=foreach)
         return norms
 
@@ -255,28 +263,37 @@ class NativeEngine:
                 self.ranks.load_whole(group.optimizer, state["optimizers"][name])
 
     def gather(self) -> dict[str, Tensor]:
-        return {
-            name: self.whole(parameter.detach())
-            for group in self.parameter_sets.values()
-            for name, parameter in group.parameters.items()
-        }
+        groups = self.parameter_sets.values()
+        return dict(
+            self.collect({name: p.detach() for group in groups for name, p in group.parameters.items()})
+        )
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        return tensor if self.ranks is None else self.ranks.whole(tensor)
+    def collect(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors with the parts of all ranks, which all must call this; rank 0 gets every stage's."""
+        return tensors.items() if self.ranks is None else self.ranks.collect(tensors)
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
         """What the model says at the batch's targets, in the mode it is in: log-probabilities ``[n]``."""
         return self.token_outputs(batch).logprobs
 
-    def _run(self, batch: Batch) -> Any:
-        """The outputs of the backbone, or of the whole model when its head cannot be told apart."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if batch.document_lengths is not None and self._takes_lengths:
+    def _run(self, batch: Batch, attention: Any = None) -> Any:
+        """The outputs of the backbone, or of the whole model when its head cannot be told apart.
+
+        ``attention``: over tokens that are spread over ranks.
+        """
+        return self._forward(input_ids=batch.input_ids, use_cache=False, **self.inputs_of(batch, attention))
+
+    def inputs_of(self, batch: Batch, attention: Any = None) -> dict[str, Any]:
+        """What the backbone is told beside the tokens."""
+        inputs: dict[str, Any] = {"position_ids": batch.position_ids}
+        if attention is not None:
+            inputs["context"] = attention
+        elif batch.document_lengths is not None and self._takes_lengths:
             inputs["document_lengths"] = batch.document_lengths
             if batch.document_continues is not None:
                 inputs["document_continues"] = batch.document_continues
-        return self._forward(**inputs, use_cache=False)
+        return inputs
 
     def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> Any:
         """What the objective reads; ``tokens``: what the model says of the targets, where it has been asked."""
@@ -286,6 +303,8 @@ class NativeEngine:
         """Log-probabilities of the batch's targets, in row-major order."""
         if self.ranks is None:
             return self._token_outputs(batch)
+        if self.ranks.pipeline is not None:
+            return pipelined_outputs(self, batch)
         return TokenOutputs(*self.ranks.compute(lambda: self._fields(self._token_outputs(batch))))
 
     @staticmethod
@@ -293,13 +312,21 @@ class NativeEngine:
         return outputs.logprobs, outputs.is_argmax
 
     def _token_outputs(self, batch: Batch) -> TokenOutputs:
+        cut = self.ranks.cut(batch) if self.ranks else Shard(batch)
         with self.precision():
-            targets = batch.targets[batch.targets != -100]
-            return self.of_states(self.states(batch), targets, batch.temperature)
+            return self.outputs_of(self.states(cut.batch, cut.attention), cut)
 
-    def states(self, batch: Batch) -> Tensor:
+    def outputs_of(self, states: Tensor, cut: Shard) -> TokenOutputs:
+        """Of the whole batch, by the `states` of this rank's targets."""
+        targets = cut.batch.targets[cut.batch.targets != -100]
+        outputs = self.of_states(states, targets, cut.batch.temperature)
+        if self.ranks is None or self.ranks.context is None:
+            return outputs
+        return self.ranks.context.gather_outputs(outputs, cut)
+
+    def states(self, batch: Batch, attention: Any = None) -> Tensor:
         """What the head reads of each target, ``[num_targets, size]``; its logits where there is no head apart."""
-        outputs = self._run(batch)
+        outputs = self._run(batch, attention)
         found: Tensor = outputs.last_hidden_state if self._split else outputs.logits
         return found[batch.targets != -100]
 
@@ -356,8 +383,3 @@ def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             name.split(".")
         ):
             yield parameter
-
-
-def add_sums(total: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
-    for name, value in sums.items():
-        total[name] = total[name] + value if name in total else value

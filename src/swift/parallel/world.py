@@ -65,11 +65,14 @@ class World:
         return self.layout.data_rank(self.rank)
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """The sums of ``values`` over all parts of the data; float64 on the host, so that counts are exact."""
+        """The sums of ``values`` over all parts of the data; float64 on the host, so that counts are exact.
+
+        Ranks that share a row (cp, tp) have the same values: a part of the data counts once.
+        """
         if self.mesh is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(tensor, group=self.mesh["dp_cp"].get_group())
+        distributed.all_reduce(tensor, group=self.mesh["dp"].get_group())
         return tensor.tolist()
 
     def total(self, counts: StepCounts) -> StepCounts:

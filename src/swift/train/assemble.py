@@ -5,6 +5,7 @@ A run does this with weights (`swift.train.build`), an exact memory estimate wit
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
 from swift.tuners.longlora import use_shifted_groups
 from swift.tuners.peft_format import adapter_folder, load_adapter
 from swift.tuners.starts import start_from_rounding
+from swift.tuners.switch import AdapterSwitch
 from swift.tuners.targets import decoder_layers, output_head_name
 
 __all__ = ["make_engine", "make_objective", "tune_model"]
@@ -100,13 +102,19 @@ def tune_model(
     if config.quantization.fp8:
         train_in_float8(model, device, output_head_name(model))
     if config.training.gradient_checkpointing:
-        _recompute(model, config.training.recompute_num_layers)
+        _recompute(model, config.training.recompute_num_layers, tuned.switch)
     return tuned
 
 
-def _recompute(model: Any, num_layers: int | None) -> None:
-    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def _recompute(model: Any, num_layers: int | None, switch: AdapterSwitch | None) -> None:
+    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all).
+
+    ``switch``: of the adapters, whose dropout is drawn as the first time, whatever is being computed meanwhile.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if switch is not None:
+        options["context_fn"] = lambda: (contextlib.nullcontext(), switch.drawing(switch.draws))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if num_layers is None:
         return
     layers: Any = decoder_layers(model)[1]
@@ -130,17 +138,17 @@ def make_engine(
 ) -> NativeEngine:
     """The engine of the task, with an optimizer for each parameter set; ``options`` go to the engine.
 
-    With several processes the model is sharded here: all its parts have to be there, and have their values.
+    With several processes the model is divided here: all its parts have to be there, and have their values.
     """
     training = resolved.config.training
     make = engine_of(resolved.config, tuned.model, tokenizer)
-    root = None
-    if world is not None and world.layout.dp_shard > 1:
+    divided: dict[str, Any] = {}
+    if world is not None and world.size > 1:
         split = options.get("split") or getattr(make, "keywords", {}).get("split", split_head)
         with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            parts = split(tuned.model)  # tries the model, which in shards works as a whole only
+            parts = split(tuned.model)  # tries the model, which in parts works as a whole only
+        parts, divided = _divide(tuned, resolved, dtype, world, parts)
         options["split"] = lambda _: parts
-        root = _shard(tuned, resolved, dtype, world)
     assert training.learning_rate is not None
     warmup = training.warmup_steps
     schedule = learning_rate_schedule(
@@ -168,7 +176,7 @@ def make_engine(
         from swift.parallel.data_parallel import Ranks
 
         trained = {name: parameter for group in sets for name, parameter in group.parameters.items()}
-        options["ranks"] = Ranks(world, trained, root)
+        options["ranks"] = Ranks(world, trained, **divided)
     return make(
         tuned.model,
         sets,
@@ -182,18 +190,24 @@ def make_engine(
     )
 
 
-def _shard(tuned: TunedModel, resolved: Resolved, dtype: torch.dtype, world: World) -> Any:
-    """Shard the model; with full training its weights are gathered in the computing precision."""
-    from swift.parallel.data_parallel import ShardOptions, shard_model
+def _divide(
+    tuned: TunedModel, resolved: Resolved, dtype: torch.dtype, world: World, split: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Backbone and head of this rank's part of the model, and what `Ranks` is told of it."""
+    from swift.parallel.data_parallel import ShardOptions
+    from swift.parallel.distribute import distribute
 
     section = resolved.config.parallel
+    # With full training sharded weights are gathered in the computing precision.
     rounds = tuned.kind == "full" and dtype != param_dtype(resolved)
     options = ShardOptions(
         param_dtype=dtype if rounds else None,
         reshard_after_forward=section.reshard_after_forward,
         offload=section.offload,
     )
-    return shard_model(tuned.model, decoder_layers(tuned.model)[1], world, options)
+    shards = options if world.layout.dp_shard > 1 else None
+    found = distribute(tuned.model, world, split, section, shards)
+    return found.split, found.parts
 
 
 def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
