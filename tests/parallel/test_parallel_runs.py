@@ -88,6 +88,11 @@ def same(found, expected, rel=2e-5):
         assert row == pytest.approx(other, rel=rel, abs=1e-6)
 
 
+LAYOUT = (
+    *("fsdp", "deepspeed", "tensor_parallel_size", "tp_size", "sequence_parallel", "pipeline_parallel_size"),
+    *("pp_size", "context_parallel_size", "sequence_parallel_size", "use_ring_attention"),
+)
+DRY = {"lora_dropout": 0.0}  # what ranks drop is their own
 CASES = {
     "lora, copies": ("sft", {}),
     "lora, shards": ("sft", {"fsdp": "full"}),
@@ -107,6 +112,18 @@ CASES = {
     "stream": ("sft", {"streaming": True, "shuffle_buffer_size": 20}),
     "dpo, copies": ("rlhf", {"rlhf_type": "dpo"}),
     "dpo, shards": ("rlhf", {"rlhf_type": "dpo", "fsdp": "full"}),
+    "layers shared": ("sft", {"tensor_parallel_size": 2, "split_dataset_ratio": 0.1, "eval_steps": 2, **DRY}),
+    "layers and sequence shared": ("sft", {"tp_size": 2, "sequence_parallel": True, "tuner_type": "full"}),
+    "layers shared, dpo": ("rlhf", {"rlhf_type": "dpo", "tp_size": 2, **DRY}),
+    "sequence shared": (
+        "sft",
+        {"sequence_parallel_size": 2, "split_dataset_ratio": 0.1, "eval_steps": 2, **DRY},
+    ),
+    "sequence in a ring": ("pt", {"use_ring_attention": True, "tuner_type": "full", "packing": True}),
+    "sequence shared, dpo": ("rlhf", {"rlhf_type": "dpo", "context_parallel_size": 2, **DRY}),
+    "stages": ("sft", {"pipeline_parallel_size": 2, "split_dataset_ratio": 0.1, "eval_steps": 2}),
+    "stages, full": ("pt", {"pp_size": 2, "tuner_type": "full", "gradient_checkpointing": True}),
+    "stages, dpo": ("rlhf", {"rlhf_type": "dpo", "pp_size": 2, "gradient_checkpointing": True}),
 }
 
 
@@ -117,7 +134,7 @@ def test_two_ranks_report_what_one_process_does(tiny_model_dir, data, tmp_path, 
     options = {**COMMON, "model": str(tiny_model_dir), "dataset": str(data / file), **special}
     if command == "pt":
         options["loss_scale"] = "all"
-    single = {key: value for key, value in options.items() if key not in ("fsdp", "deepspeed")}
+    single = {key: value for key, value in options.items() if key not in LAYOUT}
     expected = rows_of(alone(command, {**single, "output_dir": str(tmp_path / "one")}, monkeypatch))
     assert len(expected) >= 5
     folder, _ = pool(2).run(train_on, command, {**options, "output_dir": str(tmp_path / "two")})
@@ -202,7 +219,7 @@ def test_a_sharded_model_is_written_as_transformers_does(tiny_model_dir, data, t
     model = load_model(tiny_model_dir, dtype=torch.float32)
     folder = tmp_path / "saved"
     folder.mkdir()
-    save_gathered(model, folder, torch.float32, lambda tensor: tensor, file_bytes=100_000)
+    save_gathered(model, folder, torch.float32, dict.items, file_bytes=100_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     again = AutoModelForCausalLM.from_pretrained(folder)
     expected = model.state_dict()

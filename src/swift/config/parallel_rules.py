@@ -23,12 +23,7 @@ _DATA_SIZES = ("data_parallel_size", "data_parallel_shard_size", "data_parallel_
 
 _FROM_ENVIRONMENT = ("nnodes", "node_rank", "master_addr", "master_port")
 
-NOT_YET = {
-    "tensor_parallel_size": "tensor parallelism",
-    "pipeline_parallel_size": "pipeline parallelism",
-    "context_parallel_size": "context parallelism",
-    "expert_parallel_size": "expert parallelism",
-}
+NOT_YET = {"expert_parallel_size": "expert parallelism"}
 """Dimensions that a plan counts and a run does not have yet."""
 
 _SHARDED_OPTIMIZERS = ("adamw", "sgd", "adafactor", "rmsprop", "adagrad", "adamax")
@@ -188,7 +183,10 @@ def _mixes(resolved: Resolved) -> str:
 def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None]) -> None:
     """What several processes cannot do yet."""
     config, tuner = resolved.config, resolved.config.tuner
-    sharded = config.parallel.data_parallel_shard_size > 1
+    divided = _divided(resolved)
+    sharded = config.parallel.data_parallel_shard_size > 1 or bool(divided)
+    if divided:
+        _check_divided(resolved, divided, where, refuse)
     place = f"{config.parallel.num_processes} processes"
     if config.rlhf.is_policy:
         refuse("policy optimisation samples with one process", place, fix="leave the sizes out")
@@ -241,6 +239,67 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
     if config.training.neftune_noise_alpha:
         refuse(
             "noisy embeddings cannot be sharded", where(resolved, "neftune_noise_alpha"), fix="leave it out"
+        )
+
+
+_DIVIDING = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "context_parallel_size",
+    "expert_parallel_size",
+)
+
+
+def _divided(resolved: Resolved) -> list[str]:
+    """The sizes by which one copy of the model, or one sequence, is divided."""
+    return [name for name in _DIVIDING if resolved.value(name) > 1]
+
+
+def _check_divided(resolved: Resolved, divided: list[str], where: Where, refuse: Callable[..., None]) -> None:
+    """What has no parity test in a divided model. ``divided``: by which sizes it is."""
+    config, section = resolved.config, resolved.config.parallel
+    place = where(resolved, divided[0])
+    if config.task.task_type != "causal_lm" or config.rlhf.rlhf_type in ("rm", "kto"):
+        what = config.rlhf.rlhf_type if config.rlhf.rlhf_type in ("rm", "kto") else config.task.task_type
+        refuse(f"{what} is for whole models", place, fix="--data_parallel_shard_size, or sft, pt and dpo")
+    copies = config.rlhf.rlhf_type in ("dpo", "ipo") and config.tuner.trains_whole_model
+    if copies and config.rlhf.ref_model is None and not config.rlhf.reference_free:
+        refuse(
+            "the reference would be a second copy of weights that are divided",
+            place,
+            fix=f"--ref_model {config.model.model}, which every process holds whole, or --tuner_type lora",
+        )
+    if config.model.torch_dtype == "float16":
+        refuse("float16 is for whole models", where(resolved, "torch_dtype"), fix="--torch_dtype bfloat16")
+    if config.training.use_liger_kernel:
+        refuse(
+            "liger's kernels are for whole models", where(resolved, "use_liger_kernel"), fix="leave it out"
+        )
+    if config.tuner.modules_to_save:
+        refuse("saved modules cannot be divided", where(resolved, "modules_to_save"), fix="leave it out")
+    if section.pipeline_parallel_size > 1 and config.training.activation_cpu_offload:
+        refuse("is not for pipelines", where(resolved, "activation_cpu_offload"), fix="leave it out")
+    others = (
+        section.data_parallel_shard_size > 1 or len(divided) > 1 or config.training.gradient_checkpointing
+    )
+    if (
+        section.pipeline_parallel_size > 1
+        and section.pipeline_schedule in ("zbv", "interleaved_zb")
+        and others
+    ):
+        refuse(
+            f"{section.pipeline_schedule} cuts backward passes in two, which is tested for stages alone",
+            where(resolved, "pipeline_schedule"),
+            why="not with shards, other dimensions, or gradient checkpointing",
+            fix="--pipeline_schedule interleaved_1f1b",
+        )
+    accumulated = config.training.gradient_accumulation_steps or 1
+    if section.microbatches is not None and section.microbatches != accumulated:
+        refuse(
+            f"a step has {accumulated} micro-batches for each process",
+            where(resolved, "microbatches"),
+            why="the stages of a pipeline work on those of gradient accumulation",
+            fix=f"--gradient_accumulation_steps {section.microbatches}",
         )
 
 

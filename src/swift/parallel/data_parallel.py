@@ -11,7 +11,7 @@ around the model, because an engine computes less than the model's own ``forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,3 +311,10 @@ class Ranks:
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter with the shards of all ranks."""
         return whole(tensor)
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole tensors, one after another, on rank 0 those of all pipeline stages; all ranks call this."""
+        if self.pipeline is None:
+            yield from ((name, whole(tensor)) for name, tensor in tensors.items())
+        else:
+            yield from self.pipeline.collect(tensors, whole)

@@ -5,7 +5,7 @@ Optimizer, schedule and clipping belong to a *named parameter set*: one for a so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,11 +120,11 @@ class Engine(Protocol):
     def begin_saving(self, folder: Path) -> Any:
         """`save` of several ranks together: starts it, and returns a future."""
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """A parameter with the parts that other ranks have; all of them call this."""
-
     def load(self, folder: Path) -> None:
         """The reverse of `save`; raises SwiftError when the folder does not fit."""
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors with the parts of all ranks, which all must call this; rank 0 gets every stage's."""
 
     def gather(self) -> dict[str, Tensor]:
         """All trainable parameters, whole, by full name (sharded engines collect them)."""

@@ -24,6 +24,7 @@ from swift.config.sections.parallel import ParallelSection
 from swift.core.devices import cpu_count
 from swift.core.errors import SwiftError
 from swift.core.process import descendants, die_with_parent, identify, send_signal
+from swift.parallel.late import describe_ranks, leave_stacks_in
 
 __all__ = ["EXIT_LOST", "as_worker", "launch", "note_run_folder", "restart_folder"]
 
@@ -33,8 +34,10 @@ EXIT_LOST = 75
 _FOLDER = "SWIFT_LAUNCH_FOLDER"
 _LAUNCHER = "SWIFT_LAUNCHER_PID"
 _RUN = "run"
+_LATE = "late.txt"
 _SEVERAL_PORT = 29400
 _TAIL_LINES = 12
+_SHUTDOWN_SECONDS = 10
 
 
 def launch(words: Sequence[str], section: ParallelSection) -> int:
@@ -51,6 +54,8 @@ def launch(words: Sequence[str], section: ParallelSection) -> int:
     count = section.nproc_per_node or section.num_processes
     os.environ |= {_FOLDER: str(folder), _LAUNCHER: str(os.getpid())}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // count)))
+    # When one has failed the others wait for it in vain: they are not given long.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
     try:
         with _passing_signals_on() as received:
             for attempt in range(section.max_restarts + 1):
@@ -71,6 +76,10 @@ def launch(words: Sequence[str], section: ParallelSection) -> int:
                     _show_tail(folder, failures)
                     return spoken[0]
                 what = _describe(failures)
+                late = folder / _LATE
+                if late.is_file():
+                    print(late.read_text(), file=sys.stderr)
+                    late.unlink()
                 if attempt < section.max_restarts:
                     print(
                         f"{what}; starting all processes again from the last checkpoint "
@@ -193,7 +202,30 @@ def as_worker() -> Iterator[None]:
     except Exception as error:
         if not _is_about_others(error):
             raise
+        _report_loss(rank)
         raise LostOthers(rank, error) from error
+    else:
+        _leave()
+
+
+def _leave() -> None:
+    """All have come to the end: take the connections down together."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _report_loss(rank: int) -> None:
+    """Leave for the launcher, and say, what every rank is doing: one of them keeps the others waiting, or is gone."""
+    folder = Path(os.environ.get(_FOLDER, ""))
+    run = _noted_folder(folder)
+    if run is None:
+        return
+    text = describe_ranks(run, rank)
+    with contextlib.suppress(FileExistsError), (folder / _LATE).open("x") as file:
+        file.write(text)
 
 
 class LostOthers(SwiftError):
@@ -202,7 +234,7 @@ class LostOthers(SwiftError):
     exit_code = EXIT_LOST
 
     def __init__(self, rank: int, error: BaseException, fix: str | None = None) -> None:
-        why = " ".join(str(error).split())[:300]
+        why = " ".join(str(error).split()).partition(" This is typically")[0][:200]
         super().__init__(f"rank {rank} has lost the other processes", why=why, fix=fix)
 
 
@@ -238,8 +270,8 @@ def _redirect(file: Path) -> None:
 def note_run_folder(path: Path, rank: int) -> None:
     """The run folder is known: the launcher goes on there after a restart, and other ranks print there."""
     folder = os.environ.get(_FOLDER)
+    leave_stacks_in(path, rank)
     if rank:
-        (path / "logs").mkdir(exist_ok=True)
         _redirect(path / "logs" / f"rank-{rank}.txt")
     elif folder:
         (Path(folder) / _RUN).write_text(str(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,14 +263,14 @@ class NativeEngine:
                 self.ranks.load_whole(group.optimizer, state["optimizers"][name])
 
     def gather(self) -> dict[str, Tensor]:
-        return {
-            name: self.whole(parameter.detach())
-            for group in self.parameter_sets.values()
-            for name, parameter in group.parameters.items()
-        }
+        groups = self.parameter_sets.values()
+        return dict(
+            self.collect({name: p.detach() for group in groups for name, p in group.parameters.items()})
+        )
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        return tensor if self.ranks is None else self.ranks.whole(tensor)
+    def collect(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors with the parts of all ranks, which all must call this; rank 0 gets every stage's."""
+        return tensors.items() if self.ranks is None else self.ranks.collect(tensors)
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ positions, and nothing else of one another. The last stage computes the loss; th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,8 @@ class Pipeline:
         mine = [stage for stage, rank in enumerate(self.holders) if rank == group.rank()]
         last = len(parts) - 1
         self.stages = {stage: Stage(model, parts[stage], stage == 0, stage == last, self) for stage in mine}
-        self.dtype = model.get_input_embeddings().weight.dtype
+        weight = model.get_input_embeddings().weight
+        self.dtype, self.device = weight.dtype, weight.device
         self.size = model.config.get_text_config().hidden_size
         self.batches: Sequence[MicroBatch] = ()
         self.around: Callable[[int], Any] = lambda number: torch.enable_grad()
@@ -253,6 +254,31 @@ class Pipeline:
             if isinstance(module, FSDPModule):
                 module.reshard()  # no backward pass will do so
         self.batches = ()
+
+    def collect(
+        self, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of all stages, whole, on the group's first rank if that is the run's first; else nothing."""
+        ranks, rank = dist.get_process_group_ranks(self.group), self.group.rank()
+        held: list[Any] = [None] * len(ranks)
+        own = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+        dist.all_gather_object(held, own, group=self.group)
+        seen: set[str] = set()
+        for holder, entries in enumerate(held):
+            for name, shape, dtype in entries:
+                if name in seen:  # shared by embedding and head
+                    continue
+                seen.add(name)
+                if holder == rank:
+                    value = whole(tensors[name])
+                    if rank > 0 and ranks[0] == 0:
+                        dist.send(value.contiguous(), 0, group=self.group)
+                    elif rank == 0:
+                        yield name, value
+                elif rank == 0 and ranks[0] == 0:
+                    value = torch.empty(shape, dtype=dtype, device=self.device)
+                    dist.recv(value, ranks[holder], group=self.group)
+                    yield name, value
 
     def from_last(self, value: Any) -> Any:
         """What the rank with the last stage says."""

@@ -87,7 +87,10 @@ def _room(stored: Any, parameter: nn.Parameter) -> Any:
 
 def load_whole(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """What one process has saved (``optimizer.state_dict()``) into the optimizer of a rank."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters: dict[int, nn.Parameter] = {}
+    for group in optimizer.param_groups:
+        numbers = group.get("order") or range(len(parameters), len(parameters) + len(group["params"]))
+        parameters |= dict(zip(numbers, group["params"], strict=True))
     for number, values in state["state"].items():
         parameter = parameters[int(number)]
         optimizer.state[parameter] = {key: _shared(value, parameter) for key, value in values.items()}

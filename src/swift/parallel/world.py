@@ -6,6 +6,7 @@ Every method that talks to the others must be called by all of them.
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,10 @@ from swift.parallel.mesh import build_mesh
 __all__ = ["World", "join"]
 
 T = TypeVar("T")
+
+PREPARE_SECONDS = 24 * 3600
+_CALLS = itertools.count()
+"""Of `World.main_first`, the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,15 @@ class World:
     def main_first(self, work: Callable[[], T]) -> T:
         """``work`` on rank 0, which fills caches, then on the others; when it fails there, it fails everywhere.
 
+        The work (reading data) may take longer than ranks otherwise wait for one another: up to `PREPARE_SECONDS`.
         Raises whatever ``work`` raises; on other ranks SwiftError with the exit code of rank 0's error.
         """
         if self.mesh is None:
             return work()
+        store, key = distributed.distributed_c10d._get_default_store(), f"swift/main-first/{next(_CALLS)}"
         if not self.is_main:
-            code = self.from_main(0)
+            store.wait([key], datetime.timedelta(seconds=PREPARE_SECONDS))
+            code = int(store.get(key))
             if code:
                 error = SwiftError("rank 0 has failed")
                 error.exit_code = code
@@ -131,9 +139,9 @@ class World:
         try:
             result = work()
         except BaseException as error:
-            self.from_main(getattr(error, "exit_code", 1))
+            store.set(key, str(getattr(error, "exit_code", 1)))
             raise
-        self.from_main(0)
+        store.set(key, "0")
         return result
 
 

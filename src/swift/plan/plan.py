@@ -18,6 +18,7 @@ from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.locate import derive_chat_template, find_model, not_here
 from swift.models.registry import ModelEntry, find_entry, own_folder
+from swift.parallel.accepted import Decoder, check_dimensions
 from swift.parallel.layout import Layout
 from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
@@ -85,6 +86,15 @@ def make_plan(
     warnings = list(resolved.warnings)
     device = find_device(resolved.config.model.device, device_memory)
     facts, folder = _read_model(resolved, warnings)
+    if facts is not None:
+        try:
+            check_dimensions(
+                resolved.config.parallel, Decoder.of(facts.config), resolved.config.data.max_length
+            )
+        except ConfigError as error:
+            warnings.append(
+                f"{error.where}: {error.message}; a run refuses it" + (f" ({error.fix})" if error.fix else "")
+            )
     _derive(resolved, facts, device, warnings)
     _look_for_files(resolved, warnings)
     setup: Setup | None = None

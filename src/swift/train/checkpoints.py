@@ -25,7 +25,7 @@ from swift.core.format import format_bytes
 from swift.parallel.engine import Engine
 from swift.parallel.world import World
 from swift.train.state import TrainState
-from swift.train.weights import save_gathered
+from swift.train.weights import Collect, save_gathered
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.peft_format import load_adapter, save_adapter
 
@@ -69,7 +69,7 @@ def save_checkpoint(
             else:
                 save_adapter(tuned.model, folder, base_path, name=tuned.adapter or DEFAULT_ADAPTER)
         else:
-            _save_gathered(folder, tuned, export_dtype, base_path, engine.whole)
+            _save_gathered(folder, tuned, export_dtype, base_path, engine.collect)
         if folder is not None:
             tokenizer.save_pretrained(folder)
             shutil.copyfile(config_file, folder / "config.yaml")
@@ -123,16 +123,16 @@ def _save_gathered(
     tuned: TunedModel,
     export_dtype: torch.dtype,
     base_path: Path,
-    whole: Callable[[torch.Tensor], torch.Tensor],
+    collect: Collect,
 ) -> None:
     """The weights of several ranks; ``folder`` is None on those that do not write."""
     model: Any = tuned.model
     if tuned.kind != "full":
-        save_adapter(model, folder, base_path, name=tuned.adapter or DEFAULT_ADAPTER, whole=whole)
+        save_adapter(model, folder, base_path, name=tuned.adapter or DEFAULT_ADAPTER, collect=collect)
         return
     model.config.use_cache = True
     try:
-        save_gathered(model, folder, export_dtype, whole)
+        save_gathered(model, folder, export_dtype, collect)
     finally:
         model.config.use_cache = False
 

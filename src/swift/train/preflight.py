@@ -67,7 +67,7 @@ def preflight(resolved: Resolved, *, begins: bool = True) -> Path:
             where="--neftune_noise_alpha",
             fix="leave out --torch_compile or --neftune_noise_alpha",
         )
-    if config.checkpoint.resume_from_checkpoint is None:
+    if config.checkpoint.resume_from_checkpoint is None and begins:
         _check_output(Path(config.checkpoint.output_dir), config.checkpoint.run_name)
     return folder
 

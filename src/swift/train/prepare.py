@@ -20,6 +20,7 @@ from swift.models.facts import ModelFacts
 from swift.models.load import isolates_documents, load_template
 from swift.models.quantised import check_loadable
 from swift.models.template import Template
+from swift.parallel.accepted import Decoder, check_dimensions
 from swift.parallel.world import World
 from swift.runs.folder import RunFolder
 from swift.train.callbacks.trackers import check_trackers
@@ -71,6 +72,7 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
     checkpoint = checkpoint or find_checkpoint(resolved)
     facts = ModelFacts.read(model_path)
     derive_max_length(resolved, facts)
+    check_dimensions(config.parallel, Decoder.of(facts.config), config.data.max_length)
     device = pick_device(config.model.device, world.local_rank)
     check_loadable(facts.config, device.type, config.quantization, str(model_path))
     _limit_device_memory(device)

@@ -5,7 +5,7 @@ in memory, and only on the rank that writes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 __all__ = ["FILE_BYTES", "save_gathered"]
 
+Collect = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
+
 FILE_BYTES = 2 << 30
 """A file is closed when it holds so much."""
 
@@ -23,14 +25,14 @@ def save_gathered(
     model: Any,
     folder: Path | None,
     dtype: torch.dtype,
-    whole: Callable[[Tensor], Tensor],
+    collect: Collect,
     file_bytes: int = FILE_BYTES,
 ) -> None:
     """Write ``model`` to ``folder`` in precision ``dtype``; ranks that do not write give None, and all call this.
 
-    ``whole`` collects a tensor from all ranks.
+    ``collect`` gives names and whole tensors, one after another.
     """
-    tensors = _gathered(model, dtype, whole, folder is not None)
+    tensors = _gathered(model, dtype, collect, folder is not None)
     if folder is None:
         for _ in tensors:
             pass
@@ -61,16 +63,11 @@ def save_gathered(
     _name_files(folder, parts, total)
 
 
-def _gathered(
-    model: Any, dtype: torch.dtype, whole: Callable[[Tensor], Tensor], keep: bool
-) -> Iterator[tuple[str, Tensor]]:
+def _gathered(model: Any, dtype: torch.dtype, collect: Collect, keep: bool) -> Iterator[tuple[str, Tensor]]:
     """Parameters (tied ones once) and stored buffers on the host; without ``keep`` they are gathered for others."""
     stored = set(model.state_dict())
     named = [*model.named_parameters(), *model.named_buffers()]
-    for name, value in named:
-        if name not in stored:
-            continue
-        tensor = whole(value.detach())
+    for name, tensor in collect({name: value.detach() for name, value in named if name in stored}):
         if keep:
             if tensor.is_floating_point():
                 tensor = tensor.to(dtype)

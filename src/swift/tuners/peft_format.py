@@ -10,7 +10,7 @@ Known limit: for mixture-of-experts models that have ``gate_proj``, ``up_proj`` 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,11 @@ def save_adapter(
     base_path: str | Path | None = None,
     *,
     name: str = DEFAULT_ADAPTER,
-    whole: Callable[[Tensor], Tensor] = Tensor.detach,
+    collect: Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]] = dict.items,  # type: ignore[assignment]
 ) -> None:
     """Write adapter ``name`` of ``model`` to ``folder`` (created where missing).
 
-    ``whole`` collects a parameter whose parts lie on several ranks; the others call this with ``folder`` None.
+    ``collect`` gives names and tensors whose parts lie on several ranks; the others call this with ``folder`` None.
 
     The two files are written one after the other: wrap the call in ``atomic_directory`` where a crash
     matters.
@@ -112,7 +112,8 @@ def save_adapter(
     if not layers:
         raise ModelError(f"the model has no adapter {name!r} to save", where=str(folder))
     tensors = adapter_tensors(layers, saved, name)
-    plain = {key: whole(value.detach()).to("cpu").contiguous() for key, value in tensors.items()}
+    named = collect({key: value.detach() for key, value in tensors.items()})
+    plain = {key: value.to("cpu").contiguous() for key, value in named}
     if folder is None:
         return
     config = adapter_config(model, layers, list(saved), name, base_path)
