@@ -222,6 +222,8 @@ class NativeEngine:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if batch.document_lengths is not None and self._takes_lengths:
             inputs["document_lengths"] = batch.document_lengths
+            if batch.document_continues is not None:
+                inputs["document_continues"] = batch.document_continues
         return self._forward(**inputs, use_cache=False)
 
     def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> Any:
