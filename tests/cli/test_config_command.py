@@ -41,8 +41,8 @@ def test_show_all_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_show_warns_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("show", "--deepspeed", "zero3") == 0
-    assert capsys.readouterr().err.startswith("warning: --deepspeed: not in this version:")
+    assert run("show", "--zero_hpz_partition_size", "8") == 0
+    assert capsys.readouterr().err.startswith("warning: --zero_hpz_partition_size: not in this version:")
     assert run("show", "--lora_rnk", "3") == 2
     assert capsys.readouterr().err == "error: --lora_rnk: unknown option\n  fix: did you mean --lora_rank?\n"
 
@@ -54,7 +54,7 @@ def test_show_warns_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         ("--learning-rate", "learning_rate: option of section training. "),
         ("lr", "lr: learning_rate\n"),
         ("model_type", "model_type: model (when that is not set)\n"),
-        ("deepspeed", "deepspeed: not in this version: DeepSpeed comes with a later version"),
+        ("fsdp_config", "fsdp_config: not in this version: what it holds are options here"),
         ("hub_strategy", "hub_strategy: not needed: models and data are read from local folders\n"),
         ("evaluation", "evaluation: the section evaluation\n"),
         ("ckpt_dir", "ckpt_dir: pt: resume_from_checkpoint, sft: resume_from_checkpoint, rlhf: resume_from_"),

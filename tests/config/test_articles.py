@@ -102,7 +102,7 @@ def test_the_values_the_articles_name_arrive() -> None:
     ninth = planned("9")
     assert ninth["command"] == "sft"
     assert ninth["training"]["use_liger_kernel"] is True
-    assert any("multiply to 64 devices" in warning for warning in ninth["warnings"])
+    assert any("FSDP 8, 64 processes" in warning for warning in ninth["warnings"])
     assert planned("10")["checkpoint"]["output_dir"] == "./awq_models/qwen3-7b-awq"
 
 

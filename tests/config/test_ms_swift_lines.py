@@ -149,8 +149,8 @@ def test_a_plan_names_what_is_missing(line: str, warning: str) -> None:
     ("line", "expected"),
     [
         (
-            f"sft {NEEDED} --deepspeed zero3",
-            "--deepspeed: not in this version: DeepSpeed comes with a later version; this one trains on one device",
+            f"sft {NEEDED} --ulysses_degree 2",
+            "--ulysses_degree: not in this version: both follow from the number of heads",
         ),
         (
             f"sft {NEEDED} --loss_scale last_round+hermes",
@@ -239,8 +239,8 @@ def test_train_without_devices_is_a_section(tmp_path: Path) -> None:
 
 
 def test_the_command_line_says_it_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(shlex.split(f"sft {NEEDED} --fsdp fsdp2")) == 2
+    assert main(shlex.split(f"sft {NEEDED} --fsdp_config fsdp.json")) == 2
     assert capsys.readouterr().err == (
-        "error: --fsdp: not in this version: FSDP comes with a later version; this one trains on one device\n"
-        "  fix: leave it out\n"
+        "error: --fsdp_config: not in this version: what it holds are options here\n"
+        "  fix: --fsdp full, with --offload true or --reshard_after_forward false\n"
     )

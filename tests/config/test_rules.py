@@ -300,8 +300,8 @@ def test_derivations_only_name_options() -> None:
         (["--json"], "--json: prints a plan, so it needs --dry_run\n  fix: add --dry_run"),
         (
             ["--tp_size", "2"],
-            "--tp_size: this version trains on one device, not on 2\n"
-            "  fix: leave out --tensor_parallel_size; swift plan shows the layout",
+            "--tp_size: tensor parallelism comes with a later version\n"
+            "  fix: leave it out; --data_parallel_shard_size 2 spreads the model over as many",
         ),
     ],
 )
@@ -386,24 +386,6 @@ def test_split_is_allowed_in_pretraining() -> None:
 def test_a_callback_may_add_the_deciding_metric() -> None:
     words = ["--val_dataset", "v", "--metric_for_best_model", "eval_rouge", "--callbacks", "rouge.py"]
     assert resolve("sft", [*NEEDED, *words]).config.evaluation.greater_is_better is True
-
-
-@pytest.mark.parametrize("name", ["NPROC_PER_NODE", "WORLD_SIZE", "NNODES"])
-def test_a_launchers_variables_are_not_ignored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = ["--model", "m", "--dataset", "d"]
-    monkeypatch.setenv(name, "1")
-    assert resolve("sft", needed).warnings == []
-    monkeypatch.setenv(name, "4")
-    with pytest.raises(ConfigError) as caught:
-        resolve("sft", needed)
-    assert caught.value.render() == (
-        f"{name}=4: the environment asks for 4 processes; this version trains with one, on one device\n"
-        f"  fix: unset {name}"
-    )
-    assert (
-        resolve("sft", needed, planning=True).warnings[0].startswith(f"{name}=4: the environment asks for 4")
-    )
-    assert resolve("infer", ["--model", "m"]).warnings == []
 
 
 def test_the_batch_of_a_step_and_the_last_rate_as_numbers() -> None:

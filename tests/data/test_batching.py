@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift.data.batching import BatchSchedule, MicroBatch, Mode, pack_best_fit
+from swift.data.batching import BatchSchedule, MicroBatch, Mode, deal, pack_best_fit
 
 CAPACITY = 64
 lengths = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=120)
@@ -48,20 +48,14 @@ def test_every_sample_exactly_once_per_epoch(
                 assert len(row) == 1
 
 
-@given(lengths, modes, st.integers(2, 5), st.integers(0, 2))
-@settings(max_examples=60, deadline=None)
-def test_world_size_only_deals_the_same_list_out(
-    sizes: list[int], mode: Mode, world_size: int, epoch: int
-) -> None:
-    alone = schedule(sizes, mode).micro_batches(epoch)
-    ranks = [schedule(sizes, mode, world_size=world_size, rank=rank) for rank in range(world_size)]
-    shares = [rank.micro_batches(epoch) for rank in ranks]
+@given(st.lists(st.integers(), max_size=20), st.integers(1, 6))
+def test_dealing_out_gives_everybody_as_much_and_nothing_twice(items: list[int], size: int) -> None:
+    shares = [deal(items, (rank, size), None) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
-    assert all(len(share) == rank.num_micro_batches for share, rank in zip(shares, ranks, strict=True))
     together = [share[turn] for turn in range(len(shares[0])) for share in shares]
-    assert together[: len(alone)] == alone
-    assert all(rows == [] for rows in together[len(alone) :])
-    assert len(together) - len(alone) < world_size
+    assert together[: len(items)] == items
+    assert together[len(items) :] == [None] * (len(together) - len(items))
+    assert len(together) - len(items) < size
 
 
 @given(lengths, modes, st.integers(0, 3))
@@ -173,8 +167,6 @@ def test_impossible_arguments() -> None:
         schedule([3, 65], "packed")
     with pytest.raises(ValueError, match="no samples"):
         schedule([])
-    with pytest.raises(ValueError, match="rank 2 is not one of 2"):
-        schedule([1], world_size=2, rank=2)
 
 
 def test_steps() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from swift.config.bind import resolve
+from swift.config.parallel_rules import processes_of_launcher
 from swift.config.schema import Resolved
 from swift.core.logging import quiet_libraries
 
@@ -45,18 +47,28 @@ def _train(resolved: Resolved, words: Sequence[str]) -> int:
     # garbage again and again costs half a second. `train.run` switches collection on before the first step.
     gc.disable()
     quiet_libraries()
-    from swift.train.preflight import preflight
+    is_worker = processes_of_launcher() is not None
+    if not is_worker:
+        from swift.train.preflight import preflight
 
-    preflight(resolved)
+        preflight(resolved)
+    if resolved.config.parallel.num_processes > 1 and not is_worker:
+        from swift.parallel.launch import launch
+
+        return launch(words, resolved.config.parallel)
+    from swift.parallel.launch import as_worker
     from swift.rl.run import train
     from swift.train.callbacks.progress import ProgressLine
 
-    result = train(
-        resolved,
-        callbacks=[ProgressLine()],
-        arguments=["swift", *words],
-        announce=partial(_announce, resolved),
-    )
+    with as_worker():
+        result = train(
+            resolved,
+            callbacks=[ProgressLine()],
+            arguments=["swift", *words],
+            announce=partial(_announce, resolved),
+        )
+    if int(os.environ.get("RANK", "0")) and resolved.config.parallel.num_processes > 1:
+        return 0  # rank 0 shows what came of it
     _remember_speed(resolved, result.summary)
     from swift.runs.cards import print_end_card
 

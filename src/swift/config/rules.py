@@ -6,7 +6,6 @@ add a warning where the run can go on. Both read options by their flat names.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from swift.config.combinations import check_combinations
 from swift.config.commands import Command
 from swift.config.export_rules import check_export
 from swift.config.memory_rules import check_memory, quant_bits, quant_method
+from swift.config.parallel_rules import check_parallel, settle_parallel
 from swift.config.policy_rules import best_metric, whole_groups
 from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
@@ -55,7 +55,9 @@ def _accumulation(resolved: Resolved) -> int:
     at_once = _samples_at_once(resolved)
     if resolved.config.rlhf.is_policy and resolved.config.training.global_batch_size is None:
         wanted = whole_groups(resolved, wanted, at_once)
-    return max(1, (resolved.config.training.global_batch_size or wanted) // at_once)
+    if resolved.config.training.global_batch_size is not None:
+        return -(-resolved.config.training.global_batch_size // at_once)
+    return max(1, wanted // at_once)
 
 
 def _samples_at_once(resolved: Resolved) -> int:
@@ -151,6 +153,8 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
     """Fill derived values, then check. ``planning`` turns what only a run needs into warnings."""
     taken = command.options()
     take_environment(resolved, taken)
+    if "tensor_parallel_size" in taken:
+        settle_parallel(resolved, _where, planning)
     for rule in DERIVATIONS:
         if rule.target in taken and _may_derive(rule, resolved):
             value = rule.compute(resolved)
@@ -170,9 +174,8 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
         check_memory(resolved, _where)
         check_export(resolved, _where, planning)
     _check_devices(resolved)
-    _check_parallel(resolved, planning)
-    if not partial and "tensor_parallel_size" in taken:
-        _check_launcher(resolved, planning)
+    if "tensor_parallel_size" in taken and not partial:
+        check_parallel(resolved, _where, planning)
 
 
 def _may_derive(rule: Derivation, resolved: Resolved) -> bool:
@@ -366,7 +369,8 @@ def _check_training(resolved: Resolved) -> None:
 
 def _check_global_batch(resolved: Resolved) -> None:
     training = resolved.config.training
-    wanted, at_once = training.global_batch_size, _samples_at_once(resolved)
+    # Of several processes some may have a micro-batch less: only their size has to fit.
+    wanted, at_once = training.global_batch_size, training.per_device_train_batch_size
     if wanted is None:
         return
     if resolved.is_explicit("gradient_accumulation_steps") and resolved.is_explicit("global_batch_size"):
@@ -443,46 +447,3 @@ def _check_devices(resolved: Resolved) -> None:
                 raise ConfigError(
                     "needs a CUDA device, not cpu", where=_where(resolved, name), fix="leave it out"
                 )
-
-
-def _check_parallel(resolved: Resolved, planning: bool) -> None:
-    parallel = resolved.config.parallel
-    if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
-        problem = "has no effect without tensor parallelism"
-        if not planning:
-            raise ConfigError(problem, where=_where(resolved, "sequence_parallel"), fix="leave it out")
-        resolved.warnings.append(f"{_where(resolved, 'sequence_parallel')}: {problem}")
-    sizes = {
-        name: resolved.value(name)
-        for name in options()
-        if options()[name].section == "parallel" and name.endswith("_size") and resolved.value(name) > 1
-    }
-    if not sizes:
-        return
-    num_devices = 1
-    for size in sizes.values():
-        num_devices *= size
-    name = next(iter(sizes))
-    if planning:
-        resolved.warnings.append(
-            f"the parallel sizes multiply to {num_devices} devices; this version trains on one"
-        )
-    else:
-        raise ConfigError(
-            f"this version trains on one device, not on {num_devices}",
-            where=_where(resolved, name),
-            fix=f"leave out {' and '.join('--' + size for size in sizes)}; swift plan shows the layout",
-        )
-
-
-def _check_launcher(resolved: Resolved, planning: bool) -> None:
-    """A launcher's variables ask for several processes as the parallel sizes do: not silently one."""
-    for name in ("NPROC_PER_NODE", "NNODES", "WORLD_SIZE"):
-        wanted = os.environ.get(name, "")
-        if not wanted.isdecimal() or int(wanted) <= 1:
-            continue
-        problem = f"the environment asks for {wanted} processes; this version trains with one, on one device"
-        if not planning:
-            raise ConfigError(problem, where=f"{name}={wanted}", fix=f"unset {name}")
-        resolved.warnings.append(f"{name}={wanted}: {problem}; a run refuses it")
-        return

@@ -77,8 +77,10 @@ def split_device(name: str, where: str = "--device") -> tuple[str, int]:
     return found[1], int(found[2] or 0)
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device called ``name``; ``auto`` is the first of cuda, npu, xpu, mps that exists, else the CPU.
+
+    ``local_rank``: of a kind without a number, this one.
 
     Raises ConfigError when the device does not exist here.
     """
@@ -87,11 +89,11 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         for kind in ACCELERATORS:
             if _accelerator_count(kind):
-                return torch.device(kind) if kind == "mps" else torch.device(kind, 0)
+                return pick_device(kind, local_rank)
         return torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
-    kind, number = split_device(name)
+    kind, number = split_device(name if ":" in name else f"{name}:{local_rank}")
     count = _accelerator_count(kind)
     if number >= count:
         raise ConfigError(

@@ -10,9 +10,8 @@ Three modes:
   that every epoch has as many steps); the order of the rows is shuffled anew in every epoch. A micro-batch is
   ``batch_size`` rows.
 
-With data parallelism the global list of micro-batches is dealt out in turn, so the global order does not
-depend on ``world_size``. When the list does not divide evenly the last ranks get an empty micro-batch: every
-rank makes the same number of passes and no sample is seen twice.
+With data parallelism the micro-batches of each step are dealt out in turn (`deal`), so what a step sees does not
+depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-__all__ = ["BatchSchedule", "MicroBatch", "Mode", "pack_best_fit"]
+__all__ = ["BatchSchedule", "MicroBatch", "Mode", "deal", "pack_best_fit"]
 
 Mode = Literal["padded", "padding_free", "packed"]
 MicroBatch = list[list[int]]
@@ -73,8 +72,21 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[li
     return rows
 
 
+T = TypeVar("T")
+
+
+def deal(items: Sequence[T], share: tuple[int, int], empty: T) -> list[T]:
+    """What one of several gets when ``items`` are dealt out in turn; ``share``: (which one, of how many).
+
+    When they do not divide evenly the last ones get ``empty``: everybody gets as many, and nothing goes out twice.
+    """
+    rank, size = share
+    missing = -len(items) % size
+    return [*items, *[empty] * missing][rank::size]
+
+
 class BatchSchedule:
-    """The micro-batches of every epoch for one rank.
+    """The micro-batches of every epoch.
 
     Args:
         lengths: tokens of each sample, [n].
@@ -87,7 +99,6 @@ class BatchSchedule:
         shuffle: new order in every epoch. Without it: the given order (in windows sorted by length when
             ``group_by_length``).
         seed: with the epoch it determines the order.
-        world_size, rank: which share of the micro-batches is ours.
 
     Raises ValueError for an empty data set or a sample longer than a packed row.
     """
@@ -103,44 +114,28 @@ class BatchSchedule:
         group_by_length: bool = True,
         shuffle: bool = True,
         seed: int = 42,
-        world_size: int = 1,
-        rank: int = 0,
     ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
         if len(self.lengths) == 0:
             raise ValueError("there are no samples to make batches of")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size}")
         self.batch_size, self.split = batch_size, split
         self.mode: Mode = mode
         self.group_by_length = group_by_length
         self.shuffle = shuffle
         self.seed = seed
-        self.world_size, self.rank = world_size, rank
         self.num_tokens = int(self.lengths.sum())
         self._packed_rows: list[list[int]] = []
         if mode == "packed":
             self._packed_rows = self._pack(max_length)
         rows = len(self._packed_rows) if mode == "packed" else len(self.lengths)
-        self.num_global_micro_batches = -(-rows // batch_size) * split
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches of this rank in an epoch; the same for all ranks and epochs."""
-        return -(-self.num_global_micro_batches // self.world_size)
+        self.num_micro_batches = -(-rows // batch_size) * split
 
     def num_steps(self, accumulation: int) -> int:
         """Optimizer steps in an epoch."""
         return -(-self.num_micro_batches // accumulation)
 
     def micro_batches(self, epoch: int) -> list[MicroBatch]:
-        """This rank's micro-batches of ``epoch``: micro-batch -> rows -> sample numbers."""
-        everything = self.global_micro_batches(epoch)
-        missing = self.num_micro_batches * self.world_size - len(everything)
-        return (everything + [[] for _ in range(missing)])[self.rank :: self.world_size]
-
-    def global_micro_batches(self, epoch: int) -> list[MicroBatch]:
-        """The micro-batches of all ranks in the order in which they are dealt out."""
+        """The micro-batches of ``epoch``: micro-batch -> rows -> sample numbers."""
         whole = self._whole_micro_batches(epoch)
         return whole if self.split == 1 else [piece for batch in whole for piece in self._pieces(batch)]
 
@@ -175,7 +170,7 @@ class BatchSchedule:
             widths = [int(self.lengths[row].sum()) for row in micro_batch]
             return len(widths) * max(widths, default=0)
 
-        return max(self.global_micro_batches(0), key=tokens)
+        return max(self.micro_batches(0), key=tokens)
 
     def _pack(self, max_length: int) -> list[list[int]]:
         # Equal lengths are packed in random order: neighbours in the file should not end up in one row.

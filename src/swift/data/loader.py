@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TypeVar, cast
 
 from swift.core.errors import SwiftError
-from swift.data.batching import BatchSchedule, MicroBatch, Mode
+from swift.data.batching import BatchSchedule, MicroBatch, Mode, deal
 from swift.data.collate import Batch, batch_of
 from swift.data.layout import Layout, lay_out, lay_out_in_worker
 from swift.data.tokens import TokenDataset
@@ -33,6 +33,7 @@ class BatchLoader:
         mode: how rows are laid out, normally ``schedule.mode``.
         num_workers: processes that prepare batches; 0: one thread.
         pad_token_id: what fills rows at their right end.
+        share: (which rank, of how many): each step's micro-batches are dealt out among them.
         deadline_seconds: how long to wait for one batch before giving up.
 
     Worker processes live until ``close`` (also called at the end of a ``with`` block), and end on their own
@@ -47,8 +48,10 @@ class BatchLoader:
         num_workers: int = 0,
         *,
         pad_token_id: int = 0,
+        share: tuple[int, int] = (0, 1),
         deadline_seconds: float = 300.0,
     ) -> None:
+        self.share = share
         self.dataset = dataset
         self.schedule = schedule
         self.mode: Mode = mode or schedule.mode
@@ -58,16 +61,19 @@ class BatchLoader:
         self._pool: WorkerPool[MicroBatch, Layout] | None = None
 
     def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step of ``epoch``, from step ``start_step`` (0-based) on.
+        """Our micro-batches of each optimizer step of ``epoch``, from step ``start_step`` (0-based) on.
 
-        The last step of an epoch may have fewer than ``accumulation``. Raises SwiftError when a batch does
-        not arrive in time or a worker dies; what a worker raises is raised here.
+        A step has ``accumulation`` micro-batches, all ranks together; the last one of an epoch may have fewer.
+        Raises SwiftError when a batch does not arrive in time or a worker dies; what a worker raises is raised here.
         """
-        todo = self.schedule.micro_batches(epoch)[start_step * accumulation :]
+        everything = self.schedule.micro_batches(epoch)
+        starts = range(start_step * accumulation, len(everything), accumulation)
+        steps = [deal(everything[start : start + accumulation], self.share, []) for start in starts]
+        todo = [rows for step in steps for rows in step]
         batches = self._from_processes(todo) if self.num_workers else self._from_thread(todo)
         with contextlib.closing(batches):
-            for start in range(0, len(todo), accumulation):
-                yield [next(batches) for _ in todo[start : start + accumulation]]
+            for step in steps:
+                yield [next(batches) for _ in step]
 
     def close(self) -> None:
         """End the worker processes."""

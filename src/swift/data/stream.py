@@ -24,7 +24,7 @@ import numpy as np
 from swift.config.schema import Resolved
 from swift.config.sections.data import DataSection
 from swift.core.errors import DataError
-from swift.data.batching import BatchSchedule, random_generator
+from swift.data.batching import BatchSchedule, deal, random_generator
 from swift.data.collate import Batch, batch_of
 from swift.data.groups import task_format
 from swift.data.layout import lay_out
@@ -202,7 +202,16 @@ class StreamLoader:
         report: what became of the rows of the first pass, of the windows that steps were served from.
     """
 
-    def __init__(self, stream: Stream, *, pad_token_id: int = 0, deadline_seconds: float = 600.0) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        pad_token_id: int = 0,
+        share: tuple[int, int] = (0, 1),
+        deadline_seconds: float = 600.0,
+    ) -> None:
+        self.share = share
+        self._empty: Batch | None = None
         self.stream, self.pad_token_id, self.deadline_seconds = stream, pad_token_id, deadline_seconds
         self.position = (0, 0)
         self.report: dict[str, Any] = {}
@@ -215,7 +224,7 @@ class StreamLoader:
         position: tuple[int, int] = (0, 0),
         report: dict[str, Any] | None = None,
     ) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step of ``epoch`` from ``position`` on (``start_step`` only tells whether
+        """Our micro-batches of each optimizer step of ``epoch`` from ``position`` on (``start_step`` only tells whether
         something was served before: an epoch that serves nothing at all is refused). ``report`` is the loader's as it
         was at that position.
 
@@ -229,7 +238,8 @@ class StreamLoader:
                 self.report = items[-1].report
                 if batches:
                     served, self.position = True, items[-1].position
-                    yield batches
+                    assert self._empty is not None
+                    yield deal(batches, self.share, self._empty)
         self.position = (0, 0)
         if not served:
             names = ", ".join(self.stream.section.dataset)
@@ -246,6 +256,8 @@ class StreamLoader:
             if not len(window.dataset):
                 continue
             schedule = self.stream.schedule(window.dataset)
+            if self._empty is None:
+                self._empty = batch_of(lay_out(window.dataset, [], schedule.mode, self.pad_token_id))
             todo = schedule.micro_batches(epoch * 1_000_003 + window.number)
             for place, rows in enumerate(todo):
                 if window.number == first and place < used * schedule.split:

@@ -69,6 +69,7 @@ def varlen_attention(
     document_lengths: Sequence[Sequence[int]] | None = None,
     document_continues: Sequence[Sequence[bool]] | None = None,
     is_causal: bool | None = None,
+    context: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within documents, in the form transformers calls attention functions.
@@ -81,12 +82,17 @@ def varlen_attention(
         document_lengths: for each row the lengths of its documents, which fill the row.
         document_continues: for each of them whether it continues the last one that does not: its tokens see all of
             that one, and of their own document what comes before them.
+        context: what computes attention over tokens that are spread over ranks (``parallel/sequence/context.py``);
+            it knows the documents.
 
     Returns:
         [rows, width, heads, channels] and None (no attention weights).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("swift_varlen computes neither soft-capped scores nor attention sinks")
+    if context is not None:
+        kwargs |= {"dropout": dropout, "sliding_window": sliding_window, "is_causal": is_causal}
+        return context.attend(module, query, key, value, scaling, **kwargs), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("position_bias") is None
     if not plain or not causal:

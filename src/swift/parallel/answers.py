@@ -7,7 +7,8 @@ number for each answer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,6 +79,9 @@ class AnswerEngine(NativeEngine):
         if logprobs is None:
             return torch.zeros(len(batch.target_counts or []), device=self.device)
         return self._sums(logprobs, batch, self.ld_alpha)
+
+    def before_step(self, batches: Sequence[Batch]) -> list[Batch]:
+        return [replace(batch, reference=self.reference_sums(batch)) for batch in batches]
 
     def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> PooledOutputs:
         mismatched = self._mismatched_ratios(batch) if self.mismatched else None

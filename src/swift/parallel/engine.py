@@ -5,7 +5,7 @@ Optimizer, schedule and clipping belong to a *named parameter set*: one for a so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from swift.objectives.base import Objective
+from swift.objectives.base import Denominators, Objective
 
-__all__ = ["Engine", "ParameterSet", "StepOutput"]
+__all__ = ["Engine", "ParameterSet", "StepCounts", "StepOutput", "add_sums", "count_step"]
 
 
 @dataclass
@@ -38,17 +38,49 @@ class ParameterSet:
     max_grad_norm: float
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """What one optimizer step holds, over all ranks.
+
+    Attributes:
+        denominators: by which the objective divides.
+        num_tokens: tokens that are not padding.
+        num_targets: targets that are learned.
+    """
+
+    denominators: Denominators
+    num_tokens: int
+    num_targets: int
+
+
+def count_step(objective: Objective, batches: Sequence[Any]) -> StepCounts:
+    """The counts of these micro-batches."""
+    return StepCounts(
+        objective.denominators(batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(batch.num_targets for batch in batches),
+    )
+
+
 @dataclass
 class StepOutput:
     """Sums over the micro-batches of one optimizer step, still on the device.
 
     Attributes:
-        loss: the step's loss (already divided by its denominators).
-        metrics: name -> sum, as the objective returned them.
+        loss: the step's loss (already divided by its denominators); with several ranks, this rank's share of it.
+        metrics: name -> sum, as the objective returned them, over this rank's micro-batches.
+        counts: over all ranks; None for an evaluation.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    counts: StepCounts | None = None
+
+
+def add_sums(total: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    """Add sums to those of other micro-batches."""
+    for name, value in sums.items():
+        total[name] = total[name] + value if name in total else value
 
 
 class Engine(Protocol):
@@ -85,8 +117,14 @@ class Engine(Protocol):
     def save(self, folder: Path) -> None:
         """Optimizer state (and what else only the engine knows) into a checkpoint folder."""
 
+    def begin_saving(self, folder: Path) -> Any:
+        """`save` of several ranks together: starts it, and returns a future."""
+
     def load(self, folder: Path) -> None:
         """The reverse of `save`; raises SwiftError when the folder does not fit."""
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors with the parts of all ranks, which all must call this; rank 0 gets every stage's."""
 
     def gather(self) -> dict[str, Tensor]:
         """All trainable parameters, whole, by full name (sharded engines collect them)."""

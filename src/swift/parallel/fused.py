@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from swift.data.collate import Batch
 from swift.objectives.base import Denominators, Objective, TokenOutputs
-from swift.parallel.engine import StepOutput
-from swift.parallel.native import NativeEngine, add_sums
+from swift.parallel.engine import StepOutput, add_sums, count_step
+from swift.parallel.native import NativeEngine
 from swift.tuners.switch import AdapterSwitch, Draw
 
 __all__ = ["MemberStep", "clear_gradients", "fused_gradients", "join_rows"]
@@ -49,7 +49,7 @@ def fused_gradients(steps: Sequence[MemberStep], switch: AdapterSwitch) -> list[
     for step in steps:
         step.engine.average(False)
     steps[0].engine.model.train()
-    denominators = [step.objective.denominators(step.batches) for step in steps]
+    counts = [count_step(step.objective, step.batches) for step in steps]
     losses: list[list[Tensor]] = [[] for _ in steps]
     metrics: list[dict[str, Tensor]] = [{} for _ in steps]
     for number in range(max(len(step.batches) for step in steps)):
@@ -61,12 +61,15 @@ def fused_gradients(steps: Sequence[MemberStep], switch: AdapterSwitch) -> list[
             scaled = []
             outputs = _outputs(switch, parts, batches, joined)
             for member, step, batch, tokens in zip(present, parts, batches, outputs, strict=True):
-                loss, sums = _loss(switch, step, batch, tokens, denominators[member])
+                loss, sums = _loss(switch, step, batch, tokens, counts[member].denominators)
                 scaled.append(step.engine.scaler.scale(loss) if step.engine.scaler else loss)
                 losses[member].append(loss.detach())
                 add_sums(metrics[member], sums)
             torch.autograd.backward(scaled)
-    return [StepOutput(torch.stack(parts).sum(), sums) for parts, sums in zip(losses, metrics, strict=True)]
+    return [
+        StepOutput(torch.stack(parts).sum(), sums, count)
+        for parts, sums, count in zip(losses, metrics, counts, strict=True)
+    ]
 
 
 def clear_gradients(steps: Sequence[MemberStep]) -> None:

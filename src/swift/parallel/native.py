@@ -1,11 +1,11 @@
-"""The native engine on one device. Sharded and multi-device layouts extend it behind the same protocol."""
+"""The native engine: one device, or with `Ranks` one of several that share a step."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,22 @@ from swift.models.head import split_head
 from swift.models.quantised import is_quantised_linear
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import linear_logprobs, module_logprobs
-from swift.parallel.engine import ParameterSet, StepOutput
+from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, add_sums, count_step
 from swift.parallel.offload import OffloadedActivations
+from swift.parallel.pipelined import pipelined_outputs, pipelined_step
+from swift.parallel.sequence.context import Shard
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.saved_module import SavedModule
 from swift.tuners.switch import Draw
 
+if TYPE_CHECKING:
+    from swift.parallel.data_parallel import Ranks
+
 __all__ = ["NativeEngine"]
 
 OPTIMIZER_FILE = "optimizer.pt"
+RANKS_FOLDER = "ranks"
+"""What several ranks save instead."""
 
 
 class NativeEngine:
@@ -41,6 +48,7 @@ class NativeEngine:
         penalty: a term added to the loss once a step; it is not part of the loss that is reported.
         offload_activations: keep what the backward pass needs in host memory.
         split: tells backbone and head apart.
+        ranks: the other processes of the run.
     """
 
     def __init__(
@@ -55,8 +63,9 @@ class NativeEngine:
         penalty: Callable[[], Tensor | None] | None = None,
         offload_activations: bool = False,
         split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.ranks = model, ranks
         self.parameter_sets = {group.name: group for group in parameter_sets}
         self.device = device
         self.dtype = dtype
@@ -83,25 +92,44 @@ class NativeEngine:
     ) -> StepOutput:
         self.model.train()
         self.average(False)
-        denominators = objective.denominators(batches)
+        counts = self.count(objective, batches)
+        if self.ranks is not None and self.ranks.pipeline is not None:
+            return pipelined_step(self, batches, objective, counts, seed)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             batch = batch.to(self.device)
             self.training_batch = batch
-            with self._drawing(seed, number):
+            if self.ranks is not None and number == len(batches) - 1 and self._penalty is None:
+                self.ranks.before_last()
+            with self.drawing(seed, self.ranks.number(number) if self.ranks else number):
                 with OffloadedActivations(self.model) if self._offload else contextlib.nullcontext():
-                    loss, sums = objective(self.objective_inputs(batch), batch, denominators)
+                    loss, sums = objective(self.objective_inputs(batch), batch, counts.denominators)
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
             losses.append(loss.detach())
             add_sums(metrics, sums)
         self.training_batch = None
         penalty = self._penalty() if self._penalty else None
         if penalty is not None:
+            penalty = penalty / (self.ranks.world.layout.dp if self.ranks else 1)
             (self.scaler.scale(penalty) if self.scaler else penalty).backward()
-        return StepOutput(torch.stack(losses).sum(), metrics)
+        if self.ranks is not None:
+            self.ranks.finish()
+        return StepOutput(torch.stack(losses).sum(), metrics, counts)
 
-    def _drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
+    def count(self, objective: Objective, batches: Sequence[Batch]) -> StepCounts:
+        """What the step holds, over all ranks."""
+        if self.ranks is None:
+            return count_step(objective, batches)
+        # A rank that others have left without work passes over an empty micro-batch; it does not count as one.
+        counts = count_step(objective, [batch for batch in batches if batch.num_tokens])
+        return self.ranks.world.total(counts)
+
+    def before_step(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The micro-batches with what has to be known of each before the model is in the midst of a step."""
+        return list(batches)
+
+    def drawing(self, seed: int | None, number: int) -> contextlib.AbstractContextManager[None]:
         """The dropout of the acting LoRA adapter, while the gradients of micro-batch ``number`` are computed."""
         if seed is None or self._switch is None or self._switch.active is None:
             return contextlib.nullcontext()
@@ -148,7 +176,12 @@ class NativeEngine:
                 self.scaler.unscale_(group.optimizer)
             parameters = [p for p in group.parameters.values() if p.grad is not None]
             limit = group.max_grad_norm or float("inf")
-            norms[name] = nn.utils.clip_grad_norm_(parameters, limit, foreach=self.device.type != "cpu")
+            foreach = self.device.type != "cpu"
+            if self.ranks is None:
+                norms[name] = nn.utils.clip_grad_norm_(parameters, limit, foreach=foreach)
+            else:
+                norms[name] = self.ranks.norm(group.parameters)
+                nn.utils.clip_grads_with_norm_(parameters, limit, norms[name], foreach=foreach)
         return norms
 
     def step(self, step: int) -> dict[str, float]:
@@ -176,6 +209,16 @@ class NativeEngine:
             if switch is not None:
                 switch()
 
+    def begin_saving(self, folder: Path) -> Any:
+        """Of several ranks: have all write their parts of the state; returns a future, see `swift.parallel.states`."""
+        from swift.parallel.states import begin_saving, named_state
+
+        assert self.ranks is not None
+        if self.scaler is not None and self.ranks.world.is_main:
+            with (folder / OPTIMIZER_FILE).open("wb") as file:
+                torch.save({"optimizers": {}, "scaler": self.scaler.state_dict()}, file)
+        return begin_saving(folder, named_state(self.parameter_sets), self.ranks.world.saving)
+
     def save(self, folder: Path) -> None:
         state = {
             "optimizers": {name: group.optimizer.state_dict() for name, group in self.parameter_sets.items()},
@@ -187,44 +230,70 @@ class NativeEngine:
 
     def load(self, folder: Path) -> None:
         file = folder / OPTIMIZER_FILE
-        if not file.is_file():
+        by_ranks = (folder / RANKS_FOLDER).is_dir()
+        if by_ranks:
+            from swift.parallel.states import load_state
+
+            load_state(folder, self.parameter_sets)
+        if not file.is_file() and not by_ranks:
             raise SwiftError(
                 "this checkpoint has no optimizer state and cannot be resumed",
                 where=str(folder),
                 why="it was saved with save_only_model, or copied in part",
                 fix=f"start a new run from its weights: --model or --adapters {folder}",
             )
+        if not file.is_file():
+            return
         state = torch.load(file, map_location="cpu", weights_only=True)
+        if not by_ranks:
+            self._load_optimizers(folder, state)
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _load_optimizers(self, folder: Path, state: dict[str, Any]) -> None:
         if set(state["optimizers"]) != set(self.parameter_sets):
             raise SwiftError(
                 f"the checkpoint trains {sorted(state['optimizers'])}, this run {sorted(self.parameter_sets)}",
                 where=str(folder),
             )
         for name, group in self.parameter_sets.items():
-            group.optimizer.load_state_dict(state["optimizers"][name])
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            if self.ranks is None:
+                group.optimizer.load_state_dict(state["optimizers"][name])
+            else:
+                self.ranks.load_whole(group.optimizer, state["optimizers"][name])
 
     def gather(self) -> dict[str, Tensor]:
-        return {
-            name: parameter.detach()
-            for group in self.parameter_sets.values()
-            for name, parameter in group.parameters.items()
-        }
+        groups = self.parameter_sets.values()
+        return dict(
+            self.collect({name: p.detach() for group in groups for name, p in group.parameters.items()})
+        )
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors with the parts of all ranks, which all must call this; rank 0 gets every stage's."""
+        return tensors.items() if self.ranks is None else self.ranks.collect(tensors)
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
         """What the model says at the batch's targets, in the mode it is in: log-probabilities ``[n]``."""
         return self.token_outputs(batch).logprobs
 
-    def _run(self, batch: Batch) -> Any:
-        """The outputs of the backbone, or of the whole model when its head cannot be told apart."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if batch.document_lengths is not None and self._takes_lengths:
+    def _run(self, batch: Batch, attention: Any = None) -> Any:
+        """The outputs of the backbone, or of the whole model when its head cannot be told apart.
+
+        ``attention``: over tokens that are spread over ranks.
+        """
+        return self._forward(input_ids=batch.input_ids, use_cache=False, **self.inputs_of(batch, attention))
+
+    def inputs_of(self, batch: Batch, attention: Any = None) -> dict[str, Any]:
+        """What the backbone is told beside the tokens."""
+        inputs: dict[str, Any] = {"position_ids": batch.position_ids}
+        if attention is not None:
+            inputs["context"] = attention
+        elif batch.document_lengths is not None and self._takes_lengths:
             inputs["document_lengths"] = batch.document_lengths
             if batch.document_continues is not None:
                 inputs["document_continues"] = batch.document_continues
-        return self._forward(**inputs, use_cache=False)
+        return inputs
 
     def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> Any:
         """What the objective reads; ``tokens``: what the model says of the targets, where it has been asked."""
@@ -232,13 +301,32 @@ class NativeEngine:
 
     def token_outputs(self, batch: Batch) -> TokenOutputs:
         """Log-probabilities of the batch's targets, in row-major order."""
-        with self.precision():
-            targets = batch.targets[batch.targets != -100]
-            return self.of_states(self.states(batch), targets, batch.temperature)
+        if self.ranks is None:
+            return self._token_outputs(batch)
+        if self.ranks.pipeline is not None:
+            return pipelined_outputs(self, batch)
+        return TokenOutputs(*self.ranks.compute(lambda: self._fields(self._token_outputs(batch))))
 
-    def states(self, batch: Batch) -> Tensor:
+    @staticmethod
+    def _fields(outputs: TokenOutputs) -> tuple[Tensor, Tensor]:
+        return outputs.logprobs, outputs.is_argmax
+
+    def _token_outputs(self, batch: Batch) -> TokenOutputs:
+        cut = self.ranks.cut(batch) if self.ranks else Shard(batch)
+        with self.precision():
+            return self.outputs_of(self.states(cut.batch, cut.attention), cut)
+
+    def outputs_of(self, states: Tensor, cut: Shard) -> TokenOutputs:
+        """Of the whole batch, by the `states` of this rank's targets."""
+        targets = cut.batch.targets[cut.batch.targets != -100]
+        outputs = self.of_states(states, targets, cut.batch.temperature)
+        if self.ranks is None or self.ranks.context is None:
+            return outputs
+        return self.ranks.context.gather_outputs(outputs, cut)
+
+    def states(self, batch: Batch, attention: Any = None) -> Tensor:
         """What the head reads of each target, ``[num_targets, size]``; its logits where there is no head apart."""
-        outputs = self._run(batch)
+        outputs = self._run(batch, attention)
         found: Tensor = outputs.last_hidden_state if self._split else outputs.logits
         return found[batch.targets != -100]
 
@@ -295,8 +383,3 @@ def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             name.split(".")
         ):
             yield parameter
-
-
-def add_sums(total: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
-    for name, value in sums.items():
-        total[name] = total[name] + value if name in total else value

@@ -58,13 +58,18 @@ class PooledEngine(NativeEngine):
         return self.objective_inputs(batch).values
 
     def objective_inputs(self, batch: Batch, tokens: Any = None) -> PooledOutputs:
+        if self.ranks is None:
+            return PooledOutputs(self._values(batch))
+        return PooledOutputs(*self.ranks.compute(lambda: (self._values(batch),)))
+
+    def _values(self, batch: Batch) -> Tensor:
         with self.precision():
             outputs = self._run(batch)
             states = self._pool(outputs.last_hidden_state if self._split else outputs.logits, batch)
             values = self._split[1](states) if self._split else states
         if self._readout is not None:
             values = self._readout(values)
-        return PooledOutputs(values.to(torch.promote_types(values.dtype, torch.float32)))
+        return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def last_token(states: Tensor, batch: Batch) -> Tensor:

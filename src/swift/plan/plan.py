@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
 from swift.models.facts import ModelFacts, check_model_folder
 from swift.models.locate import derive_chat_template, find_model, not_here
 from swift.models.registry import ModelEntry, find_entry, own_folder
+from swift.parallel.accepted import Decoder, check_dimensions
+from swift.parallel.layout import Layout
 from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
@@ -85,6 +86,15 @@ def make_plan(
     warnings = list(resolved.warnings)
     device = find_device(resolved.config.model.device, device_memory)
     facts, folder = _read_model(resolved, warnings)
+    if facts is not None:
+        try:
+            check_dimensions(
+                resolved.config.parallel, Decoder.of(facts.config), resolved.config.data.max_length
+            )
+        except ConfigError as error:
+            warnings.append(
+                f"{error.where}: {error.message}; a run refuses it" + (f" ({error.fix})" if error.fix else "")
+            )
     _derive(resolved, facts, device, warnings)
     _look_for_files(resolved, warnings)
     setup: Setup | None = None
@@ -390,14 +400,20 @@ def _row_length(resolved: Resolved) -> int:
 
 def _parallel(resolved: Resolved, device: DeviceFacts) -> dict[str, Any]:
     section = resolved.config.parallel
-    sizes = {name: size for name, size in section.model_dump().items() if name.endswith("_size")}
-    named = [f"{name.removesuffix('_parallel_size')} {size}" for name, size in sizes.items() if size > 1]
+    layout = Layout.of(section)
     return {
-        "sizes": {name.removesuffix("_parallel_size"): size for name, size in sizes.items()},
-        "devices_needed": math.prod(sizes.values()),
+        "sizes": {
+            "tensor": layout.tp,
+            "pipeline": layout.pp,
+            "context": layout.cp,
+            "expert": layout.ep,
+            "data": layout.dp,
+            "shards": layout.dp_shard,
+        },
+        "devices_needed": layout.world_size,
         "devices_present": device.count,
         "device": device.kind,
-        "layout": " x ".join(named) or "one device",
+        "layout": layout.describe(),
     }
 
 

@@ -22,7 +22,7 @@ from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import fsync_directory, remove_partial, replace_symlink
 from swift.runs.lock import FolderLock
 
-__all__ = ["RunFolder", "find_latest_run", "locate", "step_of"]
+__all__ = ["RankFolder", "RunFolder", "find_latest_run", "locate", "step_of"]
 
 COMPLETE_MARKER = "state.json"
 """A checkpoint folder without this file is not one."""
@@ -185,6 +185,36 @@ class RunFolder:
             path.rename(aside / path.name)
             shutil.rmtree(aside)
         return [step_of(path) for path in doomed]
+
+
+class RankFolder(RunFolder):
+    """Where another rank than the first keeps its own metrics and status: ``ranks/N`` in the run folder.
+
+    The checkpoints are the run's; which of them are kept and marked is the first rank's affair.
+    """
+
+    def __init__(self, run: Path, rank: int) -> None:
+        super().__init__(run / "ranks" / str(rank))
+        self.run = RunFolder(run)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.run.checkpoint_path(step)
+
+    def checkpoints(self) -> list[Path]:
+        return self.run.checkpoints()
+
+    def marked(self, kind: Literal["best", "last"]) -> Path | None:
+        return self.run.marked(kind)
+
+    def mark(self, kind: Literal["best", "last"], step: int) -> None:
+        """Nothing: the first rank does it."""
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        return []
+
+    def prune(self, limit: int | None, keep: Iterable[int] = ()) -> list[int]:
+        return []
 
 
 def locate(path: str | Path) -> tuple[RunFolder, Path | None]:

@@ -5,6 +5,7 @@ A run does this with weights (`swift.train.build`), an exact memory estimate wit
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,13 @@ from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
 from swift.data.channels import Channels
 from swift.models.classifier import SCORE
+from swift.models.head import split_head
 from swift.models.quantised import stored_weights
 from swift.objectives.base import Objective
 from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
 from swift.parallel.native import NativeEngine
+from swift.parallel.world import World
 from swift.train.low_precision import train_in_float8, train_quantisation_aware
 from swift.train.optimizers import build_optimizer
 from swift.train.precision import param_dtype
@@ -32,6 +35,7 @@ from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, apply_tuner
 from swift.tuners.longlora import use_shifted_groups
 from swift.tuners.peft_format import adapter_folder, load_adapter
 from swift.tuners.starts import start_from_rounding
+from swift.tuners.switch import AdapterSwitch
 from swift.tuners.targets import decoder_layers, output_head_name
 
 __all__ = ["make_engine", "make_objective", "tune_model"]
@@ -98,13 +102,19 @@ def tune_model(
     if config.quantization.fp8:
         train_in_float8(model, device, output_head_name(model))
     if config.training.gradient_checkpointing:
-        _recompute(model, config.training.recompute_num_layers)
+        _recompute(model, config.training.recompute_num_layers, tuned.switch)
     return tuned
 
 
-def _recompute(model: Any, num_layers: int | None) -> None:
-    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def _recompute(model: Any, num_layers: int | None, switch: AdapterSwitch | None) -> None:
+    """Gradient checkpointing of the first ``num_layers`` decoder layers (None: of all).
+
+    ``switch``: of the adapters, whose dropout is drawn as the first time, whatever is being computed meanwhile.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if switch is not None:
+        options["context_fn"] = lambda: (contextlib.nullcontext(), switch.drawing(switch.draws))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if num_layers is None:
         return
     layers: Any = decoder_layers(model)[1]
@@ -123,10 +133,22 @@ def make_engine(
     dtype: torch.dtype,
     total_steps: int,
     tokenizer: Any,
+    world: World | None = None,
     **options: Any,
 ) -> NativeEngine:
-    """The engine of the task, with an optimizer for each parameter set; ``options`` go to the engine."""
+    """The engine of the task, with an optimizer for each parameter set; ``options`` go to the engine.
+
+    With several processes the model is divided here: all its parts have to be there, and have their values.
+    """
     training = resolved.config.training
+    make = engine_of(resolved.config, tuned.model, tokenizer)
+    divided: dict[str, Any] = {}
+    if world is not None and world.size > 1:
+        split = options.get("split") or getattr(make, "keywords", {}).get("split", split_head)
+        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            parts = split(tuned.model)  # tries the model, which in parts works as a whole only
+        parts, divided = _divide(tuned, resolved, dtype, world, parts)
+        options["split"] = lambda _: parts
     assert training.learning_rate is not None
     warmup = training.warmup_steps
     schedule = learning_rate_schedule(
@@ -150,7 +172,11 @@ def make_engine(
     ]
     if tuned.other is not None:
         sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
-    make = engine_of(resolved.config, tuned.model, tokenizer)
+    if world is not None and world.size > 1:
+        from swift.parallel.data_parallel import Ranks
+
+        trained = {name: parameter for group in sets for name, parameter in group.parameters.items()}
+        options["ranks"] = Ranks(world, trained, **divided)
     return make(
         tuned.model,
         sets,
@@ -162,6 +188,26 @@ def make_engine(
         offload_activations=training.activation_cpu_offload,
         **options,
     )
+
+
+def _divide(
+    tuned: TunedModel, resolved: Resolved, dtype: torch.dtype, world: World, split: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Backbone and head of this rank's part of the model, and what `Ranks` is told of it."""
+    from swift.parallel.data_parallel import ShardOptions
+    from swift.parallel.distribute import distribute
+
+    section = resolved.config.parallel
+    # With full training sharded weights are gathered in the computing precision.
+    rounds = tuned.kind == "full" and dtype != param_dtype(resolved)
+    options = ShardOptions(
+        param_dtype=dtype if rounds else None,
+        reshard_after_forward=section.reshard_after_forward,
+        offload=section.offload,
+    )
+    shards = options if world.layout.dp_shard > 1 else None
+    found = distribute(tuned.model, world, split, section, shards)
+    return found.split, found.parts
 
 
 def _after_step(adapter: OtherAdapter) -> Callable[..., None]:

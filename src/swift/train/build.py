@@ -31,7 +31,13 @@ from swift.runs.status import StatusFile
 from swift.train.assemble import make_engine, make_objective, tune_model
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.lisa import LisaCallback
-from swift.train.checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
+from swift.train.checkpoints import (
+    PendingSave,
+    checkpoint_bytes,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from swift.train.config_record import recorded_dataset
 from swift.train.evaluation import Evaluator, Evaluators, LossEvaluator
 from swift.train.inspection import inspection_report
@@ -115,6 +121,8 @@ def build(
         restored=checkpoint is not None,
         name=name,
     )
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, tuned=tuned)
     reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
     engine = make_engine(
         tuned,
@@ -123,17 +131,19 @@ def build(
         dtype=prepared.dtype,
         total_steps=steps,
         tokenizer=tokenizer,
+        world=prepared.world,
         **reference,
     )
     if prepared.schedule.mode != "padded":
         check_isolation(engine)
     if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
         start_from_data(engine, prepared.data.train, resolved, pad_token_id, tuned.adapter or DEFAULT_ADAPTER)
-    state = _restored(prepared, tuned, engine)
+    state = _restored(prepared, engine)
     if config.rlhf.precompute_ref_log_probs:
         assert isinstance(engine, AnswerEngine)
         precompute(prepared, engine, say)
-    _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
+    if prepared.world.is_main:
+        _check_disk(folder.path, tuned, config.checkpoint.save_only_model)
     if config.training.neftune_noise_alpha:
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
     parts: PolicyParts | None = None
@@ -168,18 +178,22 @@ def build(
         device=prepared.device,
         evaluator=_evaluator(prepared, pad_token_id, [make(prepared) for make in evaluators], parts),
         group_names=_metric_names(prepared, objective),
+        world=prepared.world,
         # What adds metrics to a line comes before those who read it.
         callbacks=[*(parts.callbacks if parts else ()), *callbacks, *_own_callbacks(resolved, tuned, engine)],
     )
 
 
-def _restored(prepared: Prepared, tuned: TunedModel, engine: NativeEngine) -> TrainState:
-    """The state of the checkpoint (its weights and optimizer are loaded), or of a beginning.
+def _restored(prepared: Prepared, engine: NativeEngine) -> TrainState:
+    """The state of the checkpoint (its optimizer is loaded), or of a beginning.
 
     Raises SwiftError when the checkpoint's place in the data means another one by now.
     """
     checkpoint = prepared.checkpoint
-    state = load_checkpoint(checkpoint, tuned=tuned, engine=engine) if checkpoint else TrainState()
+    state = TrainState()
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        engine.load(checkpoint)
     cursor = _cursor_fingerprint(prepared)
     if state.cursor_fingerprint not in ("", cursor):
         raise SwiftError(
@@ -190,17 +204,21 @@ def _restored(prepared: Prepared, tuned: TunedModel, engine: NativeEngine) -> Tr
         )
     state.cursor_fingerprint = cursor
     state.order_batch_size = prepared.schedule.batch_size
+    state.step_size = prepared.plan.accumulation // prepared.schedule.split
+    state.data_ranks = prepared.world.layout.dp
     return state
 
 
 def _loader(prepared: Prepared, pad_token_id: int) -> StreamLoader | BatchLoader:
+    share = (prepared.world.data_rank, prepared.world.layout.dp)
     if prepared.stream is not None:
-        return StreamLoader(prepared.stream, pad_token_id=pad_token_id)
+        return StreamLoader(prepared.stream, pad_token_id=pad_token_id, share=share)
     return BatchLoader(
         prepared.data.train,
         prepared.schedule,
         num_workers=prepared.resolved.config.data.dataloader_num_workers,
         pad_token_id=pad_token_id,
+        share=share,
     )
 
 
@@ -212,8 +230,8 @@ def _save(
     also: Callable[[Path], None] | None,
     path: Path,
     at: TrainState,
-) -> None:
-    save_checkpoint(
+) -> PendingSave:
+    return save_checkpoint(
         path,
         tuned=tuned,
         tokenizer=prepared.template.tokenizer,
@@ -221,9 +239,10 @@ def _save(
         export_dtype=prepared.export_dtype,
         engine=engine,
         state=at,
-        config_file=folder.path / "config.yaml",
+        config_file=path.parent / "config.yaml",
         only_model=prepared.resolved.config.checkpoint.save_only_model,
         also=also,
+        world=prepared.world,
     )
 
 
@@ -296,13 +315,16 @@ def _validation(prepared: Prepared, dataset: TokenDataset, pad_token_id: int) ->
     size = config.evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
     objective = _objective(prepared, validation=True)
     if isinstance(objective, PooledObjective):
-        return TaskEvaluator(dataset, batch_size=size, pad_token_id=pad_token_id, objective=objective)
+        return TaskEvaluator(
+            dataset, batch_size=size, pad_token_id=pad_token_id, objective=objective, world=prepared.world
+        )
     return LossEvaluator(
         dataset,
         batch_size=size,
         pad_token_id=pad_token_id,
         objective=objective,
         group_names=_metric_names(prepared, objective),
+        world=prepared.world,
     )
 
 

@@ -7,10 +7,11 @@ Generator states are not needed: see `swift.train.seeds`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from swift.core.errors import SwiftError
 from swift.core.files import atomic_directory, free_bytes
 from swift.core.format import format_bytes
 from swift.parallel.engine import Engine
+from swift.parallel.world import World
 from swift.train.state import TrainState
+from swift.train.weights import Collect, save_gathered
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.peft_format import load_adapter, save_adapter
 
-__all__ = ["checkpoint_bytes", "load_checkpoint", "read_state", "save_checkpoint"]
+__all__ = ["PendingSave", "checkpoint_bytes", "load_checkpoint", "read_state", "save_checkpoint"]
 
 STATE_FILE = "state.json"
 MASTER_FILE = "master_weights.safetensors"
@@ -45,29 +48,67 @@ def save_checkpoint(
     config_file: Path,
     only_model: bool,
     also: Callable[[Path], None] | None = None,
-) -> None:
-    """Write a checkpoint aside and rename it to ``path``; ``also`` writes more into it.
+    world: World | None = None,
+) -> PendingSave:
+    """Write a checkpoint aside; `PendingSave.finish` renames it to ``path``. ``also`` writes more into it.
+
+    Of several processes all call this. What only a resumed run needs is then still being written when it returns.
 
     Raises:
         SwiftError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     engine.settle()
-    try:
-        with atomic_directory(path) as folder:
+    world = world or World()
+    closing = contextlib.ExitStack()
+    with _explained(path), closing:
+        folder = closing.enter_context(atomic_directory(path)) if world.is_main else None
+        if world.size == 1:
+            assert folder is not None
             if tuned.kind == "full":
                 _save_full(folder, tuned, export_dtype, engine.gather() if not only_model else {})
             else:
                 save_adapter(tuned.model, folder, base_path, name=tuned.adapter or DEFAULT_ADAPTER)
+        else:
+            _save_gathered(folder, tuned, export_dtype, base_path, engine.collect)
+        if folder is not None:
             tokenizer.save_pretrained(folder)
             shutil.copyfile(config_file, folder / "config.yaml")
-            if not only_model:
-                engine.save(folder)
-                extra = tuned.other.state() if tuned.other else {}
-                if extra:
-                    save_file(extra, folder / TUNER_FILE)
+            extra = tuned.other.state() if tuned.other and not only_model else {}
+            if extra:
+                save_file(extra, folder / TUNER_FILE)
             if also is not None and not only_model:
                 also(folder)
             (folder / STATE_FILE).write_text(json.dumps(state.to_dict(), indent=2))
+        written = None
+        if world.size > 1 and not only_model:
+            written = engine.begin_saving(world.from_main(folder or Path()))
+        elif folder is not None and not only_model:
+            engine.save(folder)
+        kept = closing.pop_all()
+    return PendingSave(path, written, kept)
+
+
+class PendingSave:
+    """A checkpoint that is complete but for what a thread still writes, and for its name."""
+
+    def __init__(self, path: Path, written: Any, closing: contextlib.ExitStack) -> None:
+        self.path, self._written, self._closing = path, written, closing
+
+    @property
+    def is_written(self) -> bool:
+        return self._written is None or self._written.done()
+
+    def finish(self) -> None:
+        """Wait for the thread, and give the folder its name. Raises SwiftError when it cannot be written."""
+        with _explained(self.path), self._closing:
+            if self._written is not None:
+                self._written.result()
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise SwiftError(
             "the checkpoint could not be written",
@@ -75,6 +116,25 @@ def save_checkpoint(
             why=f"{error} ({format_bytes(free_bytes(path.parent))} free)",
             fix=f"free some space, then: swift resume {shlex.quote(str(path.parent))}",
         ) from error
+
+
+def _save_gathered(
+    folder: Path | None,
+    tuned: TunedModel,
+    export_dtype: torch.dtype,
+    base_path: Path,
+    collect: Collect,
+) -> None:
+    """The weights of several ranks; ``folder`` is None on those that do not write."""
+    model: Any = tuned.model
+    if tuned.kind != "full":
+        save_adapter(model, folder, base_path, name=tuned.adapter or DEFAULT_ADAPTER, collect=collect)
+        return
+    model.config.use_cache = True
+    try:
+        save_gathered(model, folder, export_dtype, collect)
+    finally:
+        model.config.use_cache = False
 
 
 def _save_full(
@@ -114,13 +174,12 @@ def read_state(path: Path) -> TrainState:
         ) from error
 
 
-def load_checkpoint(path: Path, *, tuned: TunedModel, engine: Engine) -> TrainState:
-    """Put weights and optimizer of ``path`` into a model that was just built from the run's configuration.
+def load_checkpoint(path: Path, *, tuned: TunedModel) -> None:
+    """Put the weights of ``path`` into a model that was just built from the run's configuration; before it is sharded.
 
     For full training the weights themselves are loaded with the model (its path is the checkpoint); only rounded
-    ones are restored here.
+    ones are restored here. The optimizer is the engine's (``engine.load``).
     """
-    state = read_state(path)
     if tuned.kind != "full":
         load_adapter(tuned.model, path, tuned.adapter or DEFAULT_ADAPTER, trainable=True)
         if tuned.other and (path / TUNER_FILE).is_file():
@@ -131,8 +190,6 @@ def load_checkpoint(path: Path, *, tuned: TunedModel, engine: Engine) -> TrainSt
             for name, parameter in tuned.named_trainable().items():
                 if name in master:
                     parameter.copy_(master[name])
-    engine.load(path)
-    return state
 
 
 def checkpoint_bytes(tuned: TunedModel, *, only_model: bool) -> int:

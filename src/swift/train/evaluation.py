@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from swift.data.batching import BatchSchedule
 from swift.data.loader import BatchLoader
 from swift.data.tokens import TokenDataset
 from swift.objectives.base import Objective
 from swift.parallel.engine import Engine
+from swift.parallel.world import World
 from swift.train.state import LogWindow
 
 __all__ = ["Evaluator", "Evaluators", "LossEvaluator", "validation_loader"]
@@ -46,9 +49,17 @@ class Evaluators:
 
 
 def validation_loader(
-    dataset: TokenDataset, *, batch_size: int, pad_token_id: int, group_by_length: bool
+    dataset: TokenDataset,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    group_by_length: bool,
+    world: World | None = None,
 ) -> tuple[BatchLoader, int]:
-    """Padded batches that hold every sample once, and how many there are."""
+    """Padded batches that hold every sample once, over all processes, and how many there are of ours.
+
+    A step of the loader is one batch of ours.
+    """
     schedule = BatchSchedule(
         dataset.lengths,
         batch_size=batch_size,
@@ -57,7 +68,10 @@ def validation_loader(
         shuffle=False,
         seed=0,
     )
-    return BatchLoader(dataset, schedule, pad_token_id=pad_token_id), schedule.num_micro_batches
+    world = world or World()
+    share = (world.data_rank, world.layout.dp)
+    loader = BatchLoader(dataset, schedule, pad_token_id=pad_token_id, share=share)
+    return loader, schedule.num_steps(world.layout.dp)
 
 
 class LossEvaluator:
@@ -78,10 +92,11 @@ class LossEvaluator:
         pad_token_id: int,
         objective: Objective,
         group_names: Sequence[str] = (),
+        world: World | None = None,
     ) -> None:
-        self.objective, self.group_names = objective, group_names
+        self.objective, self.group_names, self.world = objective, group_names, world or World()
         self._loader, self.num_batches = validation_loader(
-            dataset, batch_size=batch_size, pad_token_id=pad_token_id, group_by_length=True
+            dataset, batch_size=batch_size, pad_token_id=pad_token_id, group_by_length=True, world=self.world
         )
 
     def run(self, engine: Engine, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -92,8 +107,8 @@ class LossEvaluator:
         """
         started = time.perf_counter()
         loss = weight = correct = targets = 0.0
-        window = LogWindow()
-        for (batch,) in self._loader.steps(0, 1):
+        groups = torch.zeros(2, len(self.group_names), dtype=torch.float64)
+        for (batch,) in self._loader.steps(0, self.world.layout.dp):
             if given_up():
                 return None
             output = engine.evaluate(batch, self.objective)
@@ -102,7 +117,11 @@ class LossEvaluator:
             weight += self.objective.denominators([batch]).target_weight
             targets += batch.num_targets
             if "groups" in output.metrics:
-                window.add_groups(self.group_names, output.metrics["groups"].tolist())
+                groups += output.metrics["groups"].cpu()
+        sums = self.world.sums([loss, weight, correct, targets, *groups.flatten().tolist()])
+        loss, weight, correct, targets = sums[:4]
+        window = LogWindow()
+        window.add_groups(self.group_names, [sums[4 : 4 + groups.shape[1]], sums[4 + groups.shape[1] :]])
         mean = loss / weight if weight else float("nan")
         return {
             "eval_loss": mean,

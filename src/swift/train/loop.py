@@ -30,11 +30,13 @@ from swift.data.loader import BatchLoader
 from swift.data.report import StreamReport
 from swift.data.stream import StreamLoader
 from swift.objectives.base import Objective
-from swift.parallel.engine import Engine, StepOutput
+from swift.parallel.engine import Engine, StepOutput, count_step
+from swift.parallel.world import World
 from swift.runs.folder import RunFolder
 from swift.runs.metrics import MetricsLog, read_metrics
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
+from swift.train.checkpoints import PendingSave
 from swift.train.evaluation import Evaluator
 from swift.train.failures import NonFiniteError
 from swift.train.seeds import derived_seed, seed_everything
@@ -60,7 +62,8 @@ class Interrupted(SwiftError):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How long the run is: optimizer steps in all and per epoch (None: of a stream), micro-batches per step."""
+    """How long the run is: optimizer steps in all and per epoch (None: of a stream), micro-batches per step, over all
+    processes."""
 
     total_steps: int
     steps_per_epoch: int | None
@@ -118,7 +121,7 @@ class Trainer:
     """Runs an objective over batches on an engine.
 
     Args:
-        save: writes a checkpoint of the given state to the given folder.
+        save: begins a checkpoint of the given state at the given path.
         evaluator: None when nothing is evaluated.
         group_names: of the groups whose sums the objective tells apart.
         metrics: opened and already cut back to ``state.step``.
@@ -134,13 +137,14 @@ class Trainer:
         loader: BatchLoader | StreamLoader | PolicyLoader,
         plan: StepPlan,
         state: TrainState,
-        save: Callable[[Path, TrainState], None],
+        save: Callable[[Path, TrainState], PendingSave],
         metrics: MetricsLog,
         status: StatusFile,
         device: torch.device,
         evaluator: Evaluator | None = None,
         group_names: Sequence[str] = (),
         callbacks: Sequence[Callback] = (),
+        world: World | None = None,
     ) -> None:
         self.resolved = resolved
         self.config = resolved.config
@@ -160,15 +164,38 @@ class Trainer:
         self._pending: list[_PendingStep] = []
         self._stop_reason: str | None = None
         self._saved_step = state.step if state.step else None
+        self._saving: tuple[PendingSave, int, bool] | None = None
         self._last_eval = _last_evaluation(metrics.path)
         self._rates: dict[str, float] = {}
         self._clock = _Clock()
         self._status_written = 0.0
+        self.world = world or World()
+        self._stop_asked: str | None = None
+        self._signalled = False
         self.signals = StopSignals()
 
     def stop(self, reason: str) -> None:
         """Ask the run to end after the current step."""
-        self._stop_reason = self._stop_reason or reason
+        self._stop_asked = self._stop_asked or reason
+        if self.world.size == 1:
+            self._stop_reason = self._stop_asked
+
+    def _agree(self) -> None:
+        """Whether to stop, because of a signal or a callback of any process: all have to do it after the same step."""
+        if self.world.size == 1:
+            return
+        asked = self._stop_asked is not None
+        number = self.world.largest(1000 * asked + (self.signals.received or 0))
+        if number % 1000:
+            self.signals.receive(number % 1000)
+        if number >= 1000:
+            self._stop_reason = self._stop_asked or "another process asked for it"
+        self._signalled = number % 1000 != 0
+
+    @property
+    def _must_stop(self) -> bool:
+        """Whether a signal has come; of several processes, one that all know of."""
+        return self.signals.received is not None if self.world.size == 1 else self._signalled
 
     def train(self) -> dict[str, Any]:
         """`steps`, computed by this run's own engine."""
@@ -191,10 +218,14 @@ class Trainer:
                 self._evaluate_and_save()
             for batches in self._remaining_steps():
                 seed = self.config.training.seed
-                seed_everything(seed, "step", self.state.step)
+                share = (self.world.data_rank,) if self.world.data_rank else ()
+                seed_everything(seed, "step", self.state.step, *share)
                 noise = derived_seed(seed, "noise", self.state.step)
                 self._update(batches, (yield Step(self.engine, batches, self.objective, noise)))
+                if self._saving is not None and self._saving[0].is_written:
+                    self._finish_saving()
                 self._notify("on_step_end")
+                self._agree()
                 self._report_step()
                 self._evaluate_and_save()
                 if self._stop_reason:
@@ -203,6 +234,8 @@ class Trainer:
                 self._log()  # steps after the last line, when something between the steps ended the run
             if self._saved_step != self.state.step:
                 self._save()
+            self._finish_saving()
+        self.world.wait()
         return self._summary()
 
     def _remaining_steps(self) -> Iterator[list[Batch]]:
@@ -231,25 +264,23 @@ class Trainer:
 
     def _update(self, batches: list[Batch], output: StepOutput) -> None:
         """Clip, update, count."""
-        state = self.state
-        counted = self.objective.denominators(batches)
+        state, counts = self.state, output.counts or count_step(self.objective, batches)
         norm = self.engine.clip()["default"]
         self._rates = self.engine.step(state.step)
         state.step += 1
         state.step_in_epoch += 1
-        state.num_tokens += sum(batch.num_tokens for batch in batches)
+        state.num_tokens += counts.num_tokens
         self._clock.steps += 1
-        self._clock.tokens += sum(batch.num_tokens for batch in batches)
+        self._clock.tokens += counts.num_tokens
+        answers = counts.denominators.num_answers
         self._pending.append(
             _PendingStep(
                 state.step,
                 output.metrics["loss_sum"],
                 output.metrics["num_correct"],
                 norm,
-                counted.target_weight,
-                sum(batch.num_targets for batch in batches)
-                if counted.num_answers is None
-                else counted.num_answers,
+                counts.denominators.target_weight,
+                counts.num_targets if answers is None else answers,
                 output.metrics.get("groups"),
             )
         )
@@ -265,13 +296,13 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         """What is due after the step just done. A stop signal ends it, and the resumed run begins with it."""
-        if self.signals.received:
+        if self._must_stop:
             self._interrupt(owed=True)
         self.state.evaluation_owed = False
         improved = self._evaluate() if self._due(self.config.evaluation.eval_strategy, "eval") else False
         if self._due(self.config.checkpoint.save_strategy, "save") or improved:
             self._save(is_best=improved)
-        if self.signals.received and self.state.step < self.total_steps:
+        if self._must_stop and self.state.step < self.total_steps:
             self._interrupt(owed=False)
 
     def _due(self, strategy: str | None, what: str) -> bool:
@@ -296,6 +327,7 @@ class Trainer:
                 for p in self._pending
             ]
         ).tolist()
+        values = self._over_all(values)
         window = self.state.window
         for pending, (loss_sum, num_correct, grad_norm) in zip(self._pending, values, strict=True):
             if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
@@ -308,6 +340,21 @@ class Trainer:
                 window.add_groups(self.group_names, pending.groups.tolist())
         self._pending.clear()
         return values[-1][2]
+
+    def _over_all(self, values: list[list[float]]) -> list[list[float]]:
+        """Losses, right answers and groups of the pending steps, of all processes; norms are the same on all."""
+        if self.world.size == 1:
+            return values
+        flat = [value for loss_sum, num_correct, _ in values for value in (loss_sum, num_correct)]
+        groups = [p.groups.double().cpu() for p in self._pending if p.groups is not None]
+        sums = self.world.sums([*flat, *(value for group in groups for value in group.flatten().tolist())])
+        place = len(flat)
+        for pending in self._pending:
+            if pending.groups is not None:
+                size = pending.groups.numel()
+                found = torch.tensor(sums[place : place + size], dtype=torch.float64)
+                pending.groups, place = found.view(pending.groups.shape), place + size
+        return [[sums[2 * at], sums[2 * at + 1], row[2]] for at, row in enumerate(values)]
 
     def _refuse_nonfinite(self, step: int, loss_sum: float, grad_norm: float) -> None:
         if self.config.model.torch_dtype == "float16" and math.isfinite(loss_sum):
@@ -355,13 +402,14 @@ class Trainer:
         assert self.evaluator is not None
         self._clock.pause()
         self._status.update(stage="evaluate")
-        metrics = self.evaluator.run(self.engine, lambda: self.signals.received is not None)
+        metrics = self.evaluator.run(self.engine, lambda: self.world.size == 1 and self._must_stop)
         if metrics is None:
             self._interrupt(owed=True)
         self._last_eval = metrics
         self._metrics.append({"step": self.state.step, "epoch": round(self._epoch(), 4), **metrics})
         self._notify("on_evaluate", metrics)
         improved = self._keep_best(metrics)
+        self._agree()
         self._status.update(stage="train")
         self._clock.restart(keep_counts=True)
         return improved
@@ -393,16 +441,27 @@ class Trainer:
         self._status.update("saving", stage="save")
         state = self.state
         path = self.folder.checkpoint_path(state.step)
-        self._save_checkpoint(path, state)
+        self._finish_saving()
+        is_best = is_best or (state.best_step == state.step and self.evaluator is not None)
+        self._saving = self._save_checkpoint(path, state), state.step, is_best
         self._saved_step = state.step
-        self.folder.mark("last", state.step)
-        if is_best or (state.best_step == state.step and self.evaluator is not None):
-            self.folder.mark("best", state.step)
-        self.folder.prune(self.config.checkpoint.save_total_limit)
+        if self.world.size == 1:
+            self._finish_saving()
         self._status.update("running", stage="train")
-        logger.info("saved %s", path.name)
-        self._notify("on_save", path)
         self._clock.restart(keep_counts=True)
+
+    def _finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is complete."""
+        if self._saving is None:
+            return
+        (saving, step, is_best), self._saving = self._saving, None
+        saving.finish()
+        self.folder.mark("last", step)
+        if is_best:
+            self.folder.mark("best", step)
+        self.folder.prune(self.config.checkpoint.save_total_limit)
+        logger.info("saved %s", saving.path.name)
+        self._notify("on_save", saving.path)
 
     def _interrupt(self, *, owed: bool) -> NoReturn:
         """Save and leave at once; ``owed``: evaluation and save of this step are left to the resumed run."""
@@ -410,7 +469,9 @@ class Trainer:
         if self._saved_step != self.state.step:
             self.state.evaluation_owed = owed
             self._save()
+        self._finish_saving()
         self._write_status()
+        self.world.wait()
         raise Interrupted(
             f"stopped by {signals.name} after step {self.state.step} of {self.total_steps}; checkpoint saved",
             fix=f"swift resume {shlex.quote(str(self.folder.path))}",

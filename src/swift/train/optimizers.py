@@ -87,8 +87,28 @@ def build_optimizer(
         group["params"].append(parameter)
         if ratio != 1.0:
             group["lr_ratio"] = ratio
-    ordered = [groups[key] for key in sorted(groups, reverse=True)]
+    ordered = _by_mesh([groups[key] for key in sorted(groups, reverse=True)])
     return OPTIMIZERS[section.optim].build(ordered, training, section, device)
+
+
+def _by_mesh(groups: Groups) -> Groups:
+    """Groups whose parameters lie on the same ranks: one call of torch takes no others.
+
+    ``order`` of a group says which of all parameters its own are, were they not split.
+    """
+    split: list[dict[str, Any]] = []
+    number = 0
+    for group in groups:
+        parts: dict[Any, dict[str, Any]] = {}
+        for parameter in group["params"]:
+            part = parts.setdefault(
+                getattr(parameter, "device_mesh", None), {**group, "params": [], "order": []}
+            )
+            part["params"].append(parameter)
+            part["order"].append(number)
+            number += 1
+        split += parts.values()
+    return split if len(split) > len(groups) else groups
 
 
 def is_target(name: str, ndim: int, targets: Sequence[str], head: str | None) -> bool:

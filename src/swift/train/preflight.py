@@ -23,8 +23,10 @@ from swift.tuners.registry import check_peft
 __all__ = ["check_tuner_options", "find_checkpoint", "preflight"]
 
 
-def preflight(resolved: Resolved) -> Path:
+def preflight(resolved: Resolved, *, begins: bool = True) -> Path:
     """Check that model, data and output folder can be used; returns the model's folder.
+
+    Without ``begins`` the run folder is there already: another process has made it.
 
     What is on a hub is downloaded where it is not here; from then on the configuration names folders and commit.
 
@@ -65,7 +67,7 @@ def preflight(resolved: Resolved) -> Path:
             where="--neftune_noise_alpha",
             fix="leave out --torch_compile or --neftune_noise_alpha",
         )
-    if config.checkpoint.resume_from_checkpoint is None:
+    if config.checkpoint.resume_from_checkpoint is None and begins:
         _check_output(Path(config.checkpoint.output_dir), config.checkpoint.run_name)
     return folder
 

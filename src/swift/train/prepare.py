@@ -20,11 +20,15 @@ from swift.models.facts import ModelFacts
 from swift.models.load import isolates_documents, load_template
 from swift.models.quantised import check_loadable
 from swift.models.template import Template
+from swift.parallel.accepted import Decoder, check_dimensions
+from swift.parallel.world import World
+from swift.runs.folder import RunFolder
 from swift.train.callbacks.trackers import check_trackers
 from swift.train.checkpoints import read_state
 from swift.train.loop import StepPlan
 from swift.train.precision import check_precision, export_dtype
 from swift.train.preflight import find_checkpoint, preflight
+from swift.train.state import TrainState
 from swift.train.tasks import check_negatives
 
 __all__ = ["Prepared", "prepare"]
@@ -44,6 +48,7 @@ class Prepared:
     data: LoadedData
     schedule: BatchSchedule
     plan: StepPlan
+    world: World
     stream: Stream | None = None
 
     def sample_lengths(self) -> list[int]:
@@ -54,15 +59,21 @@ class Prepared:
         return lengths
 
 
-def prepare(resolved: Resolved) -> Prepared:
-    """Check and resolve everything that needs no weights; the cheapest checks come first."""
+def prepare(resolved: Resolved, world: World | None = None, restart: Path | None = None) -> Prepared:
+    """Check and resolve everything that needs no weights; the cheapest checks come first.
+
+    ``restart``: the run that goes on because a process died; from its last checkpoint, if it has one.
+    """
     config = resolved.config
-    model_path = preflight(resolved)
+    world = world or World()
+    model_path = preflight(resolved, begins=world.is_main and restart is None)
     check_trackers(config.report.report_to)
-    checkpoint = find_checkpoint(resolved)
+    checkpoint = RunFolder(restart).latest_checkpoint() if restart else None
+    checkpoint = checkpoint or find_checkpoint(resolved)
     facts = ModelFacts.read(model_path)
     derive_max_length(resolved, facts)
-    device = pick_device(config.model.device)
+    check_dimensions(config.parallel, Decoder.of(facts.config), config.data.max_length)
+    device = pick_device(config.model.device, world.local_rank)
     check_loadable(facts.config, device.type, config.quantization, str(model_path))
     _limit_device_memory(device)
     if config.training.use_liger_kernel and device.type != "cuda":
@@ -85,7 +96,7 @@ def prepare(resolved: Resolved) -> Prepared:
             model_path, config.model.attn_impl, trust_remote_code=config.model.trust_remote_code
         ),
     )
-    order_batch_size, split = _data_order(resolved, checkpoint)
+    order_batch_size, split, in_step = _data_order(resolved, checkpoint)
     if split > 1 and (config.task.is_in_batch or config.rlhf.is_in_batch):
         loss = config.task.loss_type or " and ".join(config.rlhf.rlhf_loss_type)
         raise ConfigError(
@@ -96,8 +107,7 @@ def prepare(resolved: Resolved) -> Prepared:
     stream = None
     if loaded is None:
         stream, data, schedule = open_stream(resolved, template, order_batch_size, split)
-        accumulation = config.training.gradient_accumulation_steps or 1
-        plan = StepPlan(config.training.max_steps, None, accumulation)
+        plan = StepPlan(config.training.max_steps, None, in_step)
     else:
         data = loaded
         schedule = BatchSchedule(
@@ -112,7 +122,9 @@ def prepare(resolved: Resolved) -> Prepared:
             seed=config.data.data_seed or 0,
         )
         plan = (
-            _policy_plan(config, len(data.train)) if config.rlhf.is_policy else _step_plan(resolved, schedule)
+            _policy_plan(config, len(data.train))
+            if config.rlhf.is_policy
+            else _step_plan(resolved, schedule, in_step)
         )
     check_negatives(resolved, data.train)
     return Prepared(
@@ -126,6 +138,7 @@ def prepare(resolved: Resolved) -> Prepared:
         data,
         schedule,
         plan,
+        world,
         stream,
     )
 
@@ -161,18 +174,26 @@ def _limit_device_memory(device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, int(share) / total), device)
 
 
-def _data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int]:
-    """(micro-batch by which the order of the data is made, pieces that each is cut into).
+def _data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, int]:
+    """(micro-batch by which the order of the data is made, pieces that each is cut into, pieces of a step in all).
 
     A run that goes on with a smaller micro-batch and as much more accumulation, because memory ran out, sees the same
-    samples in the same steps: the order stays that of the micro-batch it began with.
+    samples in the same steps: the order stays that of the micro-batch it began with. So does the size of its steps when
+    it goes on with another number of processes, unless the options of a step were changed too.
     """
     batch = resolved.config.training.per_device_train_batch_size
-    accumulation = resolved.config.training.gradient_accumulation_steps or 1
-    began = read_state(checkpoint).order_batch_size if checkpoint else 0
-    if began > batch and began % batch == 0 and accumulation % (began // batch) == 0:
-        return began, began // batch
-    return batch, 1
+    ranks = resolved.config.parallel.data_parallel_size
+    in_step = (resolved.config.training.gradient_accumulation_steps or 1) * ranks
+    if resolved.config.training.global_batch_size is not None:
+        in_step = resolved.config.training.global_batch_size // batch
+    state = read_state(checkpoint) if checkpoint else TrainState()
+    began, split = state.order_batch_size, 1
+    if began > batch and began % batch == 0 and in_step % (began // batch) == 0:
+        split = began // batch
+    typed = resolved.sources["gradient_accumulation_steps"].kind == "flag"
+    if state.data_ranks not in (0, ranks) and (split > 1 or began == batch) and not typed:
+        in_step = state.step_size * split
+    return batch * split, split, in_step
 
 
 def _policy_plan(config: Config, num_prompts: int) -> StepPlan:
@@ -188,13 +209,12 @@ def _policy_plan(config: Config, num_prompts: int) -> StepPlan:
     return StepPlan(training.max_steps if training.max_steps > 0 else wanted, per_epoch, accumulation)
 
 
-def _step_plan(resolved: Resolved, schedule: BatchSchedule) -> StepPlan:
+def _step_plan(resolved: Resolved, schedule: BatchSchedule, in_step: int) -> StepPlan:
     training = resolved.config.training
-    accumulation = training.gradient_accumulation_steps or 1
-    steps_per_epoch = schedule.num_steps(accumulation)
+    steps_per_epoch = schedule.num_steps(in_step)
     total = (
         training.max_steps
         if training.max_steps > 0
         else math.ceil(training.num_train_epochs * steps_per_epoch)
     )
-    return StepPlan(total, steps_per_epoch, accumulation)
+    return StepPlan(total, steps_per_epoch, in_step)

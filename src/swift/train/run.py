@@ -13,20 +13,24 @@ import multiprocessing
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from swift.config.bind import dump_text
 from swift.config.schema import Resolved
-from swift.core.devices import describe_devices
+from swift.core.devices import describe_devices, pick_device
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import atomic_write_text
 from swift.core.logging import attach_run_logs, detach_run_logs, get_logger
 from swift.data.sources import find_files, parse_dataset_spec
 from swift.data.stream import stream_notes
 from swift.parallel.engine import StepOutput
+from swift.parallel.launch import note_run_folder, restart_folder
+from swift.parallel.layout import Layout
+from swift.parallel.world import World, join
 from swift.runs.curves import draw_curves
-from swift.runs.folder import RunFolder
+from swift.runs.folder import RankFolder, RunFolder
 from swift.runs.record import write_environment, write_provenance, write_summary
 from swift.runs.status import StatusFile
 from swift.train.build import PolicyFactory, build
@@ -121,25 +125,31 @@ def run_steps(
             "nobody samples the answers", where="--rlhf_type", fix="swift.rl.run.train(resolved)"
         )
     own_callbacks = load_callbacks(resolved.config.report.callbacks)
-    prepared = prepare(resolved)
+    world = _meet(resolved)
+    restart = world.from_main(restart_folder())
+    prepared = world.main_first(partial(prepare, resolved, world, restart))
+    if not world.is_main:
+        callbacks, own_callbacks, say, announce = (), [], _say_nothing, None
     if announce is not None and prepared.stream is None:
         announce(prepared.sample_lengths())
     resumed_step = read_state(prepared.checkpoint).step if prepared.checkpoint else 0
-    folder = _open_folder(resolved, prepared.checkpoint)
+    folder = _open_folder(resolved, prepared.checkpoint, world, restart)
     status = StatusFile(folder.path, total_steps=prepared.plan.total_steps)
     closing = contextlib.ExitStack()  # closed in reverse: the log and the lock last
     closing.callback(folder.release)
     closing.callback(detach_run_logs)
     closing.callback(gc.unfreeze)
     try:
-        attach_run_logs(folder.path)
+        attach_run_logs(folder.path if world.is_main else folder.path.parents[1], world.rank)
         status.start_heartbeat()
-        _record(folder, prepared, arguments)
+        if world.is_main:
+            _record(folder, prepared, arguments)
         for note in prepared.data.notes:
             logger.warning(note)
             say(note)
         status.update(stage="load model")
-        everyone = [*callbacks, *tracker_callbacks(resolved.config.report.report_to), *own_callbacks]
+        trackers = tracker_callbacks(resolved.config.report.report_to) if world.is_main else []
+        everyone = [*callbacks, *trackers, *own_callbacks]
         for callback in everyone:
             closing.callback(callback.close)
         trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), policy, base)
@@ -162,7 +172,8 @@ def run_steps(
         for note in stream_notes(trainer.state.stream_report, resolved.config.data):
             logger.warning(note)
             say(note)
-        _draw_curves(folder.path)
+        if world.is_main:
+            _draw_curves(folder.path)
         for callback in trainer.callbacks:
             callback.on_train_end(trainer, summary)
         status.finish("succeeded")
@@ -197,12 +208,34 @@ def _draw_curves(folder: Path) -> None:
         logger.warning("curves.png could not be written: %s", error)
 
 
-def _open_folder(resolved: Resolved, checkpoint: Path | None) -> RunFolder:
-    """A resumed run continues its own folder; a new one gets a folder of its own."""
-    if checkpoint is not None:
-        return RunFolder.open(checkpoint.parent, write=True)
-    options = resolved.config.checkpoint
-    return RunFolder.create(options.output_dir, options.run_name)
+def _meet(resolved: Resolved) -> World:
+    """The processes of the run."""
+    layout = Layout.of(resolved.config.parallel)
+    kind = pick_device(resolved.config.model.device).type if layout.world_size > 1 else "cpu"
+    return join(layout, kind, resolved.config.parallel.ddp_timeout)
+
+
+def _open_folder(
+    resolved: Resolved, checkpoint: Path | None, world: World, restart: Path | None
+) -> RunFolder:
+    """A resumed run continues its own folder; a new one gets a folder of its own. Other ranks have theirs in it."""
+    folder: RunFolder | None = None
+    if world.is_main:
+        options = resolved.config.checkpoint
+        going_on = restart or (checkpoint.parent if checkpoint else None)
+        folder = (
+            RunFolder.open(going_on, write=True)
+            if going_on is not None
+            else RunFolder.create(options.output_dir, options.run_name)
+        )
+    path = world.from_main(folder.path if folder else Path())
+    if world.size > 1:
+        note_run_folder(path, world.rank)
+    return folder or RankFolder(path, world.rank)
+
+
+def _say_nothing(text: str) -> None:
+    """The terminal is rank 0's."""
 
 
 def _record(folder: RunFolder, prepared: Prepared, arguments: Sequence[str] | None) -> None:

@@ -55,6 +55,8 @@ class TrainState:
         seconds: time spent training, over all resumed parts.
         cursor_fingerprint: hash of what the cursor refers to; a checkpoint of other data is refused.
         order_batch_size: the micro-batch that the run began with, by which the order of the data is made.
+        step_size: micro-batches of ``order_batch_size`` in a step, over all processes.
+        data_ranks: processes with data of their own that the last part of the run had; 0: not known.
         best_metric, best_step: of ``metric_for_best_model``.
         stale_evaluations: evaluations since the best one.
         evaluation_owed: a signal cut the run before what was due after ``step``; a resumed run begins with it.
@@ -73,6 +75,8 @@ class TrainState:
     last_loss: float | None = None
     cursor_fingerprint: str = ""
     order_batch_size: int = 0
+    step_size: int = 0
+    data_ranks: int = 0
     position: tuple[int, int] = (0, 0)
     stream_report: dict[str, Any] = field(default_factory=dict)
     window: LogWindow = field(default_factory=LogWindow)

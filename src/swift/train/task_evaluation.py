@@ -11,6 +11,7 @@ from torch import Tensor
 from swift.data.tokens import TokenDataset
 from swift.objectives.pooled import PooledObjective
 from swift.parallel.pooled import PooledEngine
+from swift.parallel.world import World
 from swift.train.evaluation import validation_loader
 
 __all__ = ["TaskEvaluator"]
@@ -26,11 +27,17 @@ class TaskEvaluator:
     """
 
     def __init__(
-        self, dataset: TokenDataset, *, batch_size: int, pad_token_id: int, objective: PooledObjective
+        self,
+        dataset: TokenDataset,
+        *,
+        batch_size: int,
+        pad_token_id: int,
+        objective: PooledObjective,
+        world: World | None = None,
     ) -> None:
-        self.objective = objective
+        self.objective, self.world = objective, world or World()
         self._loader, self.num_batches = validation_loader(
-            dataset, batch_size=batch_size, pad_token_id=pad_token_id, group_by_length=False
+            dataset, batch_size=batch_size, pad_token_id=pad_token_id, group_by_length=False, world=self.world
         )
 
     def run(
@@ -47,7 +54,7 @@ class TaskEvaluator:
         values: list[Tensor] = []
         labels: list[Tensor] = []
         groups: list[int] = []
-        for (batch,) in self._loader.steps(0, 1):
+        for (batch,) in self._loader.steps(0, self.world.layout.dp):
             if given_up():
                 return None
             outputs = engine.predict(batch)
@@ -59,7 +66,13 @@ class TaskEvaluator:
             values.append(outputs.values.cpu())
             labels.append(batch.labels)
             groups += batch.groups
-        measured = objective.loss.measure(torch.cat(values), torch.cat(labels), groups)
+        loss, terms = self.world.sums([loss, terms])
+        found = self.world.collect((torch.cat(values), torch.cat(labels), groups))
+        measured = objective.loss.measure(
+            torch.cat([part[0] for part in found]),
+            torch.cat([part[1] for part in found]),
+            [size for part in found for size in part[2]],
+        )
         return {
             "eval_loss": loss / terms if terms else float("nan"),
             **{f"eval_{name}": value for name, value in measured.items()},

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swift.models.quantised import is_quantised_linear, linear_sizes
+from swift.models.sharded import ShardedLinear, local
 from swift.tuners.lora_function import AdapterFunction, LoraFunction, Part, mixed_seed
 from swift.tuners.switch import AdapterSwitch
 
@@ -164,6 +165,16 @@ class LoraLinear(nn.Module):
         start_a, start_b = self.starts[name]
         return torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
 
+    def local_pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """`pair` as this rank computes with it, where the layer is shared by several."""
+        if name in self.starts:
+            start_a, start_b = self.starts[name]
+            a = torch.cat([local(self.lora_A[name]), start_a])
+            b = torch.cat([local(self.lora_B[name]), -start_b], dim=1)
+        else:  # without ParameterDict's own access, which costs as much as the product
+            a, b = (local(pairs._parameters[name]) for pairs in (self.lora_A, self.lora_B))  # type: ignore[arg-type]
+        return (a, self.base.share.of_outputs(b)) if isinstance(self.base, ShardedLinear) else (a, b)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``; with ``switch.rows`` the tokens of consecutive groups of rows."""
         switch = self.switch
@@ -201,10 +212,7 @@ class LoraLinear(nn.Module):
             spec = self.specs.get(name)
             if spec is None:
                 continue
-            if name in self.starts:
-                a, b = self.pair(name)
-            else:  # without ParameterDict's own access, which costs as much as the product
-                a, b = self.lora_A._parameters[name], self.lora_B._parameters[name]  # type: ignore[assignment]
+            a, b = self.local_pair(name)
             if a.dtype != x.dtype:
                 a, b = a.to(x.dtype), b.to(x.dtype)
             out.addmm_(torch.mm(a, rows.t()).t(), b.t(), alpha=spec.scaling)
@@ -216,7 +224,7 @@ class LoraLinear(nn.Module):
         spec = self.specs.get(name) if name is not None else None
         if spec is None or name is None:
             return Part(size)
-        a, b = self.pair(name)
+        a, b = self.local_pair(name)
         dropout = spec.dropout if self.training else 0.0
         draw = self.switch.draws.get(name) if dropout else None
         if draw is None:
@@ -236,7 +244,7 @@ class LoraLinear(nn.Module):
             y = self.base(x)
             y = AdapterFunction.apply(y, x.to(y.dtype), plan, *tensors)
             return y
-        weight, bias = self.weight, self.bias
+        weight, bias = self.base.parts() if isinstance(self.base, ShardedLinear) else (self.weight, self.bias)
         if weight.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
             weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         y = LoraFunction.apply(x, weight if self.is_transposed else weight.t(), bias, plan, *tensors)

@@ -10,7 +10,7 @@ Known limit: for mixture-of-experts models that have ``gate_proj``, ``up_proj`` 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,16 @@ def adapter_folder(path: str | Path) -> Path:
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, base_path: str | Path | None = None, *, name: str = DEFAULT_ADAPTER
+    model: nn.Module,
+    folder: Path | None,
+    base_path: str | Path | None = None,
+    *,
+    name: str = DEFAULT_ADAPTER,
+    collect: Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]] = dict.items,  # type: ignore[assignment]
 ) -> None:
     """Write adapter ``name`` of ``model`` to ``folder`` (created where missing).
+
+    ``collect`` gives names and tensors whose parts lie on several ranks; the others call this with ``folder`` None.
 
     The two files are written one after the other: wrap the call in ``atomic_directory`` where a crash
     matters.
@@ -93,6 +100,8 @@ def save_adapter(
 
     other = adapter_of(model)
     if other is not None:
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         other.save(folder, base_name(base_path))
         return
@@ -103,9 +112,12 @@ def save_adapter(
     if not layers:
         raise ModelError(f"the model has no adapter {name!r} to save", where=str(folder))
     tensors = adapter_tensors(layers, saved, name)
+    named = collect({key: value.detach() for key, value in tensors.items()})
+    plain = {key: value.to("cpu").contiguous() for key, value in named}
+    if folder is None:
+        return
     config = adapter_config(model, layers, list(saved), name, base_path)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {key: value.detach().to("cpu").contiguous() for key, value in tensors.items()}
     save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

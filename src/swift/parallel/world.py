@@ -1,0 +1,166 @@
+"""The processes of a run and how they agree. With one process there is no process group, and nothing is sent.
+
+Every method that talks to the others must be called by all of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from swift.core.errors import SwiftError
+from swift.parallel.engine import StepCounts
+from swift.parallel.layout import Layout
+from swift.parallel.mesh import build_mesh
+
+__all__ = ["World", "join"]
+
+T = TypeVar("T")
+
+PREPARE_SECONDS = 24 * 3600
+_CALLS = itertools.count()
+"""Of `World.main_first`, the same on all ranks."""
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run, seen by one of them.
+
+    Attributes:
+        rank: which one this is; 0 writes the run folder and has the terminal.
+        layout: along which dimensions they work.
+        mesh: the device mesh; None for one process.
+        saving: the processes once more, for a thread that writes checkpoints while training goes on.
+    """
+
+    rank: int = 0
+    layout: Layout = field(default_factory=Layout)
+    mesh: DeviceMesh | None = None
+    saving: distributed.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return self.layout.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """Which of the processes of this machine this is."""
+        return int(os.environ.get("LOCAL_RANK", "0")) if self.mesh is not None else 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the data is ours, of ``layout.dp``."""
+        return self.layout.data_rank(self.rank)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums of ``values`` over all parts of the data; float64 on the host, so that counts are exact.
+
+        Ranks that share a row (cp, tp) have the same values: a part of the data counts once.
+        """
+        if self.mesh is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(tensor, group=self.mesh["dp"].get_group())
+        return tensor.tolist()
+
+    def total(self, counts: StepCounts) -> StepCounts:
+        """The counts of all parts of the data together."""
+        if self.mesh is None:
+            return counts
+        known = {key: value for key, value in asdict(counts.denominators).items() if value is not None}
+        *sums, tokens, targets = self.sums([*known.values(), counts.num_tokens, counts.num_targets])
+        # Weights are real numbers, all else are counts.
+        summed = {
+            key: total if isinstance(value, float) else round(total)
+            for (key, value), total in zip(known.items(), sums, strict=True)
+        }
+        denominators = replace(counts.denominators, **summed)  # type: ignore[arg-type]
+        return StepCounts(denominators, round(tokens), round(targets))
+
+    def largest(self, value: int) -> int:
+        """The largest of what all processes say."""
+        if self.mesh is None:
+            return value
+        tensor = torch.tensor([value])
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def from_main(self, value: T) -> T:
+        """What rank 0 says."""
+        if self.mesh is None:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def collect(self, value: T) -> list[T]:
+        """What the ranks of all parts of the data say, in order of the parts."""
+        if self.mesh is None:
+            return [value]
+        group = self.mesh["dp"].get_group()
+        found: list[Any] = [None] * self.layout.dp
+        distributed.all_gather_object(found, value, group=group)
+        return found
+
+    def wait(self) -> None:
+        """Wait until all are here."""
+        if self.mesh is not None:
+            distributed.barrier()
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """``work`` on rank 0, which fills caches, then on the others; when it fails there, it fails everywhere.
+
+        The work (reading data) may take longer than ranks otherwise wait for one another: up to `PREPARE_SECONDS`.
+        Raises whatever ``work`` raises; on other ranks SwiftError with the exit code of rank 0's error.
+        """
+        if self.mesh is None:
+            return work()
+        store, key = distributed.distributed_c10d._get_default_store(), f"swift/main-first/{next(_CALLS)}"
+        if not self.is_main:
+            store.wait([key], datetime.timedelta(seconds=PREPARE_SECONDS))
+            code = int(store.get(key))
+            if code:
+                error = SwiftError("rank 0 has failed")
+                error.exit_code = code
+                raise error
+            return work()
+        try:
+            result = work()
+        except BaseException as error:
+            store.set(key, str(getattr(error, "exit_code", 1)))
+            raise
+        store.set(key, "0")
+        return result
+
+
+def join(layout: Layout, device_type: str, timeout_seconds: int) -> World:
+    """Meet the other processes that the layout names; returns at once for one process.
+
+    Raises SwiftError when this process was not started as one of several.
+    """
+    if layout.world_size == 1:
+        return World()
+    if "RANK" not in os.environ:
+        raise SwiftError(
+            f"the layout ({layout.describe()}) takes {layout.world_size} processes, this is one",
+            fix=f"swift sft starts them; or torchrun --nproc_per_node {layout.world_size} your_script.py",
+        )
+    if not distributed.is_initialized():
+        backends = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "xpu": "cpu:gloo,xpu:xccl"}
+        distributed.init_process_group(
+            backends.get(device_type, "gloo"), timeout=datetime.timedelta(seconds=timeout_seconds)
+        )
+    saving = distributed.new_group(backend="gloo")
+    return World(distributed.get_rank(), layout, build_mesh(layout, device_type), saving)
