@@ -8,7 +8,7 @@ clients that ask again as soon as they have their answer. The servers take turns
 three times for ours: the base model alone, one request in three for each of three LoRA adapters, and whole answers
 instead of streams. Figures are tokens per CPU second of the server's process, which a busy machine disturbs little;
 ratios are medians of those within a round. ``--ms_swift`` names the Python of an environment with ms-swift: its server
-joins in, which may batch as many requests as there are clients.
+joins in twice, as it comes (one request at a time) and with batches of as many requests as there are clients.
 """
 
 from __future__ import annotations
@@ -222,14 +222,15 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
     )  # fmt: skip
     others = {}
     if arguments.ms_swift:
-        port = free_port()
-        others["ms-swift deploy"] = Server(
-            [arguments.ms_swift, "-m", "swift.cli.deploy", "--model", str(model), "--model_type", "qwen3",
-             "--template", "qwen3", "--infer_backend", "transformers", "--torch_dtype", "float32", "--attn_impl",
-             "sdpa", "--max_batch_size", str(max(arguments.clients)), "--served_model_name", str(model), "--port",
-             str(port), "--host", "127.0.0.1"],
-            port, scratch / "ms_swift.log", "/health", our_source=False,
-        )  # fmt: skip
+        for name, batch in (("ms-swift deploy", 1), ("ms-swift deploy, batches", max(arguments.clients))):
+            port = free_port()
+            others[name] = Server(
+                [arguments.ms_swift, "-m", "swift.cli.deploy", "--model", str(model), "--model_type", "qwen3",
+                 "--template", "qwen3", "--infer_backend", "transformers", "--torch_dtype", "float32", "--attn_impl",
+                 "sdpa", "--max_batch_size", str(batch), "--served_model_name", str(model), "--port", str(port),
+                 "--host", "127.0.0.1"],
+                port, scratch / f"ms_swift_{batch}.log", "/health", our_source=False,
+            )  # fmt: skip
     rows = [json.loads(line) for line in (data / "heldout.jsonl").read_text().splitlines()]
     questions = [[next(m for m in row["messages"] if m["role"] == "user")] for row in rows]
 
@@ -285,6 +286,7 @@ def report(
             ("swift deploy, 3 adapters mixed", "swift deploy"),
             ("swift deploy", "swift deploy, whole answers"),
             ("swift deploy", "ms-swift deploy"),
+            ("swift deploy", "ms-swift deploy, batches"),
         ):
             if f"{other}, {count} clients" not in loads:
                 continue
