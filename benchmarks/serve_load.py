@@ -61,6 +61,7 @@ class Server:
         if shutil.which("taskset"):
             command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *command]
         env = {**one_thread(), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # a package that pip installed has its bytecode, too
         self.port, self.log = port, log
         self.popen = subprocess.Popen(command, env=env, stdout=log.open("wb"), stderr=subprocess.STDOUT)
         self.process = psutil.Process(self.popen.pid)

@@ -123,7 +123,9 @@ def test_train_serve_ask_stop(work: Path, monkeypatch: pytest.MonkeyPatch, capsy
     """From one file to an answer of a trained model, and an end that leaves nothing behind."""
     monkeypatch.setenv("SWIFT_HOME", str(work / "home"))
     monkeypatch.chdir(work)
-    (work / "file.yaml").write_text(yaml.safe_dump(content(after=["deploy"])))
+    (work / "val.jsonl").write_text(json.dumps({"query": "two?", "response": "2"}) + "\n")
+    stages = ["evaluate", {"deploy": {"needs": "evaluate"}}]
+    (work / "file.yaml").write_text(yaml.safe_dump(content(val_dataset="val.jsonl", after=stages)))
     home = Home.find()
     try:
         run = subprocess.run(
@@ -136,6 +138,14 @@ def test_train_serve_ask_stop(work: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert job.state == "running"
         url = json.loads(ready_file(home, job).read_text())["url"]
         assert f"serving at {url}" in run.stdout
+        results = json.loads((work / "out" / "a" / "eval" / "evaluate" / "results.json").read_text())
+        capsys.readouterr()
+        assert main(["compare", job.group, "--json"]) == 0
+        comparison = json.loads(capsys.readouterr().out)
+        (row,) = comparison["rows"]
+        assert comparison["finished"] == 1 and comparison["winner"]["final"]
+        assert row["evaluation"]["num_rows"] == 1
+        assert row["evaluation"]["perplexity"] == results["tasks"]["val_dataset"]["perplexity"]
         with openai.OpenAI(base_url=f"{url}/v1", api_key="-") as client:
             assert [model.id for model in client.models.list()][1] == "a"
             question: list[Any] = [{"role": "user", "content": "one?"}]

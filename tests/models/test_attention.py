@@ -116,6 +116,33 @@ def test_gradient_of_one_document_does_not_reach_another(tiny_model_dir: Path) -
     assert gradient[:, :7].abs().sum() == 0 and gradient[:, 20:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "mistral sliding"])
+def test_documents_that_continue_another_are_what_they_are_with_it(folders: Any, architecture: str) -> None:
+    """A root of 13 tokens with three ends, and a document of its own: logits and gradients of whole sequences."""
+    name, _, sliding = architecture.partition(" ")
+    folder = folders(name, **(SLIDING[name] if sliding else {}))
+    model = load_model(folder, dtype=torch.float64, attention="varlen")
+    lengths = [13, 9, 1, 20, 5]
+    ids = torch.randint(5, 300, (sum(lengths),), generator=torch.Generator().manual_seed(2))
+    root, *ends, alone = ids.split(lengths)
+    positions = [torch.arange(13), *(torch.arange(13, 13 + len(end)) for end in ends), torch.arange(5)]
+    branched = model(
+        input_ids=ids[None],
+        position_ids=torch.cat(positions)[None],
+        document_lengths=[lengths],
+        document_continues=[[False, True, True, True, False]],
+    ).logits[0, 13:]
+    whole = [model(input_ids=torch.cat([root, end])[None]).logits[0, 13:] for end in ends]
+    expected = torch.cat([*whole, model(input_ids=alone[None]).logits[0]])
+    torch.testing.assert_close(branched, expected, rtol=0, atol=1e-10)
+    for got, wanted in zip(gradients(model, branched), gradients(model, expected), strict=True):
+        # Norms are computed in float32 whatever the dtype, here on sums of several gradients.
+        scale = max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(
+            got / scale, wanted / scale, rtol=0, atol=1e-10 if name == "gpt2" else 1e-6
+        )
+
+
 def test_right_padding_needs_no_mask(tiny_model_dir: Path) -> None:
     model = load_model(tiny_model_dir, dtype=torch.float64)
     ids = packed_inputs([[12]])["input_ids"]

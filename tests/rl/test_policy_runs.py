@@ -343,3 +343,13 @@ def test_the_python_trainer_takes_rows_and_functions(tiny_model_dir, tmp_path, m
     found = read_rollouts(find_rollouts(run.folder)[1])
     assert set(found[0]["rewards"]) == {"digits", "format"} and len(found) == 8
     assert "eval_rewards/digits" in run.summary["evaluation"]
+
+
+def test_shared_prompts_change_no_gradient(run_policy):
+    """After three updates the weights are those of training with every prompt computed for each answer."""
+    results = [
+        run_policy(share_prompts=shared, run_name=str(shared), max_steps=3, dataset="task:arithmetic#16")
+        for shared in (True, False)
+    ]
+    # An explicit share_prompts is refused where it cannot be had.
+    assert largest_difference(*(weights(result) for result in results)) < 1e-4

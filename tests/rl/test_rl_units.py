@@ -13,7 +13,7 @@ from swift.objectives.policy.algorithms import ALGORITHMS, LOSS_TYPES
 from swift.objectives.policy.objective import PolicyObjective
 from swift.rl.buffer import RolloutBuffer, micro_batches
 from swift.rl.settings import PolicySettings, derive_policy
-from swift.rl.trajectory import Trajectory, request_seed, rollout_batch
+from swift.rl.trajectory import AnswerLayout, Trajectory, request_seed, rollout_batch
 
 
 def trajectory(prompt, tokens, mask=None, group=0, sample=0, advantage=1.0):
@@ -131,7 +131,7 @@ def test_seeds_differ_and_are_functions_of_their_parts():
 def test_targets_are_the_tokens_that_the_policy_wrote(mode):
     """A result of a tool between two answers is read, and not learned."""
     one = trajectory([5, 6], [7, 8, 20, 21, 9], mask=[1, 1, 0, 0, 1])
-    batch = rollout_batch([one, trajectory([3], [4])], mode, pad_token_id=0, temperature=0.5)
+    batch = rollout_batch([one, trajectory([3], [4])], AnswerLayout(mode, True, 0, 0.5))
     learned = batch.targets[batch.targets != -100].tolist()
     assert learned == [7, 8, 9, 4] and batch.target_counts == [3, 1] and batch.temperature == 0.5
     assert batch.input_ids.flatten().tolist()[:7] == [5, 6, 7, 8, 20, 21, 9]
@@ -157,7 +157,7 @@ def test_a_buffer_deals_out_updates_and_passes():
     answers[1].is_used = False
     for one in answers:
         one.old_logprobs = one.logprobs
-    buffer = RolloutBuffer(answers, settings, "padded", pad_token_id=0, temperature=1.0)
+    buffer = RolloutBuffer(answers, settings, AnswerLayout("padded", False, 0, 1.0))
     steps = []
     while not buffer.is_used_up:
         steps.append([float(batch.policy.advantages[0]) for batch in buffer.next_step()])
@@ -179,7 +179,7 @@ def test_gradients_do_not_depend_on_the_split_nor_on_masked_tokens(name, split):
     settings = PolicySettings(ALGORITHMS[name], {}, 2, 2, 1, 1, 4, 4 // split, "recompute")
     for one, row in zip(answers, table, strict=True):
         one.old_logprobs = (row[: one.num_learned] + 0.1).float().numpy()
-    buffer = RolloutBuffer(answers, settings, "padding_free", pad_token_id=0, temperature=1.0)
+    buffer = RolloutBuffer(answers, settings, AnswerLayout("padding_free", False, 0, 1.0))
     objective = PolicyObjective(settings.algorithm, 8)
 
     def gradient(size):
@@ -213,3 +213,24 @@ def test_a_row_of_ones_own(tmp_path, monkeypatch):
     assert settings.algorithm.advantage == "rloo" and resolved.config.rlhf.beta == 0.02
     with pytest.raises(ConfigError, match="there is no algorithm at"):
         settings_of(algo="own_rows.YOURS")
+
+
+def test_answers_to_one_prompt_share_it_in_a_row():
+    asked = list(range(10, 21))
+    answers = [
+        trajectory(asked, [1, 2]),
+        trajectory(asked, [1, 3, 4]),
+        trajectory(asked, [5], mask=[0]),
+        trajectory([7] * 9, [6]),
+    ]
+    batch = rollout_batch(answers, AnswerLayout("padding_free", True, 0, 1.0))
+    assert batch.document_lengths == [[10, 3, 4, 2, 10]]
+    assert batch.document_continues == [[False, True, True, True, False]]
+    assert batch.input_ids.tolist() == [[*range(10, 20), 20, 1, 2, 20, 1, 3, 4, 20, 5, *[7] * 9, 6]]
+    expected = [*range(10), 10, 11, 12, 10, 11, 12, 13, 10, 11, *range(10)]
+    assert batch.position_ids.tolist() == [expected]
+    apart = rollout_batch(answers, AnswerLayout("padding_free", False, 0, 1.0))
+    assert apart.document_continues is None and apart.document_lengths == [[13, 14, 12, 10]]
+    for one in (batch, apart):
+        assert one.targets[one.targets != -100].tolist() == [1, 2, 1, 3, 4, 6]
+        assert one.target_counts == [2, 3, 0, 1] and one.num_tokens == 13 + 14 + 12 + 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 
@@ -10,6 +11,7 @@ from swift.config.bind import resolve
 
 def run(argv: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C; exit 0 then. One line on standard output says when it answers."""
+    gc.disable()  # `deploy` switches it on when the model is there: millions of objects are made that stay
     resolved = resolve("deploy", argv)
     for warning in resolved.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 def run(argv: list[str]) -> int:
     """Batch with ``--val_dataset``, conversation on a terminal, else one answer for each line of the input."""
+    gc.disable()  # until the model is there: millions of objects are made that stay
     resolved = resolve("infer", argv)
     if resolved.config.data.val_dataset:
         infer(resolved)
@@ -68,6 +70,7 @@ def _answer_rows(
 
     (task,) = read_tasks(resolved, task_specs(resolved), answers=True)
     generator = load_generator(resolved, context, losses=task.needs("loss") or task.needs("choice"))
+    _collect_again()
     if context.run is not None and not task.fixed_length:
         limited(task, generator.tokenizer)
     seed = resolved.config.training.seed if task.options.temperature > 0 else None
@@ -79,6 +82,11 @@ def _answer_rows(
         generator.engine.close()
     summary = {**summarize(results, task.evaluators), "max_new_tokens": task.options.max_new_tokens}
     return summary, task.questions.bad
+
+
+def _collect_again() -> None:
+    gc.freeze()  # what is loaded by now stays and need not be searched for garbage
+    gc.enable()
 
 
 def _go_on(path: Path) -> str:
@@ -108,6 +116,7 @@ def _value_rows(
     )
     set_threads(resolved)
     bundle = load_context(context, resolved)
+    _collect_again()
     core = EmbeddedCore(bundle, engine, task=context.task_options)
     with AnswerProgress(_go_on(path), len(rows)) as progress:
         results = value_texts(
@@ -137,6 +146,7 @@ def _chat(resolved: Resolved) -> None:
     context = find_context(resolved)
     _say_note(context)
     generator = load_generator(resolved, context)
+    _collect_again()
 
     from swift.inference.chat import Chat
 

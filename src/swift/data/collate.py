@@ -35,6 +35,8 @@ class Batch:
         target_counts: of such a task, how many targets each sequence has.
         reference: [sequences] float32, log-probabilities of the answers under a reference, where they are known.
         mismatched: the questions with answers to other ones (KTO).
+        document_continues: for each document whether its tokens also see all of the last document that does not
+            continue another: one prompt for several answers. None: none does.
         temperature: log-probabilities are those of logits divided by it.
     """
 
@@ -52,6 +54,7 @@ class Batch:
     target_counts: list[int] | None = None
     reference: torch.Tensor | None = None
     mismatched: Batch | None = None
+    document_continues: list[list[bool]] | None = None
     temperature: float = 1.0
 
     def to(self, device: torch.device | str) -> Batch:
@@ -94,4 +97,5 @@ def batch_of(layout: Layout) -> Batch:
         target_counts=layout.target_counts,
         reference=None if layout.reference is None else torch.from_numpy(layout.reference),
         mismatched=None if layout.mismatched is None else batch_of(layout.mismatched),
+        document_continues=layout.document_continues,
     )

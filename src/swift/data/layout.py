@@ -36,6 +36,7 @@ class Layout:
     target_counts: list[int] | None = None
     reference: np.ndarray | None = None
     mismatched: Layout | None = None
+    document_continues: list[list[bool]] | None = None
 
 
 def lay_out(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int) -> Layout:
@@ -108,41 +109,83 @@ def _lay_out_groups(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_tok
     return layout
 
 
-def lay_out_sequences(rows: list[list[Sequence]], mode: Mode, pad_token_id: int) -> Layout:
-    """Padded: a line for each sequence; else the sequences of a row one after another."""
+Document = tuple[np.ndarray, np.ndarray, int, bool]
+"""Ids and targets [t], the position of the first token, and whether it continues the last document that does not."""
+
+_SHORTEST_SHARED = 8
+"""Tokens that are worth a document of their own."""
+
+
+def lay_out_sequences(
+    rows: list[list[Sequence]], mode: Mode, pad_token_id: int, *, share: bool = False
+) -> Layout:
+    """Padded: a line for each sequence; else the sequences of a row one after another.
+
+    With ``share`` the beginning that neighbours have in common is there once, as a document without targets that the
+    rest of each of them continues: a prompt is computed once for all of its answers.
+    """
     lines = [[sequence] for row in rows for sequence in row] if mode == "padded" else rows
     lines = lines or [[]]
-    used = [sum(len(ids) for ids, _ in line) for line in lines]
+    branches = share and mode != "padded"
+    documents = [_branches(line) if branches else [(*one, 0, False) for one in line] for line in lines]
+    used = [sum(len(document[0]) for document in line) for line in documents]
     shape = (len(lines), max(*used, 1))
     ids = np.full(shape, pad_token_id, np.int64)
     targets = np.full(shape, IGNORE, np.int64)
     positions = np.empty(shape, np.int64)
-    documents: list[list[int]] = []
-    for number, line in enumerate(lines):
-        padding = shape[1] - used[number]
-        lengths = [len(tokens) for tokens, _ in line]
-        if line:
-            ids[number, : used[number]] = np.concatenate([tokens for tokens, _ in line])
-            targets[number, : used[number]] = np.concatenate([wanted for _, wanted in line])
-        if mode == "padded":
-            positions[number] = np.arange(shape[1])
-        else:
-            lengths += [padding] if padding else []
-            positions[number] = np.concatenate([np.arange(length) for length in lengths])
-        documents.append(lengths)
+    for number, line in enumerate(documents):
+        if used[number] < shape[1] and mode != "padded":
+            rest = np.full(shape[1] - used[number], pad_token_id)
+            line.append((rest, np.full(len(rest), IGNORE), 0, False))
+        end = 0
+        for tokens, wanted, first, _ in line:
+            start, end = end, end + len(tokens)
+            ids[number, start:end], targets[number, start:end] = tokens, wanted
+            positions[number, start:end] = np.arange(first, first + len(tokens))
+        positions[number, end:] = np.arange(end, shape[1])
+    continues = [[goes_on for *_, goes_on in line] for line in documents]
     counts = [int(np.count_nonzero(wanted != IGNORE)) for line in lines for _, wanted in line]
     return Layout(
         input_ids=ids,
         position_ids=positions,
         targets=targets,
         weights=None,
-        document_lengths=None if mode == "padded" else documents,
-        num_tokens=sum(used),
+        document_lengths=None if mode == "padded" else [[len(one[0]) for one in line] for line in documents],
+        num_tokens=sum(len(tokens) for line in lines for tokens, _ in line),
         num_targets=sum(counts),
         sample_ids=[],
         samples_per_row=[],
         target_counts=counts,
+        document_continues=continues if any(map(any, continues)) else None,
     )
+
+
+def _branches(line: list[Sequence]) -> list[Document]:
+    """Sequences as documents, in their order: where neighbours begin alike, the beginning and what follows it."""
+    documents: list[Document] = []
+    start = 0
+    while start < len(line):
+        end, shared = start + 1, 0
+        while end < len(line):
+            found = _shared_tokens(line[start], line[end])
+            if found < _SHORTEST_SHARED or (shared and found != shared):
+                break
+            end, shared = end + 1, found
+        if shared:
+            ids, targets = line[start]
+            documents.append((ids[:shared], targets[:shared], 0, False))
+        documents += [
+            (ids[shared:], targets[shared:], shared, shared > 0) for ids, targets in line[start:end]
+        ]
+        start = end
+    return documents
+
+
+def _shared_tokens(one: Sequence, other: Sequence) -> int:
+    """How many tokens two sequences begin with that are the same and have no target; of each at least one is left."""
+    size = min(len(one[0]), len(other[0])) - 1
+    same = (one[0][:size] == other[0][:size]) & (one[1][:size] == IGNORE) & (other[1][:size] == IGNORE)
+    return size if same.all() else int(same.argmin())
 
 
 def _mismatch(rows: list[list[Sequence]]) -> list[list[Sequence]]:

@@ -16,6 +16,7 @@ from swift.evaluate.results import RESULTS, SAMPLES, row_metrics
 from swift.evaluate.statistics import Interval, bootstrap, is_number
 from swift.experiments.home import Home
 from swift.experiments.progress import read_json
+from swift.experiments.serving import SERVING
 from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec
 from swift.runs.folder import RunFolder
 from swift.runs.metrics import read_metrics
@@ -170,10 +171,11 @@ def read_outcome(jobs: Sequence[Job], home: Home | None, now: float) -> Outcome:
     """
     main = next((job for job in jobs if job.spec.name == job.spec.experiment), jobs[0])
     spec = main.spec
+    measured = [job for job in jobs if job is main or job.spec.command not in SERVING]  # a server adds no figure
     outcome = Outcome(
         spec.experiment, main.group, main.id or None, main.state, main.reason, spec.command, spec.run_dir,
         parameters=dict(spec.parameters), options=dict(spec.options), explicit=set(spec.options),
-        finished=all(job.state in FINISHED for job in jobs), attempts=main.attempt,
+        finished=all(job.state in FINISHED for job in measured), attempts=main.attempt,
         estimated_memory_bytes=spec.estimate.get("memory_bytes"), total_steps=spec.estimate.get("steps"),
     )  # fmt: skip
     for job in jobs:

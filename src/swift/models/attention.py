@@ -67,6 +67,7 @@ def varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     document_lengths: Sequence[Sequence[int]] | None = None,
+    document_continues: Sequence[Sequence[bool]] | None = None,
     is_causal: bool | None = None,
     context: Any = None,
     **kwargs: Any,
@@ -79,6 +80,8 @@ def varlen_attention(
         value: as key.
         sliding_window: a token sees itself and at most ``sliding_window - 1`` tokens before it.
         document_lengths: for each row the lengths of its documents, which fill the row.
+        document_continues: for each of them whether it continues the last one that does not: its tokens see all of
+            that one, and of their own document what comes before them.
         context: what computes attention over tokens that are spread over ranks (``parallel/sequence/context.py``);
             it knows the documents.
 
@@ -112,30 +115,35 @@ def varlen_attention(
     attend = partial(_documents, dropout=dropout, scaling=scaling, window=sliding_window)
     size = getattr(module, SHIFTED_GROUPS, 0) if module.training else 0
     if size:
+        if document_continues is not None:
+            raise ValueError("shifted sparse attention cannot share the beginning of documents")
         lengths = document_lengths or [[query.shape[2]]] * query.shape[0]
         return _shifted(attend, (query, key, value), lengths, size), None
     if document_lengths is None:
         return _causal(query, key, value, dropout, scaling, sliding_window).transpose(1, 2), None
-    return attend((query, key, value), document_lengths), None
+    return attend((query, key, value), document_lengths, document_continues), None
 
 
 def _documents(
     parts: Sequence[Tensor],
     document_lengths: Sequence[Sequence[int]],
+    document_continues: Sequence[Sequence[bool]] | None = None,
     *,
     dropout: float,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
     """Query, key and value of packed rows, each document on its own: [rows, width, heads, channels]."""
-    kernel = _usable_kernel(parts[0], parts[2], dropout)
+    kernel = _usable_kernel(parts[0], parts[2], dropout, document_continues is not None)
     if kernel is not None:
-        all_lengths = tuple(length for row in document_lengths for length in row)
-        return _call_kernel(kernel, parts, all_lengths, scaling, window)
-    rows = [
-        _row([part[None] for part in row], list(lengths), dropout, scaling, window)
-        for *row, lengths in zip(*parts, document_lengths, strict=True)
-    ]
+        return _call_kernel(kernel, parts, document_lengths, document_continues, scaling, window)
+    query, key, value = parts
+    if all(list(lengths) == [query.shape[2]] for lengths in document_lengths):  # a document fills each row
+        return _causal(query, key, value, dropout, scaling, window).transpose(1, 2)
+    rows = []
+    for number, (lengths, *row) in enumerate(zip(document_lengths, *parts, strict=True)):
+        continues = None if document_continues is None else document_continues[number]
+        rows.append(_row([part[None] for part in row], list(lengths), continues, dropout, scaling, window))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
@@ -187,60 +195,86 @@ def _varlen_mask(
 
 
 def _row(
-    row: Sequence[Tensor], lengths: list[int], dropout: float, scaling: float | None, window: int | None
+    row: Sequence[Tensor],
+    lengths: list[int],
+    continues: Sequence[bool] | None,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """One row (query, key, value), document by document: [1, width, heads, channels].
 
     Splitting (instead of slicing) keeps the backward pass linear in the width.
     """
-    documents = zip(*(part.split(lengths, 2) for part in row), strict=True)
+    queries, keys, values = (part.split(lengths, 2) for part in row)
+    if continues is not None:
+        keys, values = _with_roots(keys, continues, 2), _with_roots(values, continues, 2)
+    documents = zip(queries, keys, values, strict=True)
     outputs = [_causal(q, k, v, dropout, scaling, window).transpose(1, 2) for q, k, v in documents]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _with_roots(documents: Sequence[Tensor], continues: Sequence[bool], dim: int) -> list[Tensor]:
+    """Each document behind the one it continues."""
+    found: list[Tensor] = []
+    root: Tensor | None = None
+    for document, goes_on in zip(documents, continues, strict=True):
+        if goes_on and root is not None:
+            found.append(torch.cat([root, document], dim))
+        else:
+            root = document
+            found.append(document)
+    return found
 
 
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Causal attention, windowed where the document is longer than the window: [rows, heads, width,
-    channels].
+    """Causal attention, windowed where the document is longer than the window: [rows, heads, width, channels].
+
+    Keys may begin before the queries: the last query is the last key's.
     """
-    width = query.shape[2]
+    width, num_keys = query.shape[2], key.shape[2]
     # Measured on CPU, forward and backward: enable_gqa beats repeating the heads by 2-20 %.
     shared: dict[str, Any] = {
         "dropout_p": dropout,
         "scale": scaling,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
-    if window is None or width <= window:
+    if width == num_keys and (window is None or width <= window):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **shared)
     outputs = []
-    for start in range(0, width, window):
-        end, first = min(start + window, width), max(0, start - window + 1)
-        here = torch.arange(start, end, device=query.device)[:, None]
-        there = torch.arange(first, end, device=query.device)[None]
-        mask = (there <= here) & (there > here - window)
+    before, piece = num_keys - width, window or width
+    for start in range(0, width, piece):
+        end = min(start + piece, width)
+        first = max(0, before + start - window + 1) if window else 0
+        here = torch.arange(before + start, before + end, device=query.device)[:, None]
+        there = torch.arange(first, before + end, device=query.device)[None]
+        mask = there <= here if window is None else (there <= here) & (there > here - window)
+        part = slice(first, before + end)
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], attn_mask=mask, **shared
+                query[:, :, start:end], key[:, :, part], value[:, :, part], attn_mask=mask, **shared
             )
         )
-    return torch.cat(outputs, 2)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
 # -- CUDA ---------------------------------------------------------------------------------------------------
 
 
 Kernel = Callable[..., Tensor]
-"""(query, key, value, ends, longest, scale, window) -> output; tensors [tokens, heads, channels]."""
+"""(query, key, value, ends, longest, scale, window) -> output; tensors [tokens, heads, channels], ``ends`` and
+``longest`` are pairs: of queries, of keys. The last query of a document is its last key's."""
 
 
-def _usable_kernel(query: Tensor, value: Tensor, dropout: float) -> Kernel | None:
+def _usable_kernel(query: Tensor, value: Tensor, dropout: float, branches: bool) -> Kernel | None:
     """For CUDA, half precision, no dropout, equal head sizes of at most 256 channels; else None."""
     channels = query.shape[-1]
     fits = channels == value.shape[-1] and channels <= 256 and channels % 8 == 0
     if not query.is_cuda or not fits or dropout or query.dtype not in (torch.float16, torch.bfloat16):
         return None
-    return _kernel(query.device.index, query.dtype)
+    return _kernel(query.device.index, query.dtype, branches)
 
 
 def _torch_kernel() -> Kernel | None:
@@ -257,8 +291,8 @@ def _torch_kernel() -> Kernel | None:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        ends: Tensor,
-        longest: int,
+        ends: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
         scale: float | None,
         window: tuple[int, int],
     ) -> Tensor:
@@ -269,7 +303,7 @@ def _torch_kernel() -> Kernel | None:
             else:
                 times = query.shape[1] // key.shape[1]
                 key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-        output = varlen_attn(query, key, value, ends, ends, longest, longest, **options)
+        output = varlen_attn(query, key, value, *ends, *longest, **options)
         assert isinstance(output, Tensor)  # A tuple only where extra outputs are asked for.
         return output
 
@@ -286,8 +320,8 @@ def _flash_kernel() -> Kernel | None:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        ends: Tensor,
-        longest: int,
+        ends: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
         scale: float | None,
         window: tuple[int, int],
     ) -> Tensor:
@@ -295,10 +329,8 @@ def _flash_kernel() -> Kernel | None:
             query,
             key,
             value,
-            ends,
-            ends,
-            longest,
-            longest,
+            *ends,
+            *longest,
             softmax_scale=scale,
             causal=True,
             window_size=window,
@@ -308,11 +340,10 @@ def _flash_kernel() -> Kernel | None:
 
 
 @lru_cache(maxsize=16)
-def _kernel(device: int, dtype: torch.dtype) -> Kernel | None:
-    """The first kernel that gives what the loop gives on a small case (grouped heads, two documents,
-    gradient).
-    """
+def _kernel(device: int, dtype: torch.dtype, branches: bool) -> Kernel | None:
+    """The first kernel that gives what the loop gives on a small case (grouped heads, documents, gradient)."""
     generator = torch.Generator(device="cpu").manual_seed(0)
+    lengths, continues = [[16, 20, 12]], [[False, branches, branches]] if branches else None
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
         sizes = ((1, 4, 48, 64), (1, 2, 48, 64), (1, 2, 48, 64))
         tensors = [torch.randn(size, generator=generator).to(f"cuda:{device}", dtype) for size in sizes]
@@ -321,12 +352,12 @@ def _kernel(device: int, dtype: torch.dtype) -> Kernel | None:
                 continue
             try:
                 ours = [tensor.clone().requires_grad_() for tensor in tensors]
-                output = _call_kernel(kernel, ours, (16, 32), None, None)
+                output = _call_kernel(kernel, ours, lengths, continues, None, None)
                 gradients = torch.autograd.grad(output.float().square().sum(), ours)
             except (RuntimeError, TypeError, ValueError, NotImplementedError):
                 continue  # Not built for this device: the next one, or the loop.
             theirs = [tensor.clone().requires_grad_() for tensor in tensors]
-            expected = _row(theirs, [16, 32], 0.0, None, None)
+            expected = _row(theirs, lengths[0], None if continues is None else continues[0], 0.0, None, None)
             wanted = torch.autograd.grad(expected.float().square().sum(), theirs)
             pairs = zip((output, *gradients), (expected, *wanted), strict=True)
             if all(torch.allclose(one.float(), other.float(), atol=0.1, rtol=0.05) for one, other in pairs):
@@ -337,15 +368,27 @@ def _kernel(device: int, dtype: torch.dtype) -> Kernel | None:
 def _call_kernel(
     kernel: Kernel,
     parts: Sequence[Tensor],
-    lengths: tuple[int, ...],
+    document_lengths: Sequence[Sequence[int]],
+    document_continues: Sequence[Sequence[bool]] | None,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
     """All documents of all rows in one call: [rows, width, heads, channels]."""
     rows, heads, width, channels = parts[0].shape
     query, key, value = (part.transpose(1, 2).reshape(rows * width, -1, channels) for part in parts)
-    ends, span = _ends(lengths, query.device), (-1 if window is None else window - 1, 0)
-    output = kernel(query, key, value, ends, max(lengths), scaling, span)
+    lengths = tuple(length for row in document_lengths for length in row)
+    key_lengths = lengths
+    if document_continues is not None:
+        continues = [goes_on for row in document_continues for goes_on in row]
+        keys = _with_roots(key.split(lengths), continues, 0)
+        key_lengths = tuple(len(one) for one in keys)
+        key, value = torch.cat(keys), torch.cat(_with_roots(value.split(lengths), continues, 0))
+    ends, longest = (
+        (_ends(lengths, query.device), _ends(key_lengths, query.device)),
+        (max(lengths), max(key_lengths)),
+    )
+    span = (-1 if window is None else window - 1, 0)
+    output = kernel(query, key, value, ends, longest, scaling, span)
     return output.reshape(rows, width, heads, channels)
 
 

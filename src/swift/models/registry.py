@@ -146,7 +146,8 @@ class ModelSource:
 @functools.cache
 def model_entries() -> dict[str, ModelEntry]:
     """Short name -> entry, in the order of the table; aliases left out."""
-    table = yaml.safe_load(Path(__file__).with_name("registry.yaml").read_text(encoding="utf-8"))
+    text = Path(__file__).with_name("registry.yaml").read_text(encoding="utf-8")
+    table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     aliases: dict[str, dict[str, str | None]] = {}
     for alias, target in table["aliases"].items():
         name, note = (target, None) if isinstance(target, str) else (target["to"], target["note"])

@@ -291,6 +291,8 @@ class NativeEngine:
             inputs["context"] = attention
         elif batch.document_lengths is not None and self._takes_lengths:
             inputs["document_lengths"] = batch.document_lengths
+            if batch.document_continues is not None:
+                inputs["document_continues"] = batch.document_continues
         return inputs
 
     def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> Any:

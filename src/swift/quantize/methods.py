@@ -15,13 +15,16 @@ from swift.config.export_rules import METHODS
 from swift.config.sections.quantization import QuantizationSection
 from swift.core.errors import ConfigError, ModelError
 from swift.core.files import atomic_write_json
+from swift.models.facts import ModelFacts
 from swift.models.load import load_model
 from swift.toolchains.toolchain import Toolchain
 
-__all__ = ["Job", "check_for_vllm", "is_kept", "quantise", "run_worker"]
+__all__ = ["Job", "blocks_of", "check_for_vllm", "is_kept", "quantise", "run_worker"]
 
 DEADLINE_SECONDS = 48 * 3600.0
 """A model of 70 billion parameters takes hours; what takes longer than this hangs."""
+AWQ_BLOCK = 512
+"""Tokens of a calibration text of AWQ (github.com/mit-han-lab/llm-awq, calib_data.py)."""
 _WORKERS = Path(__file__).with_name("workers")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
@@ -94,6 +97,23 @@ def _bitsandbytes(job: Job, output: Path) -> dict[str, Any]:
     return {}
 
 
+def blocks_of(rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """The rows behind one another, cut into pieces of one length; what is left over is dropped (all of it stays when
+    it is less than one piece)."""
+    ids = [token for row in rows for token in row]
+    whole = len(ids) - len(ids) % length or len(ids)
+    return [ids[start : start + length] for start in range(0, whole, length)]
+
+
+def _calibration(job: Job) -> list[list[int]]:
+    """For AWQ, pieces of one length, as its authors calibrate: gptqmodel searches AWQ's scales and clips on the last
+    batch alone when batches differ in length."""
+    if job.method != "awq":
+        return [list(row) for row in job.rows]
+    context = ModelFacts.read(job.source).max_position_embeddings
+    return blocks_of(job.rows, min(AWQ_BLOCK, context or AWQ_BLOCK))
+
+
 def _gptqmodel(job: Job, output: Path) -> dict[str, Any]:
     done = run_worker(
         job,
@@ -107,7 +127,7 @@ def _gptqmodel(job: Job, output: Path) -> dict[str, Any]:
             "dtype": "float16" if job.method == "awq" and job.dtype == "float32" else job.dtype,
             "bits": job.section.quant_bits,
             "group_size": job.group_size,
-            "rows": [list(row) for row in job.rows],
+            "rows": _calibration(job),
             "batch_size": job.batch_size,
             "exclude": [name for name in job.kept if not name.endswith("lm_head")],
             "lm_head": job.lm_head,

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swift.data.batching import Mode
 from swift.objectives.policy.corrections import entropy_threshold
 from swift.objectives.policy.objective import PolicyTensors
 from swift.rl.settings import PolicySettings
-from swift.rl.trajectory import RolloutBatch, Trajectory, rollout_batch
+from swift.rl.trajectory import AnswerLayout, RolloutBatch, Trajectory, rollout_batch
 
 __all__ = ["RolloutBuffer", "micro_batches"]
 
@@ -22,7 +21,7 @@ class RolloutBuffer:
 
     Args:
         trajectories: with advantages; whole groups, in order.
-        mode: how the answers of a micro-batch are laid out.
+        layout: of the answers of a micro-batch.
         used: optimizer steps already made of it.
     """
 
@@ -30,14 +29,12 @@ class RolloutBuffer:
         self,
         trajectories: Sequence[Trajectory],
         settings: PolicySettings,
-        mode: Mode,
+        layout: AnswerLayout,
         *,
-        pad_token_id: int,
-        temperature: float,
         used: int = 0,
     ) -> None:
-        self.trajectories, self.settings, self.mode = list(trajectories), settings, mode
-        self.pad_token_id, self.temperature, self.used = pad_token_id, temperature, used
+        self.trajectories, self.settings, self.layout = list(trajectories), settings, layout
+        self.used = used
 
     @property
     def is_used_up(self) -> bool:
@@ -58,7 +55,7 @@ class RolloutBuffer:
     @property
     def _sorts(self) -> bool:
         """Answers of like length into one micro-batch, where rows are padded; never where groups must stay whole."""
-        return self.mode == "padded" and self.settings.algorithm.aggregation not in (
+        return self.layout.mode == "padded" and self.settings.algorithm.aggregation not in (
             "group_mean",
             "micro_batch_mean",
         )
@@ -73,7 +70,7 @@ class RolloutBuffer:
         return entropy_threshold(kept, torch.ones_like(kept), quantile)
 
     def _batch(self, part: list[Trajectory], threshold: float | None) -> RolloutBatch:
-        batch = rollout_batch(part, self.mode, pad_token_id=self.pad_token_id, temperature=self.temperature)
+        batch = rollout_batch(part, self.layout)
         width = max((one.num_learned for one in part), default=0)
         is_wide = any(one.advantage is not None and len(one.advantage) > 1 for one in part)
         used = torch.tensor([one.is_used for one in part], dtype=torch.bool)

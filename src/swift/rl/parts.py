@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
 from swift.core.logging import get_logger
+from swift.data.batching import Mode
 from swift.data.mode import batch_mode
+from swift.models.attention import VARLEN
 from swift.objectives.policy.objective import PolicyObjective
 from swift.parallel.answers import PolicyEngine
 from swift.rl.evaluation import RewardEvaluator
@@ -25,6 +28,7 @@ from swift.rl.rewards import Rewards
 from swift.rl.sampler import EmbeddedSampler
 from swift.rl.settings import PolicySettings
 from swift.rl.source import RolloutSource
+from swift.rl.trajectory import AnswerLayout
 from swift.runs.folder import RunFolder
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback, RunView
@@ -96,7 +100,12 @@ def policy_parts(
         status=status,
         folder=folder.path,
         steps_per_epoch=prepared.plan.steps_per_epoch,
-        mode=mode,
+        layout=AnswerLayout(
+            mode,
+            share_prompts=_shares_prompts(resolved, engine.model, mode),
+            pad_token_id=prepared.template.tokenizer.pad_token_id,
+            temperature=config.generation.temperature,
+        ),
     )
     closing.callback(source.close)
     _remove_later(folder.path, source.updates)
@@ -105,6 +114,23 @@ def policy_parts(
         evaluator = RewardEvaluator(data.validation, config.data, sampler, rewards)
     objective = PolicyObjective(settings.algorithm, config.generation.max_new_tokens)
     return _Parts(objective, source, evaluator, [_Measured(source)], source.save)
+
+
+def _shares_prompts(resolved: Resolved, model: Any, mode: Mode) -> bool:
+    """Whether a prompt may be computed once for its answers: our attention can, but for shifted groups."""
+    if not resolved.config.policy.share_prompts:
+        return False
+    takes = model.config._attn_implementation == VARLEN and not resolved.config.tuner.longlora_group_size
+    if mode != "padded" and takes:
+        return True
+    if resolved.is_explicit("share_prompts"):
+        raise ConfigError(
+            "answers cannot share the computation of their prompt here",
+            where="--share_prompts true",
+            why="rows are padded" if mode == "padded" else "the attention in use does not know how",
+            fix="leave it out, or --padding_free true with --attn_impl auto",
+        )
+    return False
 
 
 def _without_dropout(model: nn.Module) -> int:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from swift.core.errors import SwiftError
-from swift.data.batching import Mode
 from swift.objectives.policy.divergence import k1, k3, kl_in_reward
 from swift.objectives.policy.estimators import advantages
 from swift.objectives.policy.shaping import without_signal
@@ -32,7 +31,7 @@ from swift.rl.reward_functions import RewardBatch
 from swift.rl.rewards import Rewards
 from swift.rl.sampler import Sampler, SamplingJob
 from swift.rl.settings import PolicySettings
-from swift.rl.trajectory import RolloutBatch, Trajectory, request_seed, rollout_batch
+from swift.rl.trajectory import AnswerLayout, RolloutBatch, Trajectory, request_seed, rollout_batch
 from swift.runs.status import StatusFile
 from swift.train.prepare import Prepared
 
@@ -98,7 +97,7 @@ class RolloutSource:
         status: StatusFile,
         folder: Path,
         steps_per_epoch: int,
-        mode: Mode,
+        layout: AnswerLayout,
     ) -> None:
         self.settings, self.prepared, self.engine = settings, prepared, engine
         self.sampler, self.rewards, self.replay, self.expert, self.sync = (
@@ -108,14 +107,13 @@ class RolloutSource:
             expert,
             sync,
         )
-        self.folder, self.steps_per_epoch, self.mode = folder, steps_per_epoch, mode
+        self.folder, self.steps_per_epoch, self.layout = folder, steps_per_epoch, layout
         self.config = prepared.resolved.config
         self.stages = Stages(status)
         self.prompts = Prompts(prepared.data.train, self.config.data)
         self.updates = self.batches_made = 0
         self.measured: dict[str, float] = {}
         self._buffer: RolloutBuffer | None = None
-        self._pad: int = prepared.template.tokenizer.pad_token_id
         if checkpoint := prepared.checkpoint:
             self._load(checkpoint)
 
@@ -176,10 +174,7 @@ class RolloutSource:
     # -- one batch of answers ---------------------------------------------------------------------------------
 
     def _deal(self, trajectories: Sequence[Trajectory], used: int = 0) -> RolloutBuffer:
-        temperature = self.config.generation.temperature
-        return RolloutBuffer(
-            trajectories, self.settings, self.mode, pad_token_id=self._pad, temperature=temperature, used=used
-        )
+        return RolloutBuffer(trajectories, self.settings, self.layout, used=used)
 
     def _collect(self) -> list[Trajectory]:
         """Sample, reward, compare, weigh and record a batch of answers."""
@@ -265,8 +260,7 @@ class RolloutSource:
                 )
 
     def _batch(self, part: list[Trajectory]) -> tuple[RolloutBatch, list[Trajectory]]:
-        temperature = self.config.generation.temperature
-        return rollout_batch(part, self.mode, pad_token_id=self._pad, temperature=temperature), part
+        return rollout_batch(part, self.layout), part
 
     def _read_logprobs(self, chosen: Sequence[Trajectory]) -> None:
         """Old and reference log-probabilities and entropies, where they are needed."""
@@ -279,7 +273,7 @@ class RolloutSource:
         if not (needs_old or needs_entropy or algorithm.beta):
             return
         with self.stages("logprobs"):
-            for chunk in micro_batches(chosen, self.settings.micro_batch, self.mode == "padded"):
+            for chunk in micro_batches(chosen, self.settings.micro_batch, self.layout.mode == "padded"):
                 batch, _ = self._batch(chunk)
                 batch = batch.to(self.engine.device)
                 if needs_old:

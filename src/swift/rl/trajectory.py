@@ -14,7 +14,7 @@ from swift.data.layout import Sequence, lay_out_sequences
 from swift.data.store import IGNORE
 from swift.objectives.policy.objective import ExpertShare, PolicyTensors
 
-__all__ = ["RolloutBatch", "Trajectory", "request_seed", "rollout_batch"]
+__all__ = ["AnswerLayout", "RolloutBatch", "Trajectory", "request_seed", "rollout_batch"]
 
 
 @dataclass
@@ -98,11 +98,26 @@ class RolloutBatch(Batch):
         return replace(moved, policy=None if self.policy is None else self.policy.to(device))
 
 
-def rollout_batch(
-    trajectories: list[Trajectory], mode: Mode, *, pad_token_id: int, temperature: float
-) -> RolloutBatch:
+@dataclass(frozen=True)
+class AnswerLayout:
+    """How the answers of a micro-batch become rows of tokens.
+
+    Attributes:
+        mode: padded, or all of them in one row.
+        share_prompts: in one row, neighbours with the same prompt have it once.
+        pad_token_id: of padded rows.
+        temperature: log-probabilities are those of logits divided by it.
+    """
+
+    mode: Mode
+    share_prompts: bool
+    pad_token_id: int
+    temperature: float
+
+
+def rollout_batch(trajectories: list[Trajectory], layout: AnswerLayout) -> RolloutBatch:
     """Tokens and targets of some answers; ``policy`` is left to the caller."""
     sequences = [one.sequence() for one in trajectories]
-    rows = [[one] for one in sequences] if mode == "padded" else [sequences]
-    batch = batch_of(lay_out_sequences(rows, mode, pad_token_id))
-    return RolloutBatch(**{**vars(batch), "temperature": temperature})
+    rows = [[one] for one in sequences] if layout.mode == "padded" else [sequences]
+    batch = batch_of(lay_out_sequences(rows, layout.mode, layout.pad_token_id, share=layout.share_prompts))
+    return RolloutBatch(**{**vars(batch), "temperature": layout.temperature})

@@ -142,6 +142,9 @@ class PolicySection(Section):
     chord_mu_peak: float | None = option(None, "chord: largest weight; default: 0.9.", ge=0, le=1)
     chord_mu_valley: float | None = option(None, "chord: weight in the end; default: 0.05.", ge=0, le=1)
     save_rollouts: bool = option(True, "Keep all answers in the run folder, rollouts/ (swift rollouts show).")
+    share_prompts: bool = option(
+        True, "Compute a prompt once for all its answers in a micro-batch, where the attention allows it."
+    )
     replay: str | None = option(
         None,
         "Learn from the answers of another run (its folder) instead of sampling; rewards are those logged.",

@@ -31,7 +31,9 @@ def register_slot_attention() -> None:
 
 
 class SlotCache:
-    """Keys and values of each layer, ``[slots, width, heads, channels]``; slots in use are the first ones.
+    """Keys and values of each layer, ``[slots, heads, width, channels]``; slots in use are the first ones.
+
+    In this order products over the first slots and places need no copy.
 
     It grows by doubling while ``slots * width`` stays within ``limit`` tokens, and shrinks to what is needed where it
     would not fit otherwise. Unused places hold finite numbers: they are masked, but 0 times NaN is NaN.
@@ -75,9 +77,9 @@ class SlotCache:
         kept = (min(slots, self.slots), min(width, self.width))
         for index in list(self._layers):
             old = self._layers[index]
-            new = tuple(part.new_zeros(slots, width, *part.shape[2:]) for part in old)
+            new = tuple(part.new_zeros(slots, part.shape[1], width, part.shape[3]) for part in old)
             for target, source in zip(new, old, strict=True):
-                target[: kept[0], : kept[1]] = source[: kept[0], : kept[1]]
+                target[: kept[0], :, : kept[1]] = source[: kept[0], :, : kept[1]]
             self._layers[index] = (new[0], new[1])
             del old
         self.slots, self.width = slots, width
@@ -86,7 +88,7 @@ class SlotCache:
         """Copy the first ``length`` tokens of a slot to another one."""
         for pair in self._layers.values():
             for part in pair:
-                part[target, :length] = part[source, :length]
+                part[target, :, :length] = part[source, :, :length]
 
     def clear(self, slot: int) -> None:
         """Forget a slot whose numbers may not be finite."""
@@ -99,17 +101,17 @@ class SlotCache:
         self._layers.clear()
         self.slots = self.width = 0
 
-    def store(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values ``[T, heads, channels]`` of new tokens to ``places`` (slot * width + position)."""
+    def store(
+        self, layer: int, places: tuple[Tensor, Tensor], key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values ``[T, heads, channels]`` of new tokens to ``places`` (slots and positions)."""
         pair = self._layers.get(layer)
         if pair is None:
-            pair = (
-                key.new_zeros(self.slots, self.width, *key.shape[1:]),
-                value.new_zeros(self.slots, self.width, *value.shape[1:]),
-            )
+            sizes = ((self.slots, new.shape[1], self.width, new.shape[2]) for new in (key, value))
+            pair = (key.new_zeros(next(sizes)), value.new_zeros(next(sizes)))
             self._layers[layer] = pair
         for part, new in zip(pair, (key, value), strict=True):
-            part.view(-1, *part.shape[2:]).index_copy_(0, places, new)
+            part.transpose(1, 2).index_put_(places, new)
         return pair
 
 
@@ -129,7 +131,7 @@ class SlotStep:
 
     Attributes:
         cache: where keys and values are.
-        places: ``[T]`` where those of each token go.
+        places: slots and positions, ``[T]`` each, where those of each token go.
         lengths: ``[B]`` tokens that each of the first B slots has after this forward.
         gather: ``[B]`` the token of each slot's decoding request (any where a slot is not decoding); None when token
             b is that of slot b throughout.
@@ -138,7 +140,7 @@ class SlotStep:
     """
 
     cache: SlotCache
-    places: Tensor
+    places: tuple[Tensor, Tensor]
     lengths: np.ndarray
     gather: Tensor | None = None
     scatter: tuple[Tensor, Tensor] | None = None
@@ -155,7 +157,7 @@ class SlotStep:
         Together costs ``slots * width``; a slot on its own its length and, in tokens, what a call costs.
         """
         if "shares" not in self._shared:
-            call = 150 if self.places.device.type == "cpu" else 4000
+            call = 150 if self.places[0].device.type == "cpu" else 4000
             order = np.argsort(-self.lengths, kind="stable")
             longest = np.append(self.lengths[order], 0)
             own = np.concatenate([[0], np.cumsum(longest[:-1] + call)])
@@ -168,7 +170,7 @@ class SlotStep:
         """``[B, 1, 1, width]``: 0 where a slot's newest token may look, minus infinity elsewhere."""
         key = ("decode", window)
         if key not in self._shared:
-            device = self.places.device
+            device = self.places[0].device
             ends = torch.from_numpy(np.minimum(self.lengths, width)).to(device)[:, None]
             there = torch.arange(width, device=device)
             hidden = there >= ends
@@ -187,7 +189,7 @@ class SlotStep:
             return None
         key = (chunk, window)
         if key not in self._shared:
-            device = self.places.device
+            device = self.places[0].device
             here = torch.arange(chunk.begin, chunk.begin + size, device=device)[:, None]
             there = torch.arange(first, end, device=device)[None]
             seen = there <= here
@@ -237,11 +239,11 @@ def slot_attention(
     for chunk in step.chunks:
         end = chunk.begin + chunk.stop - chunk.start
         first = max(0, chunk.begin - sliding_window + 1) if sliding_window else 0
-        part = slice(chunk.slot, chunk.slot + 1), slice(first, end)
+        part = slice(chunk.slot, chunk.slot + 1), slice(None), slice(first, end)
         output[chunk.start : chunk.stop] = attend.chunk(
             query[:, :, chunk.start : chunk.stop],
-            keys[part].transpose(1, 2),
-            values[part].transpose(1, 2),
+            keys[part],
+            values[part],
             step.chunk_mask(chunk, first, sliding_window),
         )[0].transpose(0, 1)
     return output[None], None
@@ -255,14 +257,12 @@ def _decode(
     output = query.new_empty(*query.shape[:2], values.shape[-1])
     if width:
         mask = step.decode_mask(width, window, query.dtype)
-        part = slice(0, step.num_slots), slice(0, width)
-        output = attend.newest(query, keys[part].transpose(1, 2), values[part].transpose(1, 2), mask)
+        part = slice(0, step.num_slots), slice(None), slice(0, width)
+        output = attend.newest(query, keys[part], values[part], mask)
     for slot in outliers:
         end = int(step.lengths[slot])
-        part = slice(slot, slot + 1), slice(max(0, end - window) if window else 0, end)
-        output[slot : slot + 1] = attend.newest(
-            query[slot : slot + 1], keys[part].transpose(1, 2), values[part].transpose(1, 2), None
-        )
+        part = slice(slot, slot + 1), slice(None), slice(max(0, end - window) if window else 0, end)
+        output[slot : slot + 1] = attend.newest(query[slot : slot + 1], keys[part], values[part], None)
     return output
 
 

@@ -164,9 +164,8 @@ class SlotRunner:
             owners = np.repeat(slots, counts)
         lengths = np.ones(batch.num_slots, np.int64)
         lengths[slots] = np.where(counts == 1, batch.begins + counts, 1)
-        step = SlotStep(
-            self.cache, torch.from_numpy(owners * self.cache.width + positions).to(device), lengths
-        )
+        places = torch.from_numpy(np.stack([owners, positions])).to(device)
+        step = SlotStep(self.cache, (places[0], places[1]), lengths)
         single = counts == 1
         plain = (
             len(slots) == batch.num_slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -75,6 +76,8 @@ def deploy(resolved: Resolved, say: Callable[[str], None]) -> None:
             for name, context in served.adapters.items():
                 assert context.adapter is not None
                 await service.engine.load_adapter(name, context.adapter)
+            gc.freeze()  # what is loaded by now stays and need not be searched for garbage
+            gc.enable()
 
         def ready(url: str) -> None:
             engine = resolved.config.engine

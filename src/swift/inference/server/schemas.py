@@ -31,7 +31,7 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
 
     model: str | None = Field(None, description="A name of /v1/models; none: the first of them.")
     user: str | None = Field(None, description="Changes nothing; accepted because clients send it.")
@@ -48,7 +48,7 @@ class _Ignored(_Body):
 class StreamOptions(BaseModel):
     """What a stream tells beside the answer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -57,7 +57,7 @@ class StreamOptions(BaseModel):
 class StructuredOutputs(BaseModel):
     """vLLM's way to say what an answer must look like; one of them."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, defer_build=True)
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -98,7 +98,7 @@ class Generation(_Ignored):
 class JsonSchema(BaseModel):
     """A named JSON Schema."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, defer_build=True)
 
     name: str | None = None
     description: str | None = None
@@ -109,7 +109,7 @@ class JsonSchema(BaseModel):
 class ResponseFormat(BaseModel):
     """OpenAI's way to say what an answer must look like."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, defer_build=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -118,7 +118,7 @@ class ResponseFormat(BaseModel):
 class Function(BaseModel):
     """A function that the model may call."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     name: str = Field(pattern=r"^[\w.-]{1,128}$")
     description: str | None = None
@@ -149,7 +149,7 @@ class NamedTool(BaseModel):
 class Message(BaseModel):
     """One message; templates may read further keys."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     role: str
     content: str | list[str | dict[str, Any]] | None = None
@@ -159,7 +159,7 @@ class Message(BaseModel):
 class ToolCall(BaseModel):
     """A call in an earlier answer."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     function: CalledFunction
 
@@ -167,7 +167,7 @@ class ToolCall(BaseModel):
 class CalledFunction(BaseModel):
     """Which function was called, and with what."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     name: str
     arguments: str | dict[str, Any] = "{}"
@@ -243,7 +243,7 @@ class DetokenizeRequest(_Body):
 class AdapterPlace(BaseModel):
     """An adapter to load."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     lora_name: str = Field(pattern=r"^[\w.:@/+=-]{1,200}$")
     lora_path: str
@@ -252,6 +252,6 @@ class AdapterPlace(BaseModel):
 class AdapterName(BaseModel):
     """An adapter to take away."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     lora_name: str
