@@ -171,7 +171,9 @@ def read_outcome(jobs: Sequence[Job], home: Home | None, now: float) -> Outcome:
     """
     main = next((job for job in jobs if job.spec.name == job.spec.experiment), jobs[0])
     spec = main.spec
-    measured = [job for job in jobs if job is main or job.spec.command not in SERVING]  # a server adds no figure
+    measured = [
+        job for job in jobs if job is main or job.spec.command not in SERVING
+    ]  # a server adds no figure
     outcome = Outcome(
         spec.experiment, main.group, main.id or None, main.state, main.reason, spec.command, spec.run_dir,
         parameters=dict(spec.parameters), options=dict(spec.options), explicit=set(spec.options),
