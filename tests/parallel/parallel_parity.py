@@ -40,7 +40,7 @@ FAMILIES = {
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def tiny(family="qwen3", dtype=torch.float64, *, lora=False, layers=2, skip=(), **changes):
+def tiny(family="qwen3", dtype=torch.float64, *, lora=False, layers=2, experts="eager", **changes):
     """A model of random weights, the same in every process; with LoRA whose B is not zero."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -62,8 +62,8 @@ def tiny(family="qwen3", dtype=torch.float64, *, lora=False, layers=2, skip=(), 
     }
     config = AutoConfig.for_model(**{**sizes, **FAMILIES.get(family, {"model_type": family}), **changes})
     torch.manual_seed(0)
-    experts = {"experts_implementation": "eager"} if "moe" in family else {}  # the other one has no float64
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN, dtype=dtype, **experts)
+    how = {"experts_implementation": experts} if "moe" in family else {}  # only eager has float64
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN, dtype=dtype, **how)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # biases and norms away from 0 and 1, so that nothing can hide in them
         for parameter in model.parameters():
@@ -78,8 +78,7 @@ def tiny(family="qwen3", dtype=torch.float64, *, lora=False, layers=2, skip=(), 
     if lora:
         linear = [name for name, module in model.named_modules() if is_linear(module) and name != "lm_head"]
         spec = AdapterSpec(rank=4, alpha=8)
-        names = [name for name in linear if not any(part in name for part in skip)]
-        attach_adapter(model, dict.fromkeys(names, spec), dtype=dtype)
+        attach_adapter(model, dict.fromkeys(linear, spec), dtype=dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:

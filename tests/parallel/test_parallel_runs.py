@@ -127,7 +127,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = (
+    "layers and sequence shared",
+    "layers shared, dpo",
+    "sequence shared, dpo",
+    "stages, full",
+    "stages, dpo",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
 def test_two_ranks_report_what_one_process_does(tiny_model_dir, data, tmp_path, monkeypatch, name):
     command, special = CASES[name]
     file = "pairs.jsonl" if command == "rlhf" else "chat.jsonl"
@@ -185,6 +196,90 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(tiny_model_dir, data, tmp
         same(rows_of(target), expected)
         if size == 4:
             assert rows_of(target) == expected, "with the same ranks it is bit-identical"
+
+
+LAYOUTS = {
+    "layers and shards": (4, {"tp_size": 2, "data_parallel_shard_size": 2}),
+    "stages": (2, {"pp_size": 2}),
+    "stages of shared layers": (4, {"pp_size": 2, "tp_size": 2, "sequence_parallel": True}),
+    "sequence": (2, {"context_parallel_size": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_goes_on_in_another_layout(tiny_model_dir, data, tmp_path, monkeypatch, name, tuner):
+    options = {
+        **COMMON,
+        **DRY,
+        "model": str(tiny_model_dir),
+        "dataset": str(data / "chat.jsonl"),
+        "tuner_type": tuner,
+        "learning_rate": 1e-3,
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    size, layout = LAYOUTS[name]
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", str(size))):
+        monkeypatch.setenv(key, value)
+    folder, *_ = pool(size).run(train_on, "sft", {**options, **layout, "output_dir": str(tmp_path / "all")})
+    expected = rows_of(folder)
+    same(rows_of(alone("sft", {**options, "output_dir": str(tmp_path / "one")}, monkeypatch)), expected)
+    others = {"one": (1, {}), "shards": (3, {"fsdp": "full"}), "the same": (size, layout)}
+    for place, (ranks, other) in others.items():
+        for key, value in (("RANK", "0"), ("WORLD_SIZE", str(ranks))):
+            monkeypatch.setenv(key, value)
+        target = tmp_path / f"on {place}"
+        more = {
+            **options,
+            **other,
+            "output_dir": str(tmp_path),
+            "resume_from_checkpoint": _resumed(folder, target),
+        }
+        if ranks == 1:
+            alone("sft", more, monkeypatch)
+        else:
+            pool(ranks).run(train_on, "sft", more)
+        same(rows_of(target), expected)
+    assert rows_of(tmp_path / "on the same") == expected, "with the same ranks it is bit-identical"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"fsdp": "full", "expert_parallel_size": 2},
+        pytest.param({"tp_size": 2, "ep_size": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
+        pytest.param({"pp_size": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_are_shared_saved_and_go_on_in_one_process(data, tmp_path, monkeypatch, layout):
+    from swift.models.tiny import make_tiny_model
+
+    model = make_tiny_model(tmp_path / "moe", architecture="qwen3_moe", texts=[" ".join(WORDS)])
+    options = {
+        **COMMON,
+        "model": str(model),
+        "dataset": str(data / "chat.jsonl"),
+        "tuner_type": "full",
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(key, value)
+    folder, _ = pool(2).run(train_on, "sft", {**options, **layout, "output_dir": str(tmp_path / "two")})
+    same(
+        rows_of(alone("sft", {**options, "output_dir": str(tmp_path / "one")}, monkeypatch)), rows_of(folder)
+    )
+    target = tmp_path / "on"
+    alone(
+        "sft",
+        {**options, "output_dir": str(tmp_path), "resume_from_checkpoint": _resumed(folder, target)},
+        monkeypatch,
+    )
+    same(rows_of(target), rows_of(folder))
 
 
 def test_shards_go_on_from_what_one_process_has_saved(tiny_model_dir, data, tmp_path, monkeypatch):

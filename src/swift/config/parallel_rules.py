@@ -23,9 +23,6 @@ _DATA_SIZES = ("data_parallel_size", "data_parallel_shard_size", "data_parallel_
 
 _FROM_ENVIRONMENT = ("nnodes", "node_rank", "master_addr", "master_port")
 
-NOT_YET = {"expert_parallel_size": "expert parallelism"}
-"""Dimensions that a plan counts and a run does not have yet."""
-
 _SHARDED_OPTIMIZERS = ("adamw", "sgd", "adafactor", "rmsprop", "adagrad", "adamax")
 
 
@@ -87,10 +84,6 @@ def check_parallel(resolved: Resolved, where: Where, planning: bool) -> None:
         )
     _check_sizes(resolved, where)
     _check_engine(resolved, where, refuse)
-    for name, what in NOT_YET.items():
-        if resolved.value(name) > 1:
-            fix = f"leave it out; --data_parallel_shard_size {section.num_processes} spreads the model over as many"
-            refuse(f"{what} comes with a later version", where(resolved, name), fix=fix)
     if section.num_processes > 1:
         _check_training(resolved, where, refuse)
     elif section.offload:

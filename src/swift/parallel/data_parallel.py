@@ -24,13 +24,15 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from swift.core.errors import SwiftError
 from swift.data.collate import Batch
 from swift.models.sharded import local
+from swift.parallel.experts import ExpertParallel
 from swift.parallel.pipeline import Pipeline
-from swift.parallel.sequence.context import ContextParallel, Shard, pad_batch
+from swift.parallel.sequence.context import ContextParallel, pad_batch
+from swift.parallel.sequence.context import Shard as Cut
 from swift.parallel.tensor import TensorParallel
 from swift.parallel.world import World
 
@@ -77,15 +79,17 @@ def shard_model(
     world: World,
     options: ShardOptions,
     stages: Sequence[nn.Module] = (),
+    experts: ExpertParallel | None = None,
 ) -> ShardedRoot:
     """Shard each layer, and what is left, over ``dp_shard`` x ``cp``. Parameters become DTensors.
 
     Adapters must be attached before. Every rank calls this with the same weights, or with meta tensors.
-    ``stages``: of a pipeline; then each of these is a root, and what is returned is none.
+    ``stages``: of a pipeline; then each of these is a root, and what is returned is none. ``experts``: what lies on
+    several ranks already is sharded over those that have the same experts.
     """
     assert world.mesh is not None
-    mesh = world.mesh["dp_shard_cp"]
-    if world.layout.dp_replicate > 1:
+    mesh, copies = world.mesh["dp_shard_cp"], world.layout.dp_replicate > 1
+    if copies:
         mesh = world.mesh["dp_replicate", "dp_shard_cp"]
     pin = options.offload and mesh.device_type != "cpu"
     settings: dict[str, Any] = {
@@ -97,6 +101,17 @@ def shard_model(
         ),
         "offload_policy": CPUOffloadPolicy(pin_memory=pin) if options.offload else OffloadPolicy(),
     }
+    for module in experts.modules if experts else ():
+        assert experts is not None
+        fully_shard(
+            module,
+            **{
+                **settings,
+                "mesh": experts.mesh["dp_replicate", "ep_shard"] if copies else experts.mesh["ep_shard"],
+            },
+            reshard_after_forward=options.reshard_after_forward,
+            shard_placement_fn=lambda parameter: Shard(1),  # there may be fewer experts than ranks
+        )
     for layer in (layer for layer in layers if any(True for _ in layer.parameters())):
         fully_shard(layer, reshard_after_forward=options.reshard_after_forward, **settings)
     root = ShardedRoot(model)
@@ -233,6 +248,7 @@ class Ranks:
         context: ranks that share every row of a batch.
         tensor: ranks that share every layer.
         pipeline: ranks that have the model's stages.
+        experts: ranks that have the model's experts.
     """
 
     def __init__(
@@ -243,15 +259,24 @@ class Ranks:
         context: ContextParallel | None = None,
         tensor: TensorParallel | None = None,
         pipeline: Pipeline | None = None,
+        experts: ExpertParallel | None = None,
     ) -> None:
         assert world.mesh is not None
         self.world, self.parameters = world, parameters
         self.context, self.tensor, self.pipeline = context, tensor, pipeline
         self.root = root if pipeline is None else None  # stages are roots of their own
         # With a root all must be its shards; without one, parameters that ranks of tp share have copies as well.
-        copies = [] if root is not None else list(parameters.values())
-        self._sum = GradientSum(copies, world.mesh["dp_cp"].get_group()) if copies else None
-        check_reduced(parameters, copies)
+        copies = {} if root is not None else dict(parameters)
+        other = [copies.pop(name) for name in sorted(experts.names & copies.keys())] if experts else []
+        self._sums = [
+            GradientSum(list(same), group)
+            for same, group in (
+                (copies.values(), world.mesh["dp_cp"].get_group()),
+                (other, experts.copies if experts else None),
+            )
+            if same and group is not None
+        ]
+        check_reduced(parameters, [*copies.values(), *other])
 
     @property
     def multiple(self) -> int:
@@ -273,13 +298,13 @@ class Ranks:
 
     def before_last(self) -> None:
         """The next backward pass is the last of the step, and nothing is added to its gradients afterwards."""
-        if self._sum is not None:
-            self._sum.arm()
+        for one in self._sums:
+            one.arm()
 
     def finish(self) -> None:
         """All gradients are sums over all ranks now."""
-        if self._sum is not None:
-            self._sum.finish()
+        for one in self._sums:
+            one.finish()
         if self.tensor is not None:
             self.tensor.sum_gradients(self.parameters)
         if self.pipeline is not None:
@@ -295,13 +320,13 @@ class Ranks:
             norm = square.sqrt()
         return norm
 
-    def cut(self, batch: Batch) -> Shard:
+    def cut(self, batch: Batch) -> Cut:
         """What this rank computes of a batch, with the width that it needs."""
         if self.context is not None:
             return self.context.shard(batch, self.multiple)
-        return Shard(pad_batch(batch, self.multiple))
+        return Cut(pad_batch(batch, self.multiple))
 
-    def alike(self, batches: Sequence[Batch]) -> list[Shard]:
+    def alike(self, batches: Sequence[Batch]) -> list[Cut]:
         """`cut` of several batches, which get the same shape."""
         rows = max(batch.input_ids.shape[0] for batch in batches)
         width = max(batch.input_ids.shape[1] for batch in batches)

@@ -12,6 +12,7 @@ from swift.core.errors import ConfigError
 from swift.models.attention import VARLEN
 from swift.parallel.accepted import Decoder, check_dimensions, split_degree
 from swift.parallel.data_parallel import ShardedRoot, ShardOptions, shard_model
+from swift.parallel.experts import ExpertParallel, apply_expert_parallel
 from swift.parallel.pipeline import Pipeline
 from swift.parallel.sequence.context import ContextParallel
 from swift.parallel.tensor import TensorParallel, apply_tensor_parallel
@@ -48,10 +49,13 @@ def distribute(
     decoder = Decoder.of(model.config.to_dict())
     check_dimensions(section, decoder)
     _check_loaded(model, section, split)
+    experts: ExpertParallel | None = None
     tensor: TensorParallel | None = None
     context: ContextParallel | None = None
     pipeline: Pipeline | None = None
     root: ShardedRoot | None = None
+    if layout.ep > 1:
+        experts = apply_expert_parallel(model, layout, mesh.device_type)
     if layout.tp > 1:
         tensor = apply_tensor_parallel(model, mesh["tp"], sequence=section.sequence_parallel)
     if layout.cp > 1:
@@ -65,8 +69,9 @@ def distribute(
         split = split if pipeline.has_last else (split[0], nn.Identity())
     if shards is not None:
         stages = list(pipeline.stages.values()) if pipeline else []
-        root = shard_model(model, decoder_layers(model)[1], world, shards, stages)
-    return Distributed(split, {"root": root, "context": context, "tensor": tensor, "pipeline": pipeline})
+        root = shard_model(model, decoder_layers(model)[1], world, shards, stages, experts)
+    parts = {"root": root, "context": context, "tensor": tensor, "pipeline": pipeline, "experts": experts}
+    return Distributed(split, parts)
 
 
 def _check_loaded(model: Any, section: ParallelSection, split: Split) -> None:

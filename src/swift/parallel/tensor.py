@@ -148,7 +148,9 @@ def _apply_block(
             _border(block, lambda x: gather(x, group), lambda y: keep_own(y, group))
     else:
         state.splits_tokens = True
-        state.partial.update(parameters)
+        # Experts that lie on several ranks get the tokens of all of them.
+        whole = {key for key, parameter in block.named_parameters() if not hasattr(parameter, "placements")}
+        state.partial.update(f"{name}.{key}" for key in whole)
         if not state.sequence:
             _border(block, lambda x: keep_own(x, group), lambda y: gather(y, group))
 
