@@ -51,6 +51,12 @@ class ShardedRoot(nn.Module):
     def forward(self, compute: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
         return compute(*args)
 
+    def free(self) -> None:
+        """Let go of all gathered weights."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
 
 @dataclass(frozen=True)
 class ShardOptions:
@@ -283,7 +289,7 @@ class Ranks:
             return work(*args)
         result: tuple[Tensor, ...] = self.root(work, *args)
         if not torch.is_grad_enabled():
-            self.root.reshard()  # type: ignore[operator]  # no backward pass will do so
+            self.root.free()  # no backward pass will do so
         return result
 
     def number(self, place: int) -> int:
