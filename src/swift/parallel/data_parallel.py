@@ -293,8 +293,12 @@ class Ranks:
         return result
 
     def number(self, place: int) -> int:
-        """The number among all micro-batches of the step of the one that is our number ``place``."""
-        return place * self.world.layout.dp + self.world.data_rank
+        """The number among all micro-batches of the step of the one that is our number ``place``: of its dropout.
+
+        Ranks that have parts of one sequence drop on their own.
+        """
+        number = place * self.world.layout.dp + self.world.data_rank
+        return number if self.context is None else number * self.context.group.size() + self.context.group.rank()
 
     def before_last(self) -> None:
         """The next backward pass is the last of the step, and nothing is added to its gradients afterwards."""
