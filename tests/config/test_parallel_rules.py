@@ -104,7 +104,7 @@ def test_a_started_process_believes_its_launcher(monkeypatch: pytest.MonkeyPatch
             "--dp_size 4 --dp_shard 3",
             "--dp_shard: 1 copies of 3 shards are not 4 data-parallel processes",
         ),
-        ("--dp_size 2 --ep_size 2", "--ep_size: 1 processes that share a copy of the model cannot be split"),
+        ("--dp_size 3 --ep_size 2", "--ep_size: 3 processes that share a copy of the model cannot be split"),
         ("--dp_size 2 --nproc_per_node 4", "--nproc_per_node: 4 processes, but the sizes multiply to 2"),
         ("--deepspeed zero4", "--deepspeed: 'zero4' is no stage of ZeRO"),
         ("--deepspeed none.json", "--deepspeed none.json: there is no such file"),

@@ -39,6 +39,9 @@ def settle_parallel(resolved: Resolved, where: Where, planning: bool) -> None:
     total, shard, copies = (
         resolved.value(name) if resolved.is_explicit(name) else None for name in _DATA_SIZES
     )
+    # Experts take their ranks out of those that share a copy of the model.
+    inside = section.tensor_parallel_size * section.context_parallel_size
+    spread = -(-section.expert_parallel_size // inside)
     if total is None:
         others = section.tensor_parallel_size * section.pipeline_parallel_size * section.context_parallel_size
         if processes is not None and processes % others:
@@ -49,12 +52,12 @@ def settle_parallel(resolved: Resolved, where: Where, planning: bool) -> None:
                 f"{section.context_parallel_size} take {others} at a time",
                 fix=f"{max(1, round(processes / others)) * others} processes, or other sizes",
             )
-        total = processes // others if processes is not None else (shard or 1) * (copies or 1)
+        total = processes // others if processes is not None else (shard or spread) * (copies or 1)
         _set(resolved, "data_parallel_size", total, f"{said_by}: what is left" if processes else "its parts")
     if shard is None:
-        wanted = copies is not None or section.fsdp is not None or zero.stage > 0
+        wanted = copies is not None or section.fsdp is not None or zero.stage > 0 or spread > 1
         shard = max(1, total // (copies or 1)) if wanted else 1
-        _set(resolved, "data_parallel_shard_size", shard, zero.why)
+        _set(resolved, "data_parallel_shard_size", shard, "expert_parallel_size" if spread > 1 else zero.why)
     if copies is None:
         _set(resolved, "data_parallel_replicate_size", max(1, total // shard), "data_parallel_size")
     if not resolved.is_explicit("reshard_after_forward"):
@@ -209,9 +212,12 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
                 fix=f"--data_parallel_shard_size {config.parallel.data_parallel_size}",
             )
         return
-    if tuner.tuner_type not in ("lora", "full"):
+    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora and not tuner.target_parameters
+    if not own:
         refuse(
-            f"{tuner.tuner_type} cannot be sharded",
+            f"{tuner.tuner_type} with use_dora or target_parameters cannot be sharded"
+            if tuner.tuner_type == "lora"
+            else f"{tuner.tuner_type} cannot be sharded",
             where(resolved, "tuner_type"),
             fix="--tuner_type lora or full, or --data_parallel_shard_size 1 (every process has the whole model)",
         )

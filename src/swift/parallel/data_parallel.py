@@ -51,6 +51,12 @@ class ShardedRoot(nn.Module):
     def forward(self, compute: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
         return compute(*args)
 
+    def free(self) -> None:
+        """Let go of all gathered weights."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
 
 @dataclass(frozen=True)
 class ShardOptions:
@@ -283,12 +289,18 @@ class Ranks:
             return work(*args)
         result: tuple[Tensor, ...] = self.root(work, *args)
         if not torch.is_grad_enabled():
-            self.root.reshard()  # type: ignore[operator]  # no backward pass will do so
+            self.root.free()  # no backward pass will do so
         return result
 
     def number(self, place: int) -> int:
-        """The number among all micro-batches of the step of the one that is our number ``place``."""
-        return place * self.world.layout.dp + self.world.data_rank
+        """The number among all micro-batches of the step of the one that is our number ``place``: of its dropout.
+
+        Ranks that have parts of one sequence drop on their own.
+        """
+        number = place * self.world.layout.dp + self.world.data_rank
+        return (
+            number if self.context is None else number * self.context.group.size() + self.context.group.rank()
+        )
 
     def before_last(self) -> None:
         """The next backward pass is the last of the step, and nothing is added to its gradients afterwards."""

@@ -11,6 +11,7 @@ backward pass of the last layer, that of the first layer, and the update. What i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -93,6 +94,9 @@ class Setup:
         device: kind of device.
         model_shares: devices that share the weights (tensor x pipeline parallel).
         sequence_shares: devices that share the activations (tensor x context parallel).
+        shards: devices that share what a device would have of weights, gradients and optimizer (FSDP).
+        keeps_gathered: a layer's gathered weights stay from its forward to its backward pass.
+        states_in_host: shards lie in host memory.
         weights_bytes: frozen weights in memory when some are quantised; None: all in the compute precision.
         unpacked: numbers of the largest quantised layer, which is unpacked for each product.
         optimizer_bytes: what the optimizer keeps; None: AdamW's two numbers for each trained one.
@@ -119,6 +123,9 @@ class Setup:
     device: str = "cpu"
     model_shares: int = 1
     sequence_shares: int = 1
+    shards: int = 1
+    keeps_gathered: bool = False
+    states_in_host: bool = False
     weights_bytes: int | None = None
     unpacked: int = 0
     optimizer_bytes: int | None = None
@@ -145,7 +152,12 @@ class Setup:
     @property
     def has_cast_copies(self) -> bool:
         """Master weights in float32 are cast for every pass (autocast), and the casts live until its backward."""
-        return not self.is_lora and self.trainable_bytes > self.compute_bytes
+        return not self.is_lora and self.trainable_bytes > self.compute_bytes and self.shards == 1
+
+    @property
+    def resting_shares(self) -> float:
+        """By how much weights, gradients and optimizer are divided between passes."""
+        return math.inf if self.states_in_host else self.model_shares * self.shards
 
 
 def kept_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
@@ -220,11 +232,11 @@ HELD: dict[str, Callable[[ModelFacts, Setup], float]] = {
         (setup.weights_bytes if setup.weights_bytes is not None else _frozen(facts, setup) * setup.compute_bytes)
         + setup.adapters.frozen
         + (0 if setup.is_lora else setup.trainable * setup.trainable_bytes)
-    ) / setup.model_shares,
+    ) / setup.resting_shares,
     "adapters": lambda facts, setup: (
-        setup.trainable * setup.trainable_bytes / setup.model_shares if setup.is_lora else 0
+        setup.trainable * setup.trainable_bytes / setup.resting_shares if setup.is_lora else 0
     ),
-    "optimizer": lambda facts, setup: setup.state_bytes / setup.model_shares,
+    "optimizer": lambda facts, setup: setup.state_bytes / setup.resting_shares,
 }  # fmt: skip
 """Part -> bytes that are there during the whole step:
 
@@ -242,7 +254,8 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     """What comes and goes at the moments of a step that can be its peak, by part."""
     b, h = setup.compute_bytes, facts.hidden_size
     tokens = setup.tokens / setup.sequence_shares
-    all_gradients = setup.num_updated * setup.trainable_bytes / setup.model_shares
+    all_gradients = setup.num_updated * setup.trainable_bytes / setup.resting_shares
+    gathered = _gathered(facts, setup)
     earlier = all_gradients if setup.accumulates else 0
     layer = _mean_layer(facts, setup)
     # Ids, targets and positions; rotations; the input of the last norm and its result.
@@ -266,18 +279,34 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     return {
         "loss": {
             "activations": tokens * kept + loss + (0 if is_last_recomputed else once), "logits": logits,
-            "gradients": earlier, "temporary": casts + head["temporary"],
+            "gradients": earlier, "temporary": casts + head["temporary"] + gathered,
         },
         "backward of the last layer": {
             "activations": tokens * (kept + recomputing) + whole_once, "gradients": max(earlier, head["gradients"]),
-            "temporary": late_casts + tokens * in_layer + unpacked,
+            "temporary": late_casts + tokens * in_layer + unpacked + gathered,
         },
         "backward of the first layer": {
             "activations": tokens * (layer + always), "gradients": all_gradients,
-            "temporary": max(tokens * in_layer + unpacked, first_of_full / setup.model_shares),
+            "temporary": max(tokens * in_layer + unpacked, first_of_full / setup.model_shares) + gathered,
         },
-        "update": {"gradients": all_gradients, "temporary": largest_update / setup.model_shares},
+        "update": {"gradients": all_gradients, "temporary": largest_update / setup.model_shares / setup.shards},
     }  # fmt: skip
+
+
+def _gathered(facts: ModelFacts, setup: Setup) -> float:
+    """Of sharded weights what is whole at a time: embeddings and head; of the layers the one at work and the next, or
+    all. In full training the gradients of a layer and of the root are whole too before they are scattered.
+    """
+    if setup.shards == 1:
+        return 0.0
+    stored = min(setup.trainable_bytes, setup.compute_bytes) if not setup.is_lora else setup.compute_bytes
+    outer = sum(size for name, size in facts.parts.items() if name in ("embedding", "head"))
+    layers = facts.num_parameters - outer
+    at_once = layers if setup.keeps_gathered else 2 * layers / facts.num_layers
+    whole = outer + at_once
+    if not setup.is_lora:
+        whole += outer + layers / facts.num_layers
+    return whole * stored / setup.model_shares
 
 
 def _mean_layer(facts: ModelFacts, setup: Setup) -> float:

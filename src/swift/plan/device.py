@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 
-from swift.core.devices import nvidia_memory
+from swift.core.devices import cpu_count, nvidia_memory
 
 __all__ = ["DeviceFacts", "find_device"]
 
@@ -41,5 +41,6 @@ def _find(name: str) -> DeviceFacts:
         if kind == "cuda":
             return DeviceFacts("cuda", 0, None)
     if kind in ("auto", "cpu"):
-        return DeviceFacts("cpu", 1, psutil.virtual_memory().total)
+        # A process for each core: more than that only wait for one another.
+        return DeviceFacts("cpu", cpu_count(), psutil.virtual_memory().total)
     return DeviceFacts(kind, None, None)

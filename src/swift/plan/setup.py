@@ -120,6 +120,12 @@ def make_setup(
         device=device.kind,
         model_shares=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         sequence_shares=parallel.tensor_parallel_size * parallel.context_parallel_size,
+        # FSDP shards over the ranks of a sequence too.
+        shards=parallel.data_parallel_shard_size * parallel.context_parallel_size
+        if parallel.data_parallel_shard_size > 1
+        else 1,
+        keeps_gathered=not parallel.reshard_after_forward,
+        states_in_host=parallel.offload and device.kind != "cpu",
         weights_bytes=frozen_bytes(facts, layers, config.quantization, DTYPE_BYTES[compute])
         if is_lora
         else None,

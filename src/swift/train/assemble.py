@@ -19,6 +19,7 @@ from swift.data.channels import Channels
 from swift.models.classifier import SCORE
 from swift.models.head import split_head
 from swift.models.quantised import stored_weights
+from swift.models.streamed import fill, has_no_weights
 from swift.objectives.base import Objective
 from swift.objectives.sft import SftObjective
 from swift.parallel.engine import ParameterSet
@@ -134,20 +135,31 @@ def make_engine(
     total_steps: int,
     tokenizer: Any,
     world: World | None = None,
+    weights: Path | None = None,
     **options: Any,
 ) -> NativeEngine:
     """The engine of the task, with an optimizer for each parameter set; ``options`` go to the engine.
 
-    With several processes the model is divided here: all its parts have to be there, and have their values.
+    With several processes the model is divided here: all its parts have to be there, and have their values. A model
+    without weights gets them from the folder ``weights`` when it is divided.
     """
     training = resolved.config.training
     make = engine_of(resolved.config, tuned.model, tokenizer)
     divided: dict[str, Any] = {}
     if world is not None and world.size > 1:
         split = options.get("split") or getattr(make, "keywords", {}).get("split", split_head)
-        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            parts = split(tuned.model)  # tries the model, which in parts works as a whole only
-        parts, divided = _divide(tuned, resolved, dtype, world, parts)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+        if weights is not None and has_no_weights(tuned.model):
+            _, divided = _divide(tuned, resolved, dtype, world, None)
+            offloaded = resolved.config.parallel.offload
+            fill(tuned.model, weights, torch.device("cpu") if offloaded else device)
+            with torch.no_grad(), autocast:
+                (parts,) = divided["root"](lambda: (split(tuned.model),))
+                divided["root"].free()
+        else:
+            with autocast:
+                parts = split(tuned.model)  # tries the model, which in parts works as a whole only
+            parts, divided = _divide(tuned, resolved, dtype, world, parts)
         options["split"] = lambda _: parts
     assert training.learning_rate is not None
     warmup = training.warmup_steps

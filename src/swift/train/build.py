@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
 from swift.core.files import free_bytes
@@ -19,6 +21,7 @@ from swift.data.stream import StreamLoader
 from swift.data.tokens import TokenDataset
 from swift.models.liger import apply_liger_kernels
 from swift.models.load import check_vocabulary, load_model
+from swift.models.streamed import empty_model
 from swift.objectives.base import Objective
 from swift.objectives.policy.objective import PolicyObjective
 from swift.objectives.pooled import PooledObjective
@@ -32,6 +35,7 @@ from swift.train.assemble import make_engine, make_objective, tune_model
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.lisa import LisaCallback
 from swift.train.checkpoints import (
+    MASTER_FILE,
     PendingSave,
     checkpoint_bytes,
     load_checkpoint,
@@ -132,6 +136,7 @@ def build(
         total_steps=steps,
         tokenizer=tokenizer,
         world=prepared.world,
+        weights=_weights_folder(prepared),
         **reference,
     )
     if prepared.schedule.mode != "padded":
@@ -274,22 +279,43 @@ def _set_aside(folder: RunFolder, state: TrainState, say: Callable[[str], None])
             folder.mark("best", state.best_step)
 
 
+def _weights_folder(prepared: Prepared) -> Path:
+    """Where the base model's weights are; a full run that goes on takes those of its checkpoint."""
+    resumes_full = prepared.checkpoint is not None and prepared.resolved.config.tuner.trains_whole_model
+    return prepared.checkpoint if resumes_full and prepared.checkpoint else prepared.model_path
+
+
+def _without_weights(prepared: Prepared, folder: Path, dtype: torch.dtype) -> Any:
+    """The model before its weights, when every rank can read its own shards of them later; None when it cannot."""
+    config, layout = prepared.resolved.config, prepared.world.layout
+    plain = config.task.task_type == "causal_lm" and config.rlhf.rlhf_type is None
+    whole = layout.tp * layout.pp > 1 or config.tuner.modules_to_save or config.model.adapters
+    if layout.dp_shard == 1 or not plain or whole or config.model.trust_remote_code:
+        return None
+    if (folder / MASTER_FILE).is_file():  # what one process has saved beside the rounded weights
+        return None
+    return empty_model(folder, dtype=dtype, attention=config.model.attn_impl)
+
+
 def load_weights(prepared: Prepared) -> Any:
     """The base model; a full run that goes on takes the weights of its checkpoint."""
     config = prepared.resolved.config
-    resumes_full = prepared.checkpoint is not None and config.tuner.trains_whole_model
-    folder = prepared.checkpoint if resumes_full and prepared.checkpoint else prepared.model_path
+    folder = _weights_folder(prepared)
     # Full training starts from the exact weights: through the computing precision they would be rounded once.
     dtype = param_dtype(prepared.resolved) if config.tuner.trains_whole_model else prepared.dtype
-    model = load_model(
-        folder,
-        dtype=dtype,
-        device=prepared.device,
-        attention=config.model.attn_impl,
-        trust_remote_code=config.model.trust_remote_code,
-        quantization=config.quantization,
-        head=classifier_head(prepared.resolved),
-    )
+    model = _without_weights(prepared, folder, dtype)
+    if model is None:
+        # Of a model in shards only those go to the device; kernels of a device are tried before it is divided.
+        whole = prepared.world.layout.dp_shard == 1 or config.training.use_liger_kernel
+        model = load_model(
+            folder,
+            dtype=dtype,
+            device=prepared.device if whole else "cpu",
+            attention=config.model.attn_impl,
+            trust_remote_code=config.model.trust_remote_code,
+            quantization=config.quantization,
+            head=classifier_head(prepared.resolved),
+        )
     check_vocabulary(model, prepared.template.tokenizer, folder)
     if config.task.has_score_head:  # transformers finds the last token of a padded row by it
         model.config.pad_token_id = prepared.template.tokenizer.pad_token_id

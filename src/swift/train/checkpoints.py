@@ -29,7 +29,14 @@ from swift.train.weights import Collect, save_gathered
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.peft_format import load_adapter, save_adapter
 
-__all__ = ["PendingSave", "checkpoint_bytes", "load_checkpoint", "read_state", "save_checkpoint"]
+__all__ = [
+    "MASTER_FILE",
+    "PendingSave",
+    "checkpoint_bytes",
+    "load_checkpoint",
+    "read_state",
+    "save_checkpoint",
+]
 
 STATE_FILE = "state.json"
 MASTER_FILE = "master_weights.safetensors"

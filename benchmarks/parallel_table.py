@@ -1,0 +1,70 @@
+"""The table of docs/en/parallelism.md, from the results of the parity tests.
+
+    python benchmarks/parallel_table.py              run tests/parallel (slow ones too) and write the table
+    python benchmarks/parallel_table.py results.xml  write it from a file of `pytest --junitxml`
+
+A row is a test function; its cases are counted, and those that failed are named.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "en" / "parallelism.md"
+BEGIN, END = "<!-- table: benchmarks/parallel_table.py -->", "<!-- end of table -->"
+
+
+def table_of(results: Path) -> str:
+    cases: dict[tuple[str, str], list[tuple[str, bool]]] = defaultdict(list)
+    for case in ElementTree.parse(results).iter("testcase"):
+        if case.find("skipped") is not None:
+            continue
+        name, _, parameters = case.get("name", "").partition("[")
+        file = case.get("classname", "").rpartition(".")[2]
+        passed = case.find("failure") is None and case.find("error") is None
+        cases[file, name].append((parameters.rstrip("]"), passed))
+    lines = ["| test | what it shows | cases passed | cases |", "|---|---|---|---|"]
+    for (file, name), found in cases.items():
+        passed = sum(ok for _, ok in found)
+        listed = "; ".join(label for label, _ in found if label)[:400]
+        failed = [label or name for label, ok in found if not ok]
+        note = f" **failed: {', '.join(failed)}**" if failed else ""
+        shown = name.removeprefix("test_").replace("_", " ")
+        lines.append(
+            f"| `{file.removeprefix('test_')}` | {shown} | {passed} of {len(found)}{note} | {listed} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        text = table_of(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "results.xml"
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "tests/parallel",
+                "-q",
+                "-n",
+                "0",
+                f"--junitxml={file}",
+            ]
+            subprocess.run(command, cwd=ROOT, check=False)
+            text = table_of(file)
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
