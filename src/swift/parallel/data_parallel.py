@@ -298,7 +298,9 @@ class Ranks:
         Ranks that have parts of one sequence drop on their own.
         """
         number = place * self.world.layout.dp + self.world.data_rank
-        return number if self.context is None else number * self.context.group.size() + self.context.group.rank()
+        return (
+            number if self.context is None else number * self.context.group.size() + self.context.group.rank()
+        )
 
     def before_last(self) -> None:
         """The next backward pass is the last of the step, and nothing is added to its gradients afterwards."""

@@ -37,6 +37,7 @@ from swift.runs.metrics import MetricsLog, read_metrics
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.checkpoints import PendingSave
+from swift.train.clock import Clock
 from swift.train.evaluation import Evaluator
 from swift.train.failures import NonFiniteError
 from swift.train.seeds import derived_seed, seed_everything
@@ -167,7 +168,7 @@ class Trainer:
         self._saving: tuple[PendingSave, int, bool] | None = None
         self._last_eval = _last_evaluation(metrics.path)
         self._rates: dict[str, float] = {}
-        self._clock = _Clock()
+        self._clock = Clock()
         self._status_written = 0.0
         self.world = world or World()
         self._stop_asked: str | None = None
@@ -512,29 +513,6 @@ class Trainer:
     def _notify(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)
-
-
-class _Clock:
-    """Time spent in training steps since the last metric line, without evaluations and saves."""
-
-    def __init__(self) -> None:
-        self.steps = self.tokens = 0
-        self._elapsed = 0.0
-        self._since = time.perf_counter()
-
-    def restart(self, *, keep_counts: bool = False) -> None:
-        self._since = time.perf_counter()
-        if not keep_counts:
-            self.steps = self.tokens = 0
-            self._elapsed = 0.0
-
-    def pause(self) -> None:
-        self._elapsed += time.perf_counter() - self._since
-        self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since `restart`, pauses left out."""
-        return self._elapsed + time.perf_counter() - self._since
 
 
 def _last_evaluation(metrics: Path) -> dict[str, float]:
