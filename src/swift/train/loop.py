@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from swift.config.schema import Resolved
 from swift.core.devices import memory_in_use, peak_memory
@@ -40,6 +39,7 @@ from swift.train.checkpoints import PendingSave
 from swift.train.clock import Clock
 from swift.train.evaluation import Evaluator
 from swift.train.failures import NonFiniteError
+from swift.train.pending import PendingStep, over_all
 from swift.train.seeds import derived_seed, seed_everything
 from swift.train.signals import StopSignals
 from swift.train.state import LogWindow, TrainState
@@ -105,19 +105,6 @@ def drive(steps: Generator[Step, StepOutput, T]) -> T:
             return result
 
 
-@dataclass
-class _PendingStep:
-    """Results of a step that still lie on the device, so that the loop need not wait for it."""
-
-    step: int
-    loss_sum: Tensor
-    num_correct: Tensor
-    grad_norm: Tensor
-    target_weight: float
-    num_targets: int
-    groups: Tensor | None = None
-
-
 class Trainer:
     """Runs an objective over batches on an engine.
 
@@ -162,7 +149,7 @@ class Trainer:
         self._metrics = metrics
         self._status = status
         self._device = device
-        self._pending: list[_PendingStep] = []
+        self._pending: list[PendingStep] = []
         self._stop_reason: str | None = None
         self._saved_step = state.step if state.step else None
         self._saving: tuple[PendingSave, int, bool] | None = None
@@ -275,7 +262,7 @@ class Trainer:
         self._clock.tokens += counts.num_tokens
         answers = counts.denominators.num_answers
         self._pending.append(
-            _PendingStep(
+            PendingStep(
                 state.step,
                 output.metrics["loss_sum"],
                 output.metrics["num_correct"],
@@ -328,7 +315,7 @@ class Trainer:
                 for p in self._pending
             ]
         ).tolist()
-        values = self._over_all(values)
+        values = over_all(self.world, self._pending, values)
         window = self.state.window
         for pending, (loss_sum, num_correct, grad_norm) in zip(self._pending, values, strict=True):
             if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
@@ -341,21 +328,6 @@ class Trainer:
                 window.add_groups(self.group_names, pending.groups.tolist())
         self._pending.clear()
         return values[-1][2]
-
-    def _over_all(self, values: list[list[float]]) -> list[list[float]]:
-        """Losses, right answers and groups of the pending steps, of all processes; norms are the same on all."""
-        if self.world.size == 1:
-            return values
-        flat = [value for loss_sum, num_correct, _ in values for value in (loss_sum, num_correct)]
-        groups = [p.groups.double().cpu() for p in self._pending if p.groups is not None]
-        sums = self.world.sums([*flat, *(value for group in groups for value in group.flatten().tolist())])
-        place = len(flat)
-        for pending in self._pending:
-            if pending.groups is not None:
-                size = pending.groups.numel()
-                found = torch.tensor(sums[place : place + size], dtype=torch.float64)
-                pending.groups, place = found.view(pending.groups.shape), place + size
-        return [[sums[2 * at], sums[2 * at + 1], row[2]] for at, row in enumerate(values)]
 
     def _refuse_nonfinite(self, step: int, loss_sum: float, grad_norm: float) -> None:
         if self.config.model.torch_dtype == "float16" and math.isfinite(loss_sum):
