@@ -1,4 +1,4 @@
-"""Time spent in training steps."""
+"""How long training itself takes."""
 
 from __future__ import annotations
 

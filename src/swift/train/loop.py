@@ -3,22 +3,22 @@
 One step: seed, gradients of all micro-batches, clip, update. Everything else (metric lines, evaluation,
 checkpoints, stopping) happens between steps, so a run can end and go on at any step boundary.
 
-The loop is a generator that asks for the gradients of its next step: a run alone has its engine answer (`drive`),
-several runs on one base have theirs computed together (`swift.train.fused`).
+The loop is a generator that asks for the gradients of its next step: a run alone has its engine answer
+(`swift.train.step.drive`), several runs on one base have theirs computed together (`swift.train.fused`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 import torch
+from torch import Tensor
 
 from swift.config.schema import Resolved
 from swift.core.devices import memory_in_use, peak_memory
@@ -32,21 +32,19 @@ from swift.objectives.base import Objective
 from swift.parallel.engine import Engine, StepOutput, count_step
 from swift.parallel.world import World
 from swift.runs.folder import RunFolder
-from swift.runs.metrics import MetricsLog, read_metrics
+from swift.runs.metrics import MetricsLog, last_evaluation
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.checkpoints import PendingSave
 from swift.train.clock import Clock
 from swift.train.evaluation import Evaluator
 from swift.train.failures import NonFiniteError
-from swift.train.pending import PendingStep, over_all
 from swift.train.seeds import derived_seed, seed_everything
 from swift.train.signals import StopSignals
 from swift.train.state import LogWindow, TrainState
+from swift.train.step import Step, drive
 
-__all__ = ["Interrupted", "PolicyLoader", "Step", "StepPlan", "Trainer", "drive"]
-
-T = TypeVar("T")
+__all__ = ["Interrupted", "PolicyLoader", "StepPlan", "Trainer"]
 
 logger = get_logger(__name__)
 
@@ -78,31 +76,17 @@ class PolicyLoader(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step of a run whose gradients are asked for, and who can compute them."""
+@dataclass
+class _PendingStep:
+    """Results of a step that still lie on the device, so that the loop need not wait for it."""
 
-    engine: Engine
-    batches: list[Batch]
-    objective: Objective
-    seed: int
-
-
-def drive(steps: Generator[Step, StepOutput, T]) -> T:
-    """Have every step computed by its own engine; returns what the generator returns."""
-    with contextlib.closing(steps):
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    output = step.engine.forward_backward(step.batches, step.objective, step.seed)
-                except BaseException as error:  # the run itself has to know why it ends
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(output)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+    step: int
+    loss_sum: Tensor
+    num_correct: Tensor
+    grad_norm: Tensor
+    target_weight: float
+    num_targets: int
+    groups: Tensor | None = None
 
 
 class Trainer:
@@ -149,11 +133,11 @@ class Trainer:
         self._metrics = metrics
         self._status = status
         self._device = device
-        self._pending: list[PendingStep] = []
+        self._pending: list[_PendingStep] = []
         self._stop_reason: str | None = None
         self._saved_step = state.step if state.step else None
         self._saving: tuple[PendingSave, int, bool] | None = None
-        self._last_eval = _last_evaluation(metrics.path)
+        self._last_eval = last_evaluation(metrics.path)
         self._rates: dict[str, float] = {}
         self._clock = Clock()
         self._status_written = 0.0
@@ -262,7 +246,7 @@ class Trainer:
         self._clock.tokens += counts.num_tokens
         answers = counts.denominators.num_answers
         self._pending.append(
-            PendingStep(
+            _PendingStep(
                 state.step,
                 output.metrics["loss_sum"],
                 output.metrics["num_correct"],
@@ -315,7 +299,7 @@ class Trainer:
                 for p in self._pending
             ]
         ).tolist()
-        values = over_all(self.world, self._pending, values)
+        values = self._over_all(values)
         window = self.state.window
         for pending, (loss_sum, num_correct, grad_norm) in zip(self._pending, values, strict=True):
             if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
@@ -328,6 +312,21 @@ class Trainer:
                 window.add_groups(self.group_names, pending.groups.tolist())
         self._pending.clear()
         return values[-1][2]
+
+    def _over_all(self, values: list[list[float]]) -> list[list[float]]:
+        """Losses, right answers and groups of the pending steps, of all processes; norms are the same on all."""
+        if self.world.size == 1:
+            return values
+        flat = [value for loss_sum, num_correct, _ in values for value in (loss_sum, num_correct)]
+        groups = [p.groups.double().cpu() for p in self._pending if p.groups is not None]
+        sums = self.world.sums([*flat, *(value for group in groups for value in group.flatten().tolist())])
+        place = len(flat)
+        for pending in self._pending:
+            if pending.groups is not None:
+                size = pending.groups.numel()
+                found = torch.tensor(sums[place : place + size], dtype=torch.float64)
+                pending.groups, place = found.view(pending.groups.shape), place + size
+        return [[sums[2 * at], sums[2 * at + 1], row[2]] for at, row in enumerate(values)]
 
     def _refuse_nonfinite(self, step: int, loss_sum: float, grad_norm: float) -> None:
         if self.config.model.torch_dtype == "float16" and math.isfinite(loss_sum):
@@ -485,15 +484,6 @@ class Trainer:
     def _notify(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)
-
-
-def _last_evaluation(metrics: Path) -> dict[str, float]:
-    """The newest evaluation on file: a resumed run may end before it evaluates again."""
-    for row in reversed(read_metrics(metrics)):
-        found = {key: value for key, value in row.items() if key.startswith("eval_")}
-        if found:
-            return found
-    return {}
 
 
 def _gib(num_bytes: int | None) -> float | None:
