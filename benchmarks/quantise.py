@@ -37,6 +37,7 @@ METHODS = {
 NAMES = {"bnb-4": "bitsandbytes NF4", "bnb-8": "bitsandbytes int8", "gptq-4": "GPTQ, 4 bits", "awq-4": "AWQ, 4 bits",
          "fp8": "FP8 (W8A8, dynamic)", "w8a8": "W8A8 int8"}  # fmt: skip
 GROUP, PARITY_TOKENS, CHUNK, EVERY = 128, 32_768, 1500, 12
+AWQ_ROWS = 32
 FORMS = ("{:.4f}", "{:+.3%}", "{:.2e}", "{:.2%}")
 MODULES = (
     "argparse asyncio.events collections datetime decimal difflib email.message functools inspect json.decoder logging"
@@ -145,6 +146,8 @@ def export(model: Path, folder: Path, name: str) -> dict[str, Any]:
             "--device",
             "cpu",
         ]
+        if method == "awq":  # it computes in float16, which takes a CPU many times as long
+            words += ["--quant_n_samples", AWQ_ROWS]
         run([str(word) for word in words], folder, name)
     if not (output / "parity.json").exists():
         raise SystemExit(f"error: {name} was not exported\n{(folder / f'{name}.log').read_text()[-2000:]}")

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """``swift deploy`` under load, beside ``transformers serve --continuous-batching``, each on one thread and one core.
 
-    python benchmarks/serve_load.py [--rounds 3] [--write]
+    python benchmarks/serve_load.py [--rounds 3] [--ms_swift PYTHON] [--write]
 
 The 6.8M-parameter Qwen3 of make_work.py answers questions of its held-out data, 64 tokens each, as streams, for 32
 clients that ask again as soon as they have their answer. The servers take turns in one run (whoever waits is stopped),
 three times for ours: the base model alone, one request in three for each of three LoRA adapters, and whole answers
 instead of streams. Figures are tokens per CPU second of the server's process, which a busy machine disturbs little;
-ratios are medians of those within a round.
+ratios are medians of those within a round. ``--ms_swift`` names the Python of an environment with ms-swift: its server
+joins in twice, as it comes (one request at a time) and with batches of as many requests as there are clients.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ class Load:
 class Server:
     """A server of its own process on one core; stopped while others are measured."""
 
-    def __init__(self, command: Sequence[str], port: int, log: Path, path: str) -> None:
+    def __init__(
+        self, command: Sequence[str], port: int, log: Path, path: str, *, our_source: bool = True
+    ) -> None:
         command = list(command)
         if shutil.which("taskset"):
             command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *command]
-        env = {**one_thread(), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        env = {**one_thread(), "PYTHONPATH": os.environ.get("PYTHONPATH", "") if our_source else ""}
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # a package that pip installed has its bytecode, too
         self.port, self.log = port, log
         self.popen = subprocess.Popen(command, env=env, stdout=log.open("wb"), stderr=subprocess.STDOUT)
@@ -177,6 +180,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--requests", type=int, default=96, help="in each round")
+    parser.add_argument(
+        "--ms_swift", metavar="PYTHON", help="of an environment with ms-swift: measure its server, too"
+    )
     parser.add_argument("--write", action="store_true", help="write results/serve_load.{md,json}")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -208,13 +214,23 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
         [*python, "swift", "deploy", "--model", str(model), "--port", str(free := free_port())],
         free, scratch / "alone.log", "/health",
     )  # fmt: skip
-    ready = alone.ready_cpu_seconds
     alone.stop()
     peer = Server(
         [str(Path(sys.executable).with_name("transformers")), "serve", "--continuous-batching", "--attn-implementation",
          "sdpa", "--device", "cpu", "--port", str(peer_port), "--host", "127.0.0.1"],
         peer_port, scratch / "peer.log", "/health",
     )  # fmt: skip
+    others = {}
+    if arguments.ms_swift:
+        for name, batch in (("ms-swift deploy", 1), ("ms-swift deploy, batches", max(arguments.clients))):
+            port = free_port()
+            others[name] = Server(
+                [arguments.ms_swift, "-m", "swift.cli.deploy", "--model", str(model), "--model_type", "qwen3",
+                 "--template", "qwen3", "--infer_backend", "transformers", "--torch_dtype", "float32", "--attn_impl",
+                 "sdpa", "--max_batch_size", str(batch), "--served_model_name", str(model), "--port", str(port),
+                 "--host", "127.0.0.1"],
+                port, scratch / f"ms_swift_{batch}.log", "/health", our_source=False,
+            )  # fmt: skip
     rows = [json.loads(line) for line in (data / "heldout.jsonl").read_text().splitlines()]
     questions = [[next(m for m in row["messages"] if m["role"] == "user")] for row in rows]
 
@@ -228,6 +244,7 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
     base = [str(model)]
     works = {
         "transformers serve": (peer, bodies(base)),
+        **{name: (server, bodies(base)) for name, server in others.items()},
         "swift deploy": (ours, bodies(base, ignore_eos=True)),
         "swift deploy, 3 adapters mixed": (ours, bodies(list(adapters), ignore_eos=True)),
         "swift deploy, whole answers": (ours, bodies(base, stream=False, ignore_eos=True)),
@@ -241,13 +258,16 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
                     if number:  # the first round warms up
                         loads.setdefault(f"{name}, {clients} clients", []).append(one)
     finally:
-        ours.stop()
-        peer.stop()
-    return report(loads, arguments.clients, ready, peer.ready_cpu_seconds)
+        for server in (ours, peer, *others.values()):
+            server.stop()
+    ready = {"transformers serve, without its model": peer.ready_cpu_seconds} | {
+        name: server.ready_cpu_seconds for name, server in others.items()
+    }
+    return report(loads, arguments.clients, alone.ready_cpu_seconds, ready)
 
 
 def report(
-    loads: dict[str, list[Load]], clients: Sequence[int], ready: float, peer_ready: float
+    loads: dict[str, list[Load]], clients: Sequence[int], ready: float, others_ready: dict[str, float]
 ) -> tuple[str, dict[str, Any]]:
     table = [
         (
@@ -265,7 +285,11 @@ def report(
             ("swift deploy", "transformers serve"),
             ("swift deploy, 3 adapters mixed", "swift deploy"),
             ("swift deploy", "swift deploy, whole answers"),
+            ("swift deploy", "ms-swift deploy"),
+            ("swift deploy", "ms-swift deploy, batches"),
         ):
+            if f"{other}, {count} clients" not in loads:
+                continue
             pairs = zip(loads[f"{one}, {count} clients"], loads[f"{other}, {count} clients"], strict=True)
             ratios[f"{one} / {other}, {count} clients"] = median(
                 [first.tokens_per_cpu_second / second.tokens_per_cpu_second for first, second in pairs]
@@ -274,12 +298,11 @@ def report(
     text += "\n" + markdown_table(
         ("ratio of tokens per CPU second", "median"), [(n, f"{v:.2f}") for n, v in ratios.items()]
     )
-    text += (
-        f"\nReady after {ready:.1f} CPU seconds (transformers serve, without its model: {peer_ready:.1f}).\n"
-    )
+    peers = ", ".join(f"{name}: {seconds:.1f}" for name, seconds in others_ready.items())
+    text += f"\nReady after {ready:.1f} CPU seconds ({peers}).\n"
     values = {
         "ratios": ratios,
-        "ready_cpu_seconds": ready,
+        "ready_cpu_seconds": {"swift deploy": ready, **others_ready},
         "table": [dict(zip(header, row, strict=True)) for row in table],
     }
     return text, values

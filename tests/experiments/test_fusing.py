@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from swift.config.bind import resolve
 from swift.experiments.fuse_choice import PLANS, TOLERANCE, Choice, choose
 from swift.experiments.fused_member import EXIT_HOST_DIED
-from swift.experiments.fusing import apply_verdicts, fuse_fields
+from swift.experiments.fusing import apply_verdicts, fuse_fields, told_verdicts
 from swift.experiments.home import Home
 from swift.experiments.types import Device, Needs
 
@@ -187,6 +187,15 @@ def test_a_submission_that_nobody_judged_is_fused_when_its_shape_is_known(world)
     Choice(world.home, lambda members: {"fused": 1.0, "separate": 2.0, "sequence": 2.0})(specs)
     world.submit(*(replace(spec, name=f"{spec.name}2") for spec in specs), group="again")
     assert {world.job(name).placement.fused for name in ("a2", "b2")} == {"fused-j3-1"}
+
+
+def test_the_plan_of_a_file_tells_whether_its_trainings_run_fused(world):
+    specs = [fusable(world, name) for name in "abc"]
+    (line,) = told_verdicts(apply_verdicts(specs, "auto", Choice(world.home)))
+    assert line == "3 trainings on one base model: separate (it was not measured whether fusing pays)"
+    Choice(world.home, lambda members: {"fused": 1.0, "separate": 2.0, "sequence": 3.0})(specs)
+    (line,) = told_verdicts(apply_verdicts(specs, "auto", Choice(world.home)))
+    assert line.startswith("3 trainings on one base model: fused (measured: fused is fastest here")
 
 
 def test_short_work_is_not_measured(tmp_path, world):

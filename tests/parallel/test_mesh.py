@@ -64,6 +64,10 @@ def _sleep(rank):
         time.sleep(60)
 
 
+def _wait(rank):
+    distributed.barrier()
+
+
 def _die(rank):
     os._exit(1)
 
@@ -71,7 +75,8 @@ def _die(rank):
 def test_pool_tells_what_went_wrong():
     with pytest.raises(RanksFailed, match=r"(?s)rank 1 raised.*what is wrong.*rank 0 waited for it.*barrier"):
         pool(2).run(_fail_on_one)
-    with pytest.raises(RanksFailed, match=r"(?s)rank 0 did not end in 1 s.*in _sleep"):
-        pool(2).run(_sleep, seconds=1)
+    pool(2).run(_wait)  # new processes, which have to read this module first
+    with pytest.raises(RanksFailed, match=r"(?s)rank 0 did not end in 3 s.*in _sleep"):
+        pool(2).run(_sleep, seconds=3)
     with pytest.raises(RanksFailed, match="the process died"):
         pool(2).run(_die)

@@ -13,7 +13,7 @@ import pytest
 from swift.models.compare import LogitsDifference
 from swift.models.tiny import make_tiny_model
 from swift.quantize.layers import kept_layers
-from swift.quantize.methods import check_for_vllm, is_kept
+from swift.quantize.methods import check_for_vllm, equal_pieces, is_kept
 from swift.quantize.parity import Limits
 
 
@@ -78,6 +78,14 @@ def test_what_vllm_reads(tmp_path: Path, base: str, change: dict[str, Any], says
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stored}))
     found = check_for_vllm(tmp_path)
     assert len(found) == len(says) and all(text in one for text, one in zip(says, found, strict=True))
+
+
+def test_calibration_in_pieces_of_one_length() -> None:
+    rows = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]]
+    assert equal_pieces(rows, 3, 10) == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert equal_pieces(rows, 2, 2) == [[1, 2], [5, 6]]  # spread over all that there is
+    assert equal_pieces(rows, 512, 128) == [list(range(1, 12))]
+    assert equal_pieces([], 512, 128) == []
 
 
 def test_limits() -> None:

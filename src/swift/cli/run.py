@@ -62,18 +62,15 @@ def _with_fusing(submission: Submission, mode: str, home: Home) -> Submission:
     from dataclasses import replace
 
     from swift.experiments.fuse_choice import Choice, measure_in_process
-    from swift.experiments.fusing import apply_verdicts
+    from swift.experiments.fusing import apply_verdicts, told_verdicts
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     specs = apply_verdicts(submission.specs, mode, Choice(home, measure_in_process, say))
-    for plan, why in dict.fromkeys(
-        (one.fuse["plan"], one.fuse["why"]) for one in specs if "plan" in one.fuse
-    ):
-        count = sum((one.fuse.get("plan"), one.fuse.get("why")) == (plan, why) for one in specs)
-        if mode != "never":
-            say(f"{count} trainings on one base model: {plan} ({why})")
+    if mode != "never":
+        for line in told_verdicts(specs):
+            say(line)
     return replace(submission, specs=specs)
 
 

@@ -17,6 +17,8 @@ from swift.core.format import format_bytes, format_count, format_duration
 from swift.experiments.demand import Correction, placed, queued
 from swift.experiments.expand import expand
 from swift.experiments.file import ExperimentFile
+from swift.experiments.fuse_choice import Choice
+from swift.experiments.fusing import apply_verdicts, told_verdicts
 from swift.experiments.home import Home
 from swift.experiments.scheduler import Decision, QueuedJob, check_possible, decide
 from swift.experiments.show import table_text
@@ -60,7 +62,8 @@ def forecast_file(file: ExperimentFile, cwd: Path, inventory: Inventory, home: H
     specs = expand(file, cwd, planning=True)
     store = Store(home.store) if home.store.exists() else None
     correction = store.correction if store is not None else _nothing_learned
-    result = {**forecast(specs, inventory, correction, speeds_of(store)), "name": file.name}
+    fused = told_verdicts(apply_verdicts(specs, "auto", Choice(home)))
+    result = {**forecast(specs, inventory, correction, speeds_of(store)), "name": file.name, "fused": fused}
     if file.sweep is not None and file.sweep.is_controlled:
         result["sweep"] = "the values of the trials depend on earlier results; shown are the largest"
     return result
@@ -243,6 +246,7 @@ def forecast_text(result: dict[str, Any]) -> str:
     lines = [f"{result['name']}: {len(rows)} jobs; nothing runs", "", table_text(header, rows)]
     if result.get("sweep"):
         lines.append(result["sweep"])
+    lines += result.get("fused", [])
     total = result["seconds"]
     known = f"about {format_duration(total)} in all" if total is not None else None
     lines += ["", known or "no time is shown: no job like these has run here yet"]

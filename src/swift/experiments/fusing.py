@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "form_groups",
     "fuse_fields",
     "host_id",
+    "told_verdicts",
     "write_group",
 ]
 
@@ -84,6 +86,12 @@ def apply_verdicts(specs: Sequence[JobSpec], mode: str, judge: Judge) -> list[Jo
             spec = replace(spec, fuse={**spec.fuse, "plan": found[0], "why": found[1]})
         done.append(spec)
     return done
+
+
+def told_verdicts(specs: Sequence[JobSpec]) -> list[str]:
+    """What became of trainings that could share a base, a line for each verdict."""
+    verdicts = Counter((one.fuse["plan"], one.fuse["why"]) for one in specs if "plan" in one.fuse)
+    return [f"{count} trainings on one base model: {plan} ({why})" for (plan, why), count in verdicts.items()]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from swift.models.facts import ModelFacts
 from swift.models.load import load_model
 from swift.toolchains.toolchain import Toolchain
 
-__all__ = ["Job", "blocks_of", "check_for_vllm", "is_kept", "quantise", "run_worker"]
+__all__ = ["Job", "check_for_vllm", "equal_pieces", "is_kept", "quantise", "run_worker"]
 
 DEADLINE_SECONDS = 48 * 3600.0
 """A model of 70 billion parameters takes hours; what takes longer than this hangs."""
-AWQ_BLOCK = 512
-"""Tokens of a calibration text of AWQ (github.com/mit-han-lab/llm-awq, calib_data.py)."""
+AWQ_LENGTH, AWQ_PIECES = 512, 128
+"""Tokens of a calibration text of AWQ and the number of them at most (github.com/mit-han-lab/llm-awq)."""
 _WORKERS = Path(__file__).with_name("workers")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
@@ -97,12 +97,17 @@ def _bitsandbytes(job: Job, output: Path) -> dict[str, Any]:
     return {}
 
 
-def blocks_of(rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """The rows behind one another, cut into pieces of one length; what is left over is dropped (all of it stays when
-    it is less than one piece)."""
+def equal_pieces(rows: Sequence[Sequence[int]], length: int, most: int) -> list[list[int]]:
+    """The rows behind one another, cut into pieces of one length, ``most`` of them evenly spread.
+
+    What is left at the end is dropped, unless it is all there is.
+    """
     ids = [token for row in rows for token in row]
     whole = len(ids) - len(ids) % length or len(ids)
-    return [ids[start : start + length] for start in range(0, whole, length)]
+    starts = range(0, whole, length)
+    count = min(most, len(starts))
+    chosen = (starts[number * len(starts) // count] for number in range(count))
+    return [ids[start : min(start + length, whole)] for start in chosen]
 
 
 def _calibration(job: Job) -> list[list[int]]:
@@ -111,7 +116,7 @@ def _calibration(job: Job) -> list[list[int]]:
     if job.method != "awq":
         return [list(row) for row in job.rows]
     context = ModelFacts.read(job.source).max_position_embeddings
-    return blocks_of(job.rows, min(AWQ_BLOCK, context or AWQ_BLOCK))
+    return equal_pieces(job.rows, min(AWQ_LENGTH, context or AWQ_LENGTH), AWQ_PIECES)
 
 
 def _gptqmodel(job: Job, output: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from swift.core.errors import DataError
 from swift.core.files import atomic_write_text
 
-__all__ = ["MetricsLog", "finite", "read_metrics"]
+__all__ = ["MetricsLog", "finite", "last_evaluation", "read_metrics"]
 
 
 class MetricsLog:
@@ -113,3 +113,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise DataError("not a JSON object", where=f"{path}:{number}")
         rows.append(row)
     return rows
+
+
+def last_evaluation(metrics: Path) -> dict[str, float]:
+    """The newest evaluation on file: a resumed run may end before it evaluates again."""
+    for row in reversed(read_metrics(metrics)):
+        found = {key: value for key, value in row.items() if key.startswith("eval_")}
+        if found:
+            return found
+    return {}

@@ -23,10 +23,10 @@ from swift.parallel.engine import StepOutput
 from swift.parallel.fused import MemberStep, clear_gradients, fused_gradients
 from swift.parallel.native import NativeEngine
 from swift.train.failures import failure_kind
-from swift.train.loop import Step
 from swift.train.run import RunResult, run_steps
 from swift.train.shared_base import SharedBase
 from swift.train.signals import StopSignals
+from swift.train.step import Step
 
 __all__ = ["FusedGroup", "Member", "train_fused"]
 

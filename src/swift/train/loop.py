@@ -3,20 +3,19 @@
 One step: seed, gradients of all micro-batches, clip, update. Everything else (metric lines, evaluation,
 checkpoints, stopping) happens between steps, so a run can end and go on at any step boundary.
 
-The loop is a generator that asks for the gradients of its next step: a run alone has its engine answer (`drive`),
-several runs on one base have theirs computed together (`swift.train.fused`).
+The loop is a generator that asks for the gradients of its next step: a run alone has its engine answer
+(`swift.train.step.drive`), several runs on one base have theirs computed together (`swift.train.fused`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -33,19 +32,19 @@ from swift.objectives.base import Objective
 from swift.parallel.engine import Engine, StepOutput, count_step
 from swift.parallel.world import World
 from swift.runs.folder import RunFolder
-from swift.runs.metrics import MetricsLog, read_metrics
+from swift.runs.metrics import MetricsLog, last_evaluation
 from swift.runs.status import StatusFile
 from swift.train.callbacks.base import Callback
 from swift.train.checkpoints import PendingSave
+from swift.train.clock import Clock
 from swift.train.evaluation import Evaluator
 from swift.train.failures import NonFiniteError
 from swift.train.seeds import derived_seed, seed_everything
 from swift.train.signals import StopSignals
 from swift.train.state import LogWindow, TrainState
+from swift.train.step import Step, drive
 
-__all__ = ["Interrupted", "PolicyLoader", "Step", "StepPlan", "Trainer", "drive"]
-
-T = TypeVar("T")
+__all__ = ["Interrupted", "PolicyLoader", "StepPlan", "Trainer"]
 
 logger = get_logger(__name__)
 
@@ -75,33 +74,6 @@ class PolicyLoader(Protocol):
 
     def steps(self, epoch: int, accumulation: int, start_step: int = 0) -> Iterator[list[Any]]: ...
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step of a run whose gradients are asked for, and who can compute them."""
-
-    engine: Engine
-    batches: list[Batch]
-    objective: Objective
-    seed: int
-
-
-def drive(steps: Generator[Step, StepOutput, T]) -> T:
-    """Have every step computed by its own engine; returns what the generator returns."""
-    with contextlib.closing(steps):
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    output = step.engine.forward_backward(step.batches, step.objective, step.seed)
-                except BaseException as error:  # the run itself has to know why it ends
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(output)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 @dataclass
@@ -165,9 +137,9 @@ class Trainer:
         self._stop_reason: str | None = None
         self._saved_step = state.step if state.step else None
         self._saving: tuple[PendingSave, int, bool] | None = None
-        self._last_eval = _last_evaluation(metrics.path)
+        self._last_eval = last_evaluation(metrics.path)
         self._rates: dict[str, float] = {}
-        self._clock = _Clock()
+        self._clock = Clock()
         self._status_written = 0.0
         self.world = world or World()
         self._stop_asked: str | None = None
@@ -512,38 +484,6 @@ class Trainer:
     def _notify(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)
-
-
-class _Clock:
-    """Time spent in training steps since the last metric line, without evaluations and saves."""
-
-    def __init__(self) -> None:
-        self.steps = self.tokens = 0
-        self._elapsed = 0.0
-        self._since = time.perf_counter()
-
-    def restart(self, *, keep_counts: bool = False) -> None:
-        self._since = time.perf_counter()
-        if not keep_counts:
-            self.steps = self.tokens = 0
-            self._elapsed = 0.0
-
-    def pause(self) -> None:
-        self._elapsed += time.perf_counter() - self._since
-        self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since `restart`, pauses left out."""
-        return self._elapsed + time.perf_counter() - self._since
-
-
-def _last_evaluation(metrics: Path) -> dict[str, float]:
-    """The newest evaluation on file: a resumed run may end before it evaluates again."""
-    for row in reversed(read_metrics(metrics)):
-        found = {key: value for key, value in row.items() if key.startswith("eval_")}
-        if found:
-            return found
-    return {}
 
 
 def _gib(num_bytes: int | None) -> float | None:

@@ -41,10 +41,11 @@ from swift.train.checkpoints import read_state
 from swift.train.config_record import recorded
 from swift.train.evaluation import Evaluator
 from swift.train.failures import failure_kind
-from swift.train.loop import Interrupted, Step, drive
+from swift.train.loop import Interrupted
 from swift.train.prepare import Prepared, prepare
 from swift.train.shared_base import SharedBase
 from swift.train.signals import StopSignals
+from swift.train.step import Step, drive
 
 __all__ = ["RunResult", "run_steps", "train"]
 
