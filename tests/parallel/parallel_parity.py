@@ -141,7 +141,7 @@ def preference_batch(lengths, *, packed=True, seed=0):
     return batch
 
 
-PACKED = [[[13, 9, 26]], [[5, 40]]]
+PACKED = [[[13, 9, 26]], [[5, 40]], [[31]], [[8, 8, 20]]]
 ROWS = [[[17], [30]], [[23], [8]]]
 
 

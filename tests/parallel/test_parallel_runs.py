@@ -92,6 +92,7 @@ LAYOUT = (
     *("fsdp", "deepspeed", "tensor_parallel_size", "tp_size", "sequence_parallel", "pipeline_parallel_size"),
     *("pp_size", "context_parallel_size", "sequence_parallel_size", "use_ring_attention"),
 )
+AGAIN = {"gradient_checkpointing": True}
 DRY = {"lora_dropout": 0.0}  # what ranks drop is their own
 CASES = {
     "lora, copies": ("sft", {}),
@@ -113,13 +114,19 @@ CASES = {
     "dpo, copies": ("rlhf", {"rlhf_type": "dpo"}),
     "dpo, shards": ("rlhf", {"rlhf_type": "dpo", "fsdp": "full"}),
     "layers shared": ("sft", {"tensor_parallel_size": 2, "split_dataset_ratio": 0.1, "eval_steps": 2, **DRY}),
-    "layers and sequence shared": ("sft", {"tp_size": 2, "sequence_parallel": True, "tuner_type": "full"}),
+    "layers and sequence shared": (
+        "sft",
+        {"tp_size": 2, "sequence_parallel": True, "tuner_type": "full", **AGAIN},
+    ),
     "layers shared, dpo": ("rlhf", {"rlhf_type": "dpo", "tp_size": 2, **DRY}),
     "sequence shared": (
         "sft",
         {"sequence_parallel_size": 2, "split_dataset_ratio": 0.1, "eval_steps": 2, **DRY},
     ),
-    "sequence in a ring": ("pt", {"use_ring_attention": True, "tuner_type": "full", "packing": True}),
+    "sequence in a ring": (
+        "pt",
+        {"use_ring_attention": True, "tuner_type": "full", "packing": True, **AGAIN},
+    ),
     "sequence shared, dpo": ("rlhf", {"rlhf_type": "dpo", "context_parallel_size": 2, **DRY}),
     "stages": ("sft", {"pipeline_parallel_size": 2, "split_dataset_ratio": 0.1, "eval_steps": 2}),
     "stages, full": ("pt", {"pp_size": 2, "tuner_type": "full", "gradient_checkpointing": True}),

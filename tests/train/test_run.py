@@ -292,7 +292,7 @@ def test_errors_come_before_the_run_folder(run_training, tmp_path):
         run_training(model=str(tmp_path / "no-model"))
     with pytest.raises(DataError):
         run_training(dataset=str(tmp_path / "no-data.jsonl"))
-    with pytest.raises(ConfigError, match="later version"):
+    with pytest.raises(SwiftError, match="takes 2 processes"):
         run_training(tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="leaves the noise out"):
         run_training(torch_compile=True, neftune_noise_alpha=5)

@@ -42,6 +42,7 @@ def fusing_problem(config: Config) -> tuple[str, str] | None:
             tuner.tuner_type != "lora" or tuner.use_dora or tuner.target_parameters,
             "only LoRA adapters share a base model",
         ),
+        "--nproc_per_node": (config.parallel.num_processes > 1, "it has several processes of its own"),
         "--neftune_noise_alpha": (training.neftune_noise_alpha, "its noise would reach the rows of others"),
         "--torch_compile": (training.torch_compile, "runs come and go, which would compile again and again"),
         "--activation_cpu_offload": (training.activation_cpu_offload, "it is not built for several runs"),

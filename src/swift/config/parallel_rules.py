@@ -276,8 +276,8 @@ def _check_divided(resolved: Resolved, divided: list[str], where: Where, refuse:
         )
     if config.tuner.modules_to_save:
         refuse("saved modules cannot be divided", where(resolved, "modules_to_save"), fix="leave it out")
-    if section.pipeline_parallel_size > 1 and config.training.activation_cpu_offload:
-        refuse("is not for pipelines", where(resolved, "activation_cpu_offload"), fix="leave it out")
+    if config.training.activation_cpu_offload:
+        refuse("is for whole models", where(resolved, "activation_cpu_offload"), fix="leave it out")
     others = (
         section.data_parallel_shard_size > 1 or len(divided) > 1 or config.training.gradient_checkpointing
     )

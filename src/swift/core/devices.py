@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from swift.core.backends.base import KINDS, backend_of
 from swift.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,8 +30,7 @@ __all__ = [
     "split_device",
 ]
 
-ACCELERATORS = ("cuda", "npu", "xpu", "mps")
-"""The order in which ``auto`` looks for a device."""
+ACCELERATORS = tuple(kind for kind in KINDS if kind != "cpu")
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 """CPU features that decide how fast linear algebra runs, by the names of /proc/cpuinfo."""
@@ -51,20 +49,6 @@ def cpu_count() -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
-
-
-def _accelerator_count(kind: str) -> int:
-    """How many devices of this kind torch can use here."""
-    import torch
-
-    if kind == "mps":
-        return int(torch.backends.mps.is_available())
-    if kind == "npu":
-        if importlib.util.find_spec("torch_npu") is None:
-            return 0
-        importlib.import_module("torch_npu")  # adds torch.npu
-    module = getattr(torch, kind)
-    return module.device_count() if module.is_available() else 0
 
 
 def split_device(name: str, where: str = "--device") -> tuple[str, int]:
@@ -88,18 +72,19 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
     if name == "auto":
         for kind in ACCELERATORS:
-            if _accelerator_count(kind):
+            if backend_of(kind).count():
                 return pick_device(kind, local_rank)
         return torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
     kind, number = split_device(name if ":" in name else f"{name}:{local_rank}")
-    count = _accelerator_count(kind)
+    backend = backend_of(kind)
+    count = backend.count()
     if number >= count:
         raise ConfigError(
             f"there is no device {name!r} here",
             where="--device",
-            why=f"torch {torch.__version__} sees {count} {kind} device(s)",
+            why=f"torch {torch.__version__} sees {count} {kind} device(s)" if count else backend.missing(),
             fix="--device auto",
         )
     return torch.device(kind) if kind == "mps" else torch.device(kind, number)
@@ -114,45 +99,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         if not isinstance(dtype, torch.dtype):
             raise ConfigError(f"unknown precision {name!r}", fix="auto, float32, float16 or bfloat16")
         return dtype
-    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    import torch
-
-    if device.type == "cuda":
-        # Without the argument, torch also counts the slow emulation on devices before Ampere.
-        return torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
-    if device.type == "npu":
-        return True
-    if device.type == "xpu":
-        return torch.xpu.is_bf16_supported()
-    return False
+    return torch.bfloat16 if backend_of(device.type).has_bfloat16(device) else torch.float32
 
 
 def memory_in_use(device: torch.device) -> int | None:
     """Bytes of device memory this process holds now (reserved, so as the driver sees it); None on the CPU."""
-    import torch
-
-    if device.type == "cpu":
-        return None
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    return getattr(torch, device.type).memory_reserved(device)
+    return backend_of(device.type).memory_in_use(device)
 
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: by tensors on accelerators, resident memory of the process on the CPU."""
-    import torch
-
-    if device.type == "cpu":
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    return getattr(torch, device.type).max_memory_allocated(device)
+    return backend_of(device.type).peak_memory(device)
 
 
 def describe_cpu() -> dict[str, Any]:
@@ -187,17 +144,10 @@ def describe_devices() -> list[dict[str, Any]]:
 
     devices: list[dict[str, Any]] = []
     for kind in ACCELERATORS:
-        for index in range(_accelerator_count(kind)):
-            device = torch.device(kind, index)
-            entry: dict[str, Any] = {"kind": kind, "index": index, "bfloat16": _has_bfloat16(device)}
-            if kind == "mps":
-                entry |= {"name": "Apple GPU", "memory_bytes": torch.mps.recommended_max_memory()}
-            else:
-                properties = getattr(torch, kind).get_device_properties(index)
-                entry |= {"name": properties.name, "memory_bytes": properties.total_memory}
-            if kind == "cuda":
-                entry["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(index))
-            devices.append(entry)
+        backend = backend_of(kind)
+        for index in range(backend.count()):
+            bfloat16 = backend.has_bfloat16(torch.device(kind, index))
+            devices.append({"kind": kind, "index": index, "bfloat16": bfloat16, **backend.describe(index)})
     return [*devices, describe_cpu()]
 
 

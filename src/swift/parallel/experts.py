@@ -45,6 +45,7 @@ class ExpertParallel:
 @lru_cache(maxsize=4)
 def _mesh(layout: Layout, device_type: str) -> tuple[DeviceMesh, dist.ProcessGroup]:
     mesh = build_expert_mesh(layout, device_type)
+    mesh["ep_shard", "ep"]._flatten("ranks_of_a_copy")  # norms are added up over both at once
     return mesh, mesh["dp_replicate", "ep_shard"]._flatten("expert_copies").get_group()
 
 

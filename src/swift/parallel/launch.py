@@ -53,7 +53,9 @@ def launch(words: Sequence[str], section: ParallelSection) -> int:
     folder = Path(tempfile.mkdtemp(prefix="swift-launch-"))
     count = section.nproc_per_node or section.num_processes
     os.environ.update({_FOLDER: str(folder), _LAUNCHER: str(os.getpid())})
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // count)))
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    if not threads or "SWIFT_ATTEMPT_TOKEN" in os.environ:  # the service counts a job's, users a process's
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (threads or cpu_count()) // count))
     # When one has failed the others wait for it in vain: they are not given long.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
     try:

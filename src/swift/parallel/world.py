@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
+from swift.core.backends.base import backend_of
 from swift.core.errors import SwiftError
 from swift.parallel.engine import StepCounts
 from swift.parallel.layout import Layout
@@ -158,9 +159,9 @@ def join(layout: Layout, device_type: str, timeout_seconds: int) -> World:
             fix=f"swift sft starts them; or torchrun --nproc_per_node {layout.world_size} your_script.py",
         )
     if not distributed.is_initialized():
-        backends = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "xpu": "cpu:gloo,xpu:xccl"}
-        distributed.init_process_group(
-            backends.get(device_type, "gloo"), timeout=datetime.timedelta(seconds=timeout_seconds)
-        )
+        backend = backend_of(device_type).communication
+        if backend != "gloo":  # counts are on the host
+            backend = f"cpu:gloo,{device_type}:{backend}"
+        distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     saving = distributed.new_group(backend="gloo")
     return World(distributed.get_rank(), layout, build_mesh(layout, device_type), saving)

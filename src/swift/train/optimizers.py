@@ -18,7 +18,7 @@ from swift.core.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OPTIMIZERS", "build_optimizer", "check_optimizer", "is_target", "state_bytes"]
+__all__ = ["OPTIMIZERS", "build_optimizer", "check_optimizer", "is_target", "split_by_mesh", "state_bytes"]
 
 _SPLIT = ("galore_adamw", "apollo_adamw", "muon")  # hidden matrices are treated apart from all else
 Groups = list[dict[str, Any]]
@@ -87,11 +87,11 @@ def build_optimizer(
         group["params"].append(parameter)
         if ratio != 1.0:
             group["lr_ratio"] = ratio
-    ordered = _by_mesh([groups[key] for key in sorted(groups, reverse=True)])
+    ordered = split_by_mesh([groups[key] for key in sorted(groups, reverse=True)])
     return OPTIMIZERS[section.optim].build(ordered, training, section, device)
 
 
-def _by_mesh(groups: Groups) -> Groups:
+def split_by_mesh(groups: Groups) -> Groups:
     """Groups whose parameters lie on the same ranks: one call of torch takes no others.
 
     ``order`` of a group says which of all parameters its own are, were they not split.
