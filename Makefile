@@ -61,7 +61,7 @@ test-extras:
 
 test-vllm: $(VENV)/.installed-dev
 	@$(BIN)/swift toolchain install vllm
-	@$(ONE_THREAD) $(BIN)/python -m pytest tests/vllm
+	@$(ONE_THREAD) $(BIN)/python -m pytest tests/real_vllm
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

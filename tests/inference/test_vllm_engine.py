@@ -1,4 +1,4 @@
-"""The vLLM engine against a server that speaks as vLLM does; the real one is in tests/vllm."""
+"""The vLLM engine against a server that speaks as vLLM does; the real one is in tests/real_vllm."""
 
 from __future__ import annotations
 
