@@ -40,7 +40,9 @@ FAMILIES = {
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def tiny(family="qwen3", dtype=torch.float64, *, lora=False, layers=2, experts="eager", **changes):
+def tiny(
+    family="qwen3", dtype=torch.float64, *, lora=False, layers=2, experts="eager", again=False, **changes
+):
     """A model of random weights, the same in every process; with LoRA whose B is not zero."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -64,6 +66,8 @@ def tiny(family="qwen3", dtype=torch.float64, *, lora=False, layers=2, experts="
     torch.manual_seed(0)
     how = {"experts_implementation": experts} if "moe" in family else {}  # only eager has float64
     model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN, dtype=dtype, **how)
+    if again:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # biases and norms away from 0 and 1, so that nothing can hide in them
         for parameter in model.parameters():

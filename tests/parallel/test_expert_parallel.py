@@ -36,6 +36,12 @@ def test_with_tensor_parallelism_and_fsdp(task, lora):
     check(Layout(dp_shard=2, tp=2, ep=2), MOE, task=task, lora=lora, sequence=True, packed=False)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_recomputed(lora):
+    check(Layout(dp_shard=2, ep=2), MOE, lora=lora, again=True)
+    check(Layout(tp=2, ep=2), MOE, lora=lora, again=True, sequence=True)
+
+
 def test_copies_of_experts():
     check(Layout(dp_replicate=2, tp=2, ep=2), MOE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def create_app(service: Service, *, keys: Sequence[str] = (), verbose: bool = Fa
     """
     from importlib.metadata import version
 
+    # FastAPI hides this from whoever builds schemas early; ours are built by the first request that needs them.
+    warnings.filterwarnings("ignore", message="The 'alias' attribute with value 'body'")
     app = FastAPI(title="swift deploy", version=version("swift-forge"), responses=_REFUSALS)
 
     @app.exception_handler(ApiError)
