@@ -165,7 +165,8 @@ def test_a_deepspeed_file_is_taken_over(tmp_path: Path) -> None:
     resolved = resolve("sft", words)
     assert sizes(resolved) == (2, 2, 1, 2)
     assert resolved.config.parallel.offload is True
-    assert resolved.config.model.torch_dtype == "float16"
+    assert resolved.config.model.torch_dtype == "bfloat16"
+    assert any("fp16: shards compute in bfloat16" in warning for warning in resolved.warnings)
     assert resolve("sft", [*words, "--torch_dtype", "float32"]).config.model.torch_dtype == "float32"
     more = {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 3, "flops_profiler": {}}
     more["zero_optimization"] = {"stage": 1, "zero_hpz_partition_size": 2}

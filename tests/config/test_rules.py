@@ -299,6 +299,11 @@ def test_derivations_only_name_options() -> None:
         (["--val_dataset="], "--val_dataset: an empty word\n  fix: leave it out, or name something"),
         (["--json"], "--json: prints a plan, so it needs --dry_run\n  fix: add --dry_run"),
         (
+            ["--nproc_per_node", "2", "--fsdp", "full", "--torch_dtype", "float16"],
+            "--torch_dtype: float16 is for whole models\n"
+            "  cause: gradients overflow on one shard, and the others would not know\n  fix: --torch_dtype bfloat16",
+        ),
+        (
             ["--tp_size", "2", "--torch_dtype", "float16"],
             "--torch_dtype: float16 is for whole models\n  fix: --torch_dtype bfloat16",
         ),

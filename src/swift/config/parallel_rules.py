@@ -212,6 +212,13 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
                 fix=f"--data_parallel_shard_size {config.parallel.data_parallel_size}",
             )
         return
+    if config.model.torch_dtype == "float16":
+        refuse(
+            "float16 is for whole models",
+            where(resolved, "torch_dtype"),
+            why="gradients overflow on one shard, and the others would not know",
+            fix="--torch_dtype bfloat16",
+        )
     own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora and not tuner.target_parameters
     if not own:
         refuse(
@@ -445,6 +452,11 @@ def _take_file(resolved: Resolved, settings: dict[str, Any], zero: dict[str, Any
     for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         enabled = settings.get(key, {}).get("enabled", "auto")
         if enabled is True and not resolved.is_explicit("torch_dtype"):
+            if dtype == "float16" and zero.get("stage", 0):
+                dtype = "bfloat16"
+                resolved.warnings.append(
+                    f"{place}: fp16: shards compute in bfloat16, whose range needs no scaling of the loss"
+                )
             config.model.torch_dtype = dtype  # type: ignore[assignment]
             resolved.sources["torch_dtype"] = Source("file", f"{place}: {key}")
     devices = {zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
