@@ -13,7 +13,6 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 def main(payload: dict[str, Any]) -> dict[str, Any]:
     """``model``: folder, ``ids``: a prompt, ``bytes``: size of its weights. Returns the token that came."""
     import torch
-
     from vllm import LLM, SamplingParams
 
     share = 0.9
