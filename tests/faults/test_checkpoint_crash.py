@@ -67,11 +67,14 @@ class KillDuringSave(Callback):
             shutil.copytree(run.folder.path, before, symlinks=True)
             child = os.fork()
             if child == 0:
-                die_at(number)
-                run._save_checkpoint(run.folder.checkpoint_path(3), run.state)
-                run.folder.mark("last", 3)
-                run.folder.prune(1)
-                os._exit(0)
+                try:  # whatever happens, pytest must not go on in the child
+                    die_at(number)
+                    run._save_checkpoint(run.folder.checkpoint_path(3), run.state).finish()
+                    run.folder.mark("last", 3)
+                    run.folder.prune(1)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
             _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
             assert code in (0, KILLED)
@@ -111,7 +114,7 @@ def full_disk(path, state, save, limit):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        save(path, state)
+        save(path, state).finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

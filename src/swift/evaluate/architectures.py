@@ -101,7 +101,10 @@ def _in_child(kind: str, name: str, deadline_seconds: float) -> Result:
     started = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = os.fork()
     if process == 0:
-        _child(kind, name, receiver, sender)
+        try:
+            _child(kind, name, receiver, sender)
+        finally:
+            os._exit(1)
     sender.close()
     result = Result(kind, name)
     if receiver.poll(deadline_seconds):
