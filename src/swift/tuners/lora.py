@@ -136,8 +136,8 @@ class LoraLinear(nn.Module):
             bound = 1 / math.sqrt(self.in_features)
             a.uniform_(-bound, bound, generator=generator)
         device = next(tensor.device for tensor in (*self.base.parameters(), *self.base.buffers()))
-        if device.type == "meta":  # the frozen weights come later, the adapter has its values now
-            device = torch.device("cpu")
+        if device.type == "meta":  # the frozen weights come later, or never (traces); the adapter is where it is made
+            device = a.device
         self.lora_A[name] = nn.Parameter(a.to(device=device, dtype=dtype))
         self.lora_B[name] = nn.Parameter(
             torch.zeros(self.out_features, spec.rank, device=device, dtype=dtype)
