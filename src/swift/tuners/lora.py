@@ -136,7 +136,7 @@ class LoraLinear(nn.Module):
             bound = 1 / math.sqrt(self.in_features)
             a.uniform_(-bound, bound, generator=generator)
         device = next(tensor.device for tensor in (*self.base.parameters(), *self.base.buffers()))
-        if device.type == "meta":  # the frozen weights come later, or never (traces); the adapter is where it is made
+        if device.type == "meta":  # the frozen weights come later, or never (traces)
             device = a.device
         self.lora_A[name] = nn.Parameter(a.to(device=device, dtype=dtype))
         self.lora_B[name] = nn.Parameter(
