@@ -128,6 +128,8 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
     In rows of several documents the padding is one more document; in others it goes on counting, as it does in
     `swift.data.layout`.
     """
+    if any(batch.document_continues is not None for batch in batches):
+        raise ValueError("rows whose documents continue one another cannot be joined")
     width = max(batch.input_ids.shape[1] for batch in batches)
     packed = any(batch.document_lengths is not None for batch in batches)
     ids, positions, targets, documents = [], [], [], []

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swift.core.logging import get_logger
+
 __all__ = ["block_backward", "block_forward", "merge", "plain_backward", "plain_forward"]
+
+logger = get_logger(__name__)
+
+_SLOW = "ring attention computes whole blocks of scores: torch's flash kernel is of no use on this GPU"
 
 
 def merge(output: Tensor, total: Tensor, part: Tensor, logsumexp: Tensor) -> None:
@@ -145,8 +151,12 @@ def _cuda_flash_is_right(device: int) -> bool:
             slopes = torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 *given, zero, zero, scale=0.125
             )
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False  # not built for this device: the plain formulas
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        logger.warning("%s; %s", _SLOW, error)
+        return False
     expected = plain_backward(slope, q, k, v, wanted[0], wanted[1] + 1, True, 0.125)
     pairs = zip((*found[:2], *slopes), (*wanted, *expected), strict=True)
-    return all(torch.allclose(one.float(), other, atol=0.1, rtol=0.05) for one, other in pairs)
+    is_right = all(torch.allclose(one.float(), other, atol=0.1, rtol=0.05) for one, other in pairs)
+    if not is_right:
+        logger.warning("%s; it gives other numbers", _SLOW)
+    return is_right

@@ -153,6 +153,8 @@ class ContextParallel:
 def pad_batch(batch: Batch, multiple: int = 1, *, rows: int = 0, width: int = 0) -> Batch:
     """The same batch with at least so many rows, of at least ``width``, which ``multiple`` divides."""
     more = max(0, rows - batch.input_ids.shape[0])
+    if batch.document_continues is not None:
+        raise ValueError("documents that continue one another cannot be divided")
     width = max(width, batch.input_ids.shape[1])
     width += -width % multiple
     extra = width - batch.input_ids.shape[1]
