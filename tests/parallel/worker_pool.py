@@ -1,4 +1,4 @@
-"""Gloo ranks that live as long as the tests: one pool for each world size, torch and transformers already imported.
+"""Gloo ranks that live as long as a test module: a pool for each world size, torch and transformers imported.
 
     def work(rank, factor): ...            # a function of a test module: it is found again by its name
     results = pool(2).run(work, 3)         # [result of rank 0, result of rank 1]
@@ -25,11 +25,15 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RanksFailed", "mesh_of", "pool"]
+__all__ = ["RanksFailed", "close_pools", "mesh_of", "pool"]
 
 DEADLINE_SECONDS = 120.0
 _GRACE_SECONDS = 1.5
 """How long the other ranks may go on when one has failed: they mostly wait for it."""
+
+_MOST_THREADS = 120
+"""A group of ranks has threads that wake up a hundred times a second for as long as its process lives: ranks that
+have seen many layouts would keep the whole machine busy while they wait. They make room for new ones."""
 
 _PRELOAD = [
     "torch",
@@ -48,8 +52,7 @@ class Pool:
     """Ranks that are connected with one another. Use `pool`."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context = _context()
         self.world_size = world_size
         self.folder = Path(tempfile.mkdtemp(prefix="swift-ranks-"))
         self.connections, self.processes = [], []
@@ -94,7 +97,9 @@ class Pool:
                 if not succeeded:
                     end = min(end, time.monotonic() + _GRACE_SECONDS)
         if len(results) == self.world_size:
-            return [results[rank] for rank in range(self.world_size)]
+            if any(threads > _MOST_THREADS for _, threads in results.values()):
+                self.close()
+            return [results[rank][0] for rank in range(self.world_size)]
         report = self._report(errors, set(range(self.world_size)) - results.keys() - errors.keys(), seconds)
         self.close(kill=True)
         raise RanksFailed(report)
@@ -130,18 +135,30 @@ class Pool:
         _POOLS.pop(self.world_size, None)
 
 
+@functools.cache
+def _context() -> Any:
+    """The way to ranks that have torch from their birth, also where a data loader's server was there first."""
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
 _POOLS: dict[int, Pool] = {}
 
 
 def pool(world_size: int) -> Pool:
-    """The pool of this size; it is made by the first call and lives to the end of the tests."""
+    """The pool of this size; it is made by the first call and lives to the end of the test module."""
     if world_size not in _POOLS:
         _POOLS[world_size] = Pool(world_size)
     return _POOLS[world_size]
 
 
 @atexit.register
-def _close_all() -> None:
+def close_pools() -> None:
+    """End the ranks of all pools: idle ones cost processor time."""
     for one in list(_POOLS.values()):
         one.close()
 
@@ -168,7 +185,7 @@ def _work(rank: int, world_size: int, folder: str, connection: Any) -> None:
     while (call := pickle.loads(connection.recv_bytes())) is not None:
         function, args = call
         try:
-            answer = pickle.dumps((True, function(rank, *args)))
+            answer = pickle.dumps((True, (function(rank, *args), len(os.listdir("/proc/self/task")))))
         except BaseException:  # whatever it is, the test has to be told
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
