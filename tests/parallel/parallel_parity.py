@@ -22,6 +22,7 @@ from swift.parallel.native import NativeEngine
 from swift.parallel.world import World
 from swift.tuners.apply import attach_adapter
 from swift.tuners.lora import AdapterSpec, is_linear
+from swift.tuners.lora_parameters import find_parameters
 
 FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
@@ -82,7 +83,11 @@ def tiny(
     if lora:
         linear = [name for name, module in model.named_modules() if is_linear(module) and name != "lm_head"]
         spec = AdapterSpec(rank=4, alpha=8)
-        attach_adapter(model, dict.fromkeys(linear, spec), dtype=dtype)
+        fused = (
+            find_parameters(model, ["experts.gate_up_proj", "experts.down_proj"]) if lora == "experts" else {}
+        )
+        parameters = {name: (spec, keys) for name, keys in fused.items()}
+        attach_adapter(model, dict.fromkeys(linear, spec), parameters=parameters, dtype=dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:

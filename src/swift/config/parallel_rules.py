@@ -219,12 +219,10 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
             why="gradients overflow on one shard, and the others would not know",
             fix="--torch_dtype bfloat16",
         )
-    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora and not tuner.target_parameters
+    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora
     if not own:
         refuse(
-            f"{tuner.tuner_type} with use_dora or target_parameters cannot be sharded"
-            if tuner.tuner_type == "lora"
-            else f"{tuner.tuner_type} cannot be sharded",
+            "DoRA cannot be sharded" if tuner.use_dora else f"{tuner.tuner_type} cannot be sharded",
             where(resolved, "tuner_type"),
             fix="--tuner_type lora or full, or --data_parallel_shard_size 1 (every process has the whole model)",
         )
