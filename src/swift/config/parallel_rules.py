@@ -232,11 +232,18 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
             where(resolved, "optim"),
             fix="--optim adamw, or --data_parallel_shard_size 1",
         )
-    if config.quantization.is_active:
+    quantised = config.quantization
+    if quantised.is_active and (quantised.quant_method, quantised.quant_bits) != ("bnb", 4):
         refuse(
-            "a quantised base cannot be sharded yet",
+            "of quantised bases only those of 4 bits by bitsandbytes can be sharded",
             where(resolved, "quant_bits"),
-            fix="--data_parallel_shard_size 1: every process has the whole (small) base",
+            fix="--quant_method bnb --quant_bits 4, or --data_parallel_shard_size 1: every process has the base whole",
+        )
+    if quantised.is_active and {*divided} - {"context_parallel_size"}:
+        refuse(
+            "the layers of a quantised base are not divided",
+            where(resolved, divided[0]),
+            fix="--data_parallel_shard_size N, which shards its bytes",
         )
     if config.quantization.needs_torchao or tuner.lisa_activated_layers or tuner.longlora_group_size:
         refuse("quantisation-aware, float8, LISA and LongLoRA training cannot be sharded", place)
