@@ -282,9 +282,10 @@ def _check_divided(resolved: Resolved, divided: list[str], where: Where, refuse:
         )
     if config.model.torch_dtype == "float16":
         refuse("float16 is for whole models", where(resolved, "torch_dtype"), fix="--torch_dtype bfloat16")
-    if config.training.use_liger_kernel:
-        refuse(
-            "liger's kernels are for whole models", where(resolved, "use_liger_kernel"), fix="leave it out"
+    if config.training.use_liger_kernel and section.expert_parallel_size > 1:
+        resolved.warnings.append(
+            f"{where(resolved, 'use_liger_kernel')}: experts on several devices compute without liger's kernel; norms, "
+            "rotary embedding and MLPs use theirs"
         )
     if config.tuner.modules_to_save:
         refuse("saved modules cannot be divided", where(resolved, "modules_to_save"), fix="leave it out")

@@ -321,7 +321,7 @@ def load_weights(prepared: Prepared) -> Any:
     if config.task.has_score_head:  # transformers finds the last token of a padded row by it
         model.config.pad_token_id = prepared.template.tokenizer.pad_token_id
     if config.training.use_liger_kernel:
-        apply_liger_kernels(model)
+        apply_liger_kernels(model, experts=prepared.world.layout.ep == 1)
     return model
 
 
