@@ -1,4 +1,4 @@
-"""A model's head apart from the rest of it: so that a loss can avoid the full logits, and to read values of whole texts."""
+"""A model's head apart from the rest: so that a loss can avoid the full logits, and to read values of whole texts."""
 
 from __future__ import annotations
 

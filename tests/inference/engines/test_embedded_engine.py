@@ -177,6 +177,22 @@ async def test_adapters_mix_in_one_batch_and_come_and_go(
         with pytest.raises(ConfigError, match="no adapter 'one'"):
             engine.submit(Request("again", [5], GREEDY, adapter="one"))
         assert len((await other).tokens) == 200
+        # Another one with nothing to do, and one whose last request is cancelled.
+        await asyncio.wait_for(engine.unload_adapter("v2.5"), 60)
+        last = engine.submit(Request("last", [5], long, adapter="three"))
+        await anext(last)
+        leaving = asyncio.create_task(engine.unload_adapter("three"))
+        await last.aclose()
+        await asyncio.wait_for(leaving, 60)
+        assert engine.adapters() == {}
+        # Who no longer waits does not stop the engine.
+        await engine.load_adapter("one", folders["one"])
+        using = asyncio.create_task(read(engine.submit(Request("once more", [5], long, adapter="one"))))
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.unload_adapter("one"), 0.001)
+        assert len((await using).tokens) == 200
+        await asyncio.wait_for(engine.load_adapter("two", folders["two"]), 60)
         with pytest.raises(ModelError):
             await engine.load_adapter("nothing", tmp_path / "nothing")
 
