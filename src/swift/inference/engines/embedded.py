@@ -97,8 +97,8 @@ class EmbeddedEngine:
             raise EngineBusy("the engine is shutting down")
         if request.id in self._streams:
             raise ConfigError(f"there is a request {request.id!r} already")
-        if self._num_queued + self.core.num_waiting >= self._options.max_waiting:
-            raise EngineBusy(f"{self._options.max_waiting} requests are waiting")
+        if self.core.is_full(self._num_queued):
+            raise EngineBusy(f"{self.core.num_open + self._num_queued} requests are running and waiting")
         self.core.check(request)
         stream = self._streams[request.id] = _Stream(self, request)
         if request.sampling.grammar is None:
