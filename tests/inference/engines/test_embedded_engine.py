@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -213,6 +214,18 @@ async def test_grammars_hold_and_bad_ones_are_refused(bundle: ModelBundle) -> No
         text = bundle.tokenizer.decode(answers[0].tokens, skip_special_tokens=True)
         assert len(text) in (4, 5) and set(text[:3]) <= set("abc") and text[3:] in ("1", "22")
         assert answers[0].finish_reason == "stop" and len(answers[1].tokens) == 5
+        # JSON, whose white space has an end.
+        (space,) = bundle.tokenizer.encode(" ", add_special_tokens=False)
+        schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+        wide = SamplingOptions(
+            max_tokens=900,
+            temperature=0,
+            logit_bias={space: 100.0},
+            grammar=Grammar("json_schema", json.dumps({**schema, "additionalProperties": False})),
+        )
+        answer = await read(engine.submit(Request("d", [5, 6], wide)))
+        text = bundle.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        assert json.loads(text) == {"a": 1} and 40 < len(text) <= 5 * 40 + 7
         with pytest.raises(ConfigError, match="not a usable regex"):
             await read(engine.submit(Request("c", [5], bad)))
         assert engine.stats().running == 0
