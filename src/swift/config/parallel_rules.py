@@ -184,8 +184,13 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
     if divided:
         _check_divided(resolved, divided, where, refuse)
     place = f"{config.parallel.num_processes} processes"
-    if config.rlhf.is_policy:
-        refuse("policy optimisation samples with one process", place, fix="leave the sizes out")
+    if config.rlhf.is_policy and divided:
+        refuse(
+            f"rlhf_type {config.rlhf.rlhf_type} samples with whole models",
+            where(resolved, divided[0]),
+            why="ranks sample at their own pace, which ranks that share a layer or a sequence cannot",
+            fix="--data_parallel_shard_size: shards are gathered for the time of sampling",
+        )
     if config.evaluation.eval_tasks is not None:
         refuse(
             "tasks are measured by one process",
