@@ -224,12 +224,10 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
             why="gradients overflow on one shard, and the others would not know",
             fix="--torch_dtype bfloat16",
         )
-    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora and not tuner.target_parameters
+    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora
     if not own:
         refuse(
-            f"{tuner.tuner_type} with use_dora or target_parameters cannot be sharded"
-            if tuner.tuner_type == "lora"
-            else f"{tuner.tuner_type} cannot be sharded",
+            "DoRA cannot be sharded" if tuner.use_dora else f"{tuner.tuner_type} cannot be sharded",
             where(resolved, "tuner_type"),
             fix="--tuner_type lora or full, or --data_parallel_shard_size 1 (every process has the whole model)",
         )
@@ -239,11 +237,18 @@ def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None
             where(resolved, "optim"),
             fix="--optim adamw, or --data_parallel_shard_size 1",
         )
-    if config.quantization.is_active:
+    quantised = config.quantization
+    if quantised.is_active and (quantised.quant_method, quantised.quant_bits) != ("bnb", 4):
         refuse(
-            "a quantised base cannot be sharded yet",
+            "of quantised bases only those of 4 bits by bitsandbytes can be sharded",
             where(resolved, "quant_bits"),
-            fix="--data_parallel_shard_size 1: every process has the whole (small) base",
+            fix="--quant_method bnb --quant_bits 4, or --data_parallel_shard_size 1: every process has the base whole",
+        )
+    if quantised.is_active and {*divided} - {"context_parallel_size"}:
+        refuse(
+            "the layers of a quantised base are not divided",
+            where(resolved, divided[0]),
+            fix="--data_parallel_shard_size N, which shards its bytes",
         )
     if config.quantization.needs_torchao or tuner.lisa_activated_layers or tuner.longlora_group_size:
         refuse("quantisation-aware, float8, LISA and LongLoRA training cannot be sharded", place)
@@ -282,9 +287,10 @@ def _check_divided(resolved: Resolved, divided: list[str], where: Where, refuse:
         )
     if config.model.torch_dtype == "float16":
         refuse("float16 is for whole models", where(resolved, "torch_dtype"), fix="--torch_dtype bfloat16")
-    if config.training.use_liger_kernel:
-        refuse(
-            "liger's kernels are for whole models", where(resolved, "use_liger_kernel"), fix="leave it out"
+    if config.training.use_liger_kernel and section.expert_parallel_size > 1:
+        resolved.warnings.append(
+            f"{where(resolved, 'use_liger_kernel')}: experts on several devices compute without liger's kernel; norms, "
+            "rotary embedding and MLPs use theirs"
         )
     if config.tuner.modules_to_save:
         refuse("saved modules cannot be divided", where(resolved, "modules_to_save"), fix="leave it out")
