@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from swift.config.commands import COMMANDS, LATER_COMMANDS, Command
 from swift.core.errors import UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["COMMANDS", "LATER_COMMANDS", "Command", "find_command", "load_command"]
 
@@ -24,10 +24,9 @@ def find_command(name: str) -> Command:
             fix=f"{LATER_COMMANDS[name].instead} (swift plan {name} ... plans it)",
         )
     if command is None:
-        near = closest(name, COMMANDS)
         raise UsageError(
             f"unknown command {name!r}",
-            fix=f"did you mean swift {near}?" if near else "swift --help lists the commands",
+            fix=suggest(name, COMMANDS, "swift --help lists the commands", before="swift "),
         )
     return command
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from swift.config.schema import Resolved, Source
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["PRESETS", "check_parallel", "processes_of_launcher", "settle_parallel"]
 
@@ -386,11 +386,10 @@ def _zero(resolved: Resolved) -> _Zero:
     if word in PRESETS:
         return _Zero(int(word[4]), word.endswith("offload"), f"deepspeed {word}")
     if not word.endswith(".json"):
-        near = closest(word, PRESETS)
         raise ConfigError(
             f"{word!r} is no stage of ZeRO",
             where=place,
-            fix=f"did you mean {near}?" if near else f"{', '.join(PRESETS)}, or a DeepSpeed JSON file",
+            fix=suggest(word, PRESETS, f"{', '.join(PRESETS)}, or a DeepSpeed JSON file"),
         )
     file = Path(word).expanduser()
     if not file.is_file():

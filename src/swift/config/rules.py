@@ -19,11 +19,12 @@ from swift.config.parallel_rules import check_parallel, settle_parallel
 from swift.config.policy_rules import best_metric, whole_groups
 from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
+from swift.config.sections.evaluation import smaller_is_better
 from swift.config.sections.generation import METRICS
 from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
 from swift.config.tuner_rules import check_tuner, derived_dropout
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["DERIVATIONS", "Derivation", "apply"]
 
@@ -95,9 +96,7 @@ def _eval_strategy(resolved: Resolved) -> str:
 
 
 def _greater_is_better(resolved: Resolved) -> bool:
-    return not re.search(
-        r"loss|perplexity|ppl|mae|negative|rejected", resolved.config.evaluation.metric_for_best_model
-    )
+    return not smaller_is_better(resolved.config.evaluation.metric_for_best_model)
 
 
 def _loss_scale(resolved: Resolved) -> str | None:
@@ -214,11 +213,10 @@ def _check_evaluation(resolved: Resolved) -> None:
         rlhf_metrics(resolved) if is_rlhf else eval_metrics(resolved),
     )
     if not metric.startswith("eval_"):
-        near = closest(metric, known)
         raise resolved.error(
             "metric_for_best_model",
             f"{metric!r} is not a metric of the evaluation",
-            fix=f"did you mean {near}?" if near else f"built in: {', '.join(known)}",
+            fix=suggest(metric, known, f"built in: {', '.join(known)}"),
         )
     of_tasks = evaluation.eval_tasks is not None
     if of_tasks and metric in known and not has_validation_rows(resolved):
@@ -266,12 +264,11 @@ def _check_metrics(resolved: Resolved) -> None:
     names = resolved.config.generation.metric
     for name in names:
         if name not in METRICS and ".py:" not in name:
-            near = closest(name, METRICS)
             raise resolved.error(
                 "metric",
                 f"there is no metric {name!r}",
                 why=f"known: {', '.join(METRICS)}; your own: FILE.py:function",
-                fix=f"did you mean {near}?" if near else None,
+                fix=suggest(name, METRICS),
             )
     for name in resolved.config.generation.metric_args:
         if name not in names:

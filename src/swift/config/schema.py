@@ -35,6 +35,7 @@ from swift.core.errors import ConfigError
 
 __all__ = ["SECTIONS", "Config", "Option", "Resolved", "Source", "options"]
 
+
 class Config(Section):
     """All sections. Read values as ``config.training.learning_rate``."""
 
@@ -65,6 +66,7 @@ class Config(Section):
 SECTIONS: dict[str, type[Section]] = {
     name: cast(type[Section], info.annotation) for name, info in Config.model_fields.items()
 }
+
 
 @dataclass(frozen=True)
 class Option:
