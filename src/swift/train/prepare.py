@@ -12,6 +12,7 @@ import torch
 from swift.config.schema import Config, Resolved
 from swift.core.devices import pick_device, pick_dtype
 from swift.core.errors import ConfigError
+from swift.core.heap import keep_freed_memory
 from swift.data.batching import BatchSchedule
 from swift.data.load import LoadedData, load_data
 from swift.data.mode import batch_mode, derive_layout, derive_max_length
@@ -86,7 +87,7 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
     dtype = pick_dtype(config.model.torch_dtype, device)
     check_precision(resolved, dtype)
     resolved.derive("gradient_checkpointing", device.type != "cpu", "device")
-    _settle_cpu(resolved)
+    _settle_cpu(resolved, device)
     template = _template(resolved, model_path)
     assert config.data.max_length is not None
     loaded = None if config.data.streaming else load_data(resolved, template, config.data.max_length)
@@ -143,13 +144,15 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
     )
 
 
-def _settle_cpu(resolved: Resolved) -> None:
-    """Threads, and the memory of oneDNN."""
+def _settle_cpu(resolved: Resolved, device: torch.device) -> None:
+    """Threads, and how memory is kept."""
     # oneDNN keeps a compiled kernel for each of the last 1,024 shapes; rows of every length would make that 0.4 GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
     resolved.derive("num_threads", threads, "OMP_NUM_THREADS or the cores")
     torch.set_num_threads(resolved.config.training.num_threads or threads)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def _template(resolved: Resolved, model_path: Path) -> Template:
