@@ -54,15 +54,10 @@ def test_grid(work: Path) -> None:
 
 @pytest.mark.parametrize(
     ("metric", "minimize"),
-    [
-        ("eval_loss", True),
-        ("mae", True),
-        ("eval_rewards_rejected", True),
-        ("rougeL", False),
-    ],
+    [("eval_loss", True), ("mae", True), ("eval_rewards_rejected", True), ("rougeL", False)],
 )
 def test_which_way_is_better_follows_from_the_metric(metric: str, minimize: bool) -> None:
-    sweep = file_of(metric=metric).sweep
+    sweep = file_of({"lora_rank": [4, 8]}, metric=metric).sweep
     assert sweep is not None and sweep.minimize == minimize
 
 
