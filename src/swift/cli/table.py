@@ -32,6 +32,7 @@ def find_command(name: str) -> Command:
 
 
 def load_command(command: Command) -> Callable[[list[str]], int]:
-    """Import the command's module and return its ``run(argv) -> exit code``."""
-    run: Callable[[list[str]], int] = importlib.import_module(command.module).run
+    """Import what runs the command: ``run(argv) -> exit code``."""
+    module, _, function = command.runs.partition(":")
+    run: Callable[[list[str]], int] = getattr(importlib.import_module(f"swift.cli.{module}"), function)
     return run
