@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from parallel_parity import exact_norm
-from worker_pool import RanksFailed, pool
+from worker_pool import pool
 
 from swift.rl.record import find_rollouts, read_trajectories
 from swift.runs.metrics import read_metrics
