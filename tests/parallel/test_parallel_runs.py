@@ -113,6 +113,10 @@ CASES = {
     "stream": ("sft", {"streaming": True, "shuffle_buffer_size": 20}),
     "dpo, copies": ("rlhf", {"rlhf_type": "dpo"}),
     "dpo, shards": ("rlhf", {"rlhf_type": "dpo", "fsdp": "full"}),
+    "dpo, full, shards": (
+        "rlhf",
+        {"rlhf_type": "dpo", "fsdp": "full", "tuner_type": "full", "learning_rate": 1e-3},
+    ),
     "layers shared": ("sft", {"tensor_parallel_size": 2, "split_dataset_ratio": 0.1, "eval_steps": 2, **DRY}),
     "layers and sequence shared": (
         "sft",

@@ -69,7 +69,7 @@ class PolicyParts(Protocol):
         loader: samples answers and deals them out as batches.
         evaluator: of validation prompts, or None.
         callbacks: what has to be done between steps.
-        save: writes what is needed to go on into a checkpoint folder.
+        save: writes what is needed to go on into a checkpoint folder; all ranks call it, all but rank 0 with None.
     """
 
     @property
@@ -81,7 +81,7 @@ class PolicyParts(Protocol):
     @property
     def callbacks(self) -> Sequence[Callback]: ...
     @property
-    def save(self) -> Callable[[Path], None]: ...
+    def save(self) -> Callable[[Path | None], None]: ...
 
 
 PolicyFactory = Callable[..., PolicyParts]
@@ -154,7 +154,10 @@ def build(
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
     parts: PolicyParts | None = None
     if policy is not None:
-        moving = reference["reference"].args if config.policy.sync_ref_model else None
+        moving = None
+        if config.policy.sync_ref_model:
+            assert isinstance(engine, AnswerEngine) and isinstance(engine.reference, partial)
+            moving = engine.reference.args[:2]
         parts = policy(prepared, engine, moving, folder, status, closing)
     objective: Objective = parts.objective if parts else _objective(prepared, validation=False)
     if prepared.device.type != "cpu" and parts is None:
@@ -233,7 +236,7 @@ def _save(
     folder: RunFolder,
     tuned: TunedModel,
     engine: NativeEngine,
-    also: Callable[[Path], None] | None,
+    also: Callable[[Path | None], None] | None,
     path: Path,
     at: TrainState,
 ) -> PendingSave:
