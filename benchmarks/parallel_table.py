@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "en" / "parallelism.md"
+MOST = 6
+"""Cases that a row names."""
 BEGIN, END = "<!-- table: benchmarks/parallel_table.py -->", "<!-- end of table -->"
 
 
@@ -32,7 +34,8 @@ def table_of(results: Path) -> str:
     lines = ["| test | what it shows | cases passed | cases |", "|---|---|---|---|"]
     for (file, name), found in cases.items():
         passed = sum(ok for _, ok in found)
-        listed = "; ".join(label for label, _ in found if label)[:400]
+        labels = [label for label, _ in found if label]
+        listed = "; ".join(labels[:MOST]) + (f"; {len(labels) - MOST} more" if len(labels) > MOST else "")
         failed = [label or name for label, ok in found if not ok]
         note = f" **failed: {', '.join(failed)}**" if failed else ""
         shown = name.removeprefix("test_").replace("_", " ")

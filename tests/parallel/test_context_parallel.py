@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_parity import check
-from worker_pool import pool
+from worker_pool import pool, slow_but
 
 from swift.objectives.sft import SftObjective
 from swift.parallel.layout import Layout
@@ -15,16 +15,17 @@ from swift.parallel.sequence.context import ContextParallel
 
 @pytest.mark.parametrize("ring", [1, 2])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("task", ["sft", "dpo"])
+@pytest.mark.parametrize("task", slow_but(["sft"], ["sft", "dpo"]))
 def test_two_ranks(ring, packed, task):
     check(Layout(cp=2), ring=ring, task=task, packed=packed, lora=task == "dpo")
 
 
-@pytest.mark.parametrize("ring", [1, 2, 4])
+@pytest.mark.parametrize("ring", slow_but([2], [1, 2, 4]))
 def test_four_ranks(ring):
     check(Layout(cp=4), ring=ring)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen3_moe"])
 def test_families(family):
     check(Layout(cp=2), family)
@@ -99,12 +100,13 @@ def test_blocks_merge_to_attention_over_all_keys(causal):
             torch.testing.assert_close(total_sum, tensor.grad)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", slow_but([True], [False, True]))
 def test_with_fsdp(lora):
     check(Layout(dp_shard=2, cp=2), lora=lora)
     check(Layout(dp_shard=2, cp=2), task="dpo", ring=1, lora=lora, packed=False, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_with_copies():
     check(Layout(dp_replicate=2, cp=2), lora=True)
 

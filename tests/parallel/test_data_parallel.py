@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_native import documents, packed, padded
-from worker_pool import mesh_of, pool
+from worker_pool import mesh_of, pool, slow_but
 
 from swift.data.batching import deal
 from swift.models.load import load_model
@@ -99,8 +99,8 @@ def close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("mode", ["padded", "packed"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("mode", slow_but(["packed"], ["padded", "packed"]))
+@pytest.mark.parametrize("name", slow_but(["copies", "shards"], LAYOUTS))
 def test_a_step_is_that_of_one_process(tiny_model_dir, name, mode, tuner):
     expected = step_of(0, tiny_model_dir, "one", mode, tuner)
     results = pool(LAYOUTS[name].world_size).run(step_of, tiny_model_dir, name, mode, tuner)
@@ -137,6 +137,7 @@ def curve_of(rank, folder, name, tuner):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 @pytest.mark.parametrize("name", ["copies", "shards"])
 def test_twenty_steps_are_those_of_one_process(tiny_model_dir, name, tuner):

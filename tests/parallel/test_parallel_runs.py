@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from worker_pool import pool
+from worker_pool import pool, slow_but
 
 from swift.runs.metrics import read_metrics
 
@@ -139,6 +139,10 @@ CASES = {
 
 
 SLOW = (
+    "lora, shards",
+    "dpo, copies",
+    "full, grads, evaluated",
+    "sequence shared",
     "layers and sequence shared",
     "layers shared, dpo",
     "sequence shared, dpo",
@@ -175,7 +179,7 @@ def _resumed(folder, target):
     return str(target / "checkpoint-3")
 
 
-@pytest.mark.parametrize("tuner", ["lora", "full"])
+@pytest.mark.parametrize("tuner", slow_but(["lora"], ["lora", "full"]))
 def test_a_checkpoint_goes_on_with_any_number_of_ranks(tiny_model_dir, data, tmp_path, monkeypatch, tuner):
     """Saved by four ranks in two copies of two shards; the same samples in the same steps follow."""
     options = {

@@ -4,7 +4,7 @@ import parallel_parity as parity
 import pytest
 import torch
 from parallel_parity import check
-from worker_pool import pool
+from worker_pool import pool, slow_but
 
 from swift.parallel.accepted import PIPELINE_FAMILIES
 from swift.parallel.layout import Layout
@@ -18,7 +18,7 @@ def test_layers_left_over_go_to_the_middle():
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma"])
+@pytest.mark.parametrize("family", slow_but(["gemma"], ["qwen3", "llama", "gemma"]))
 def test_families(family, lora):
     share = check(Layout(pp=2), family, lora=lora, layers=3)
     assert share < 0.8
@@ -50,6 +50,7 @@ def test_values_without_gradients(schedule):
     assert max(pool(2).run(values, Layout(pp=2), schedule)) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("sequence", [False, True])
 def test_with_tensor_parallelism(sequence, lora):
@@ -57,17 +58,19 @@ def test_with_tensor_parallelism(sequence, lora):
     check(Layout(pp=2, tp=2), task="dpo", lora=lora, sequence=sequence, packed=False, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", slow_but([True], [False, True]))
 def test_with_fsdp(lora):
     check(Layout(pp=2, dp_shard=2), "llama", layers=3, lora=lora)
     check(Layout(pp=2, dp_shard=2), layers=4, lora=lora, schedule="interleaved_1f1b")
     check(Layout(pp=2, dp_shard=2), "gemma", task="dpo", lora=lora, packed=False, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_with_copies():
     check(Layout(pp=2, dp_replicate=2), "llama", lora=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ring", [1, 2])
 def test_with_context_parallelism(ring):
     check(Layout(pp=2, cp=2), lora=True, ring=ring)
@@ -82,6 +85,7 @@ def test_with_tensor_parallelism_and_fsdp(task, lora):
     check(Layout(pp=2, dp_shard=2, tp=2), "qwen3", task=task, lora=lora, packed=False, sequence=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PIPELINE_FAMILIES)
 def test_every_accepted_family(family):
     check(Layout(pp=2), family, lora=family != "qwen3_moe")

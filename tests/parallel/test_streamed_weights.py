@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_data_parallel import LAYOUTS
-from worker_pool import mesh_of, pool
+from worker_pool import mesh_of, pool, slow_but
 
 from swift.models.load import load_model
 from swift.models.streamed import empty_model, fill, has_no_weights
@@ -35,8 +35,8 @@ def read_in_shards(rank, folder, name, tuner):
     return found, dict(model.named_buffers()), logits, held
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("name", ["shards", "copies of shards"])
+@pytest.mark.parametrize("tuner", slow_but(["lora"], ["full", "lora"]))
+@pytest.mark.parametrize("name", slow_but(["shards"], ["shards", "copies of shards"]))
 def test_shards_are_those_of_the_whole_model(tiny_model_dir, name, tuner):
     expected = load_model(tiny_model_dir, dtype=torch.float32)
     values, total = expected.state_dict(), sum(p.numel() for p in expected.parameters())

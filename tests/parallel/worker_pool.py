@@ -25,7 +25,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RanksFailed", "close_pools", "mesh_of", "pool"]
+import pytest
+
+__all__ = ["RanksFailed", "close_pools", "mesh_of", "pool", "slow_but"]
 
 DEADLINE_SECONDS = 120.0
 _GRACE_SECONDS = 1.5
@@ -42,6 +44,11 @@ _PRELOAD = [
     "transformers",
     "swift.parallel.native",
 ]
+
+
+def slow_but(kept: list[Any], every: Any) -> list[Any]:
+    """Values of a parametrisation: ``kept`` ones guard their dimension in the default tests, the rest is slow."""
+    return [one if one in kept else pytest.param(one, marks=pytest.mark.slow) for one in every]
 
 
 class RanksFailed(AssertionError):
