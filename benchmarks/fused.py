@@ -43,12 +43,14 @@ def make(num_members: int, tokens: int) -> tuple[list[Member], Any, Any]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from swift.config.sections.tuner import TunerSection
+    from swift.core.heap import keep_freed_memory
     from swift.data.collate import Batch
     from swift.models.attention import VARLEN, register_varlen_attention
     from swift.parallel.engine import ParameterSet
     from swift.parallel.native import NativeEngine
     from swift.tuners.apply import apply_tuner
 
+    keep_freed_memory()  # as every training on a CPU does
     register_varlen_attention()
     torch.manual_seed(0)
     config = Qwen3Config(

@@ -185,7 +185,9 @@ def _work(rank: int, world_size: int, folder: str, connection: Any) -> None:
     while (call := pickle.loads(connection.recv_bytes())) is not None:
         function, args = call
         try:
-            answer = pickle.dumps((True, (function(rank, *args), len(os.listdir("/proc/self/task")))))
+            answer = pickle.dumps(
+                (True, (function(rank, *args), len(list(Path("/proc/self/task").iterdir()))))
+            )
         except BaseException:  # whatever it is, the test has to be told
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)

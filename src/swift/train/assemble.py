@@ -148,6 +148,8 @@ def make_engine(
     divided: dict[str, Any] = {}
     if world is not None and world.size > 1:
         split = options.get("split") or getattr(make, "keywords", {}).get("split", split_head)
+        if world.layout.dp_shard > 1 and resolved.config.rlhf.is_policy:
+            options["gathered"] = _gathered(tuned, resolved, device, dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
         if weights is not None and has_no_weights(tuned.model):
             _, divided = _divide(tuned, resolved, dtype, world, None)
@@ -210,16 +212,26 @@ def _divide(
     from swift.parallel.distribute import distribute
 
     section = resolved.config.parallel
-    # With full training sharded weights are gathered in the computing precision.
-    rounds = tuned.kind == "full" and dtype != param_dtype(resolved)
     options = ShardOptions(
-        param_dtype=dtype if rounds else None,
+        param_dtype=_gathered_dtype(tuned, resolved, dtype),
         reshard_after_forward=section.reshard_after_forward,
         offload=section.offload,
     )
     shards = options if world.layout.dp_shard > 1 else None
     found = distribute(tuned.model, world, split, section, shards)
     return found.split, found.parts
+
+
+def _gathered_dtype(tuned: TunedModel, resolved: Resolved, dtype: torch.dtype) -> torch.dtype | None:
+    """With full training sharded weights are gathered in the computing precision; None: as they are stored."""
+    return dtype if tuned.kind == "full" and dtype != param_dtype(resolved) else None
+
+
+def _gathered(tuned: TunedModel, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:
+    """What answers are sampled with."""
+    from swift.parallel.gathered import GatheredModel
+
+    return GatheredModel(tuned.model, device, _gathered_dtype(tuned, resolved, dtype))
 
 
 def _after_step(adapter: OtherAdapter) -> Callable[..., None]:
