@@ -376,9 +376,9 @@ def test_what_changes_nothing_is_explained(words: list[str], warnings: list[str]
 def test_a_plan_names_what_a_run_refuses() -> None:
     words = ["--tuner_type", "full", "--lora_rank", "8", "--warmup_steps", "5", "--warmup_ratio", "0.1"]
     assert resolve("sft", [*NEEDED, *words], planning=True).warnings == [
-        "--lora_rank: has no effect with tuner_type full; a run refuses it",
+        "--lora_rank: has no effect with tuner_type full; a run refuses it (leave it out, or set --tuner_type lora)",
         "--warmup_steps: does not go together with warmup_ratio: both set the length of the warm-up; "
-        "a run refuses it",
+        "a run refuses it (leave out --warmup_steps or --warmup_ratio)",
     ]
     assert refused("sft", *words).startswith("--lora_rank: has no effect with tuner_type full\n")
 

@@ -52,6 +52,15 @@ def test_grid(work: Path) -> None:
     assert jobs[5].run_dir == str(work / "output" / "trial-06")
 
 
+@pytest.mark.parametrize(
+    ("metric", "minimize"),
+    [("eval_loss", True), ("mae", True), ("eval_rewards_rejected", True), ("rougeL", False)],
+)
+def test_which_way_is_better_follows_from_the_metric(metric: str, minimize: bool) -> None:
+    sweep = file_of({"lora_rank": [4, 8]}, metric=metric).sweep
+    assert sweep is not None and sweep.minimize == minimize
+
+
 def test_words_and_lists_as_choices(work: Path) -> None:
     jobs = expand(
         file_of({"target_modules": [["q_proj"], ["q_proj", "v_proj"]], "packing": [True, False]}), work

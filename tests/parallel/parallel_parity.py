@@ -22,6 +22,7 @@ from swift.parallel.native import NativeEngine
 from swift.parallel.world import World
 from swift.tuners.apply import attach_adapter
 from swift.tuners.lora import AdapterSpec, is_linear
+from swift.tuners.lora_parameters import find_parameters
 
 FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
@@ -41,9 +42,20 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def tiny(
-    family="qwen3", dtype=torch.float64, *, lora=False, layers=2, experts="eager", again=False, **changes
+    family="qwen3",
+    dtype=torch.float64,
+    *,
+    lora=False,
+    layers=2,
+    experts="eager",
+    again=False,
+    bound=False,
+    **changes,
 ):
-    """A model of random weights, the same in every process; with LoRA whose B is not zero."""
+    """A model of random weights, the same in every process; with LoRA whose B is not zero.
+
+    ``bound``: norms and MLPs compute with functions bound to each module, as liger's kernels are.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from swift.models.attention import VARLEN, register_varlen_attention
@@ -79,15 +91,30 @@ def tiny(
                 module.forward = functools.partial(exact_norm, module)
             elif type(module).__name__ == "Qwen3MoeTopKRouter":
                 module.forward = functools.partial(exact_router, module)
+    if bound:
+        for module in model.modules():
+            if isinstance(getattr(module, "act_fn", None), torch.nn.Module) and hasattr(module, "up_proj"):
+                module.__dict__["forward"] = _bound_mlp.__get__(module, type(module))
+            elif type(module).__name__.endswith("RMSNorm"):
+                module.__dict__["forward"] = exact_norm.__get__(module, type(module))
     if lora:
         linear = [name for name, module in model.named_modules() if is_linear(module) and name != "lm_head"]
         spec = AdapterSpec(rank=4, alpha=8)
-        attach_adapter(model, dict.fromkeys(linear, spec), dtype=dtype)
+        fused = (
+            find_parameters(model, ["experts.gate_up_proj", "experts.down_proj"]) if lora == "experts" else {}
+        )
+        parameters = {name: (spec, keys) for name, keys in fused.items()}
+        attach_adapter(model, dict.fromkeys(linear, spec), parameters=parameters, dtype=dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
     return model
+
+
+def _bound_mlp(module, x):
+    """liger's ``LigerSwiGLUMLP.forward`` without its kernel."""
+    return module.down_proj(torch.nn.functional.silu(module.gate_proj(x)) * module.up_proj(x))
 
 
 def exact_norm(module, states):

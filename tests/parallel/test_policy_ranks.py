@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import shutil
 from pathlib import Path
 from unittest import mock

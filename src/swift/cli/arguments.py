@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from swift.core.errors import UsageError
-from swift.core.registry import closest
+from swift.core.registry import closest, suggest
 
 __all__ = ["ArgumentParser"]
 
@@ -59,11 +59,10 @@ class ArgumentParser(argparse.ArgumentParser):
         wrong = re.match(r"argument (.+?): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if wrong:
             choices = [choice.strip(" '") for choice in wrong[3].split(",")]
-            near = closest(wrong[2], choices)
             raise UsageError(
                 f"{wrong[2]!r} is not one of {', '.join(choices)}",
                 where=self.prog,
-                fix=f"did you mean {near}?" if near else None,
+                fix=suggest(wrong[2], choices),
             )
         raise UsageError(message, where=self.prog)
 

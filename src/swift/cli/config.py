@@ -13,7 +13,7 @@ from swift.cli.table import COMMANDS, Command
 from swift.config.schema import Resolved
 from swift.core.errors import UsageError
 from swift.core.files import atomic_write_text
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 REFERENCE = Path("docs/en/reference.md")
 ACTIONS = "show|alias|schema|reference|completion"
@@ -144,8 +144,11 @@ def _meaning(word: str) -> str:
         return f"{word}: the section {table.sections.get(word, word)}"
     if word in table.mistakes:
         return f"{word}: no option: {table.mistakes[word].say}\n  fix: {table.mistakes[word].fix}"
-    near = closest(word, [*options(), *table.aliases, *table.unsupported, *table.unneeded])
-    raise UsageError("unknown option", where=word, fix=f"did you mean {near}?" if near else None)
+    raise UsageError(
+        "unknown option",
+        where=word,
+        fix=suggest(word, [*options(), *table.aliases, *table.unsupported, *table.unneeded]),
+    )
 
 
 def _schema(arguments: Any) -> int:

@@ -1,16 +1,17 @@
-"""What ``swift stop``, ``pause`` and ``retry`` share: name jobs, ask the service, say what became of them."""
+"""``swift stop``, ``pause`` and ``retry``: name jobs, ask the service, say what became of them."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from swift.cli.arguments import ArgumentParser
 
-__all__ = ["control", "has_job", "report"]
+__all__ = ["control", "has_job", "pause", "report", "retry", "stop"]
 
 
-def control(action: str, argv: list[str], description: str, *, grace: bool = False) -> int:
+def control(action: str, description: str, argv: list[str], *, grace: bool = True) -> int:
     """Run one control command. Exit 0, or 1 when some of several jobs refused."""
     parser = ArgumentParser(prog=f"swift {action}", description=description)
     parser.add_argument("jobs", nargs="+", metavar="ID|NAME", help="jobs, or a group's name for all its jobs")
@@ -24,6 +25,15 @@ def control(action: str, argv: list[str], description: str, *, grace: bool = Fal
 
     fields = {"grace_seconds": options.grace} if grace else {}
     return report(Client(Home.find()).control(action, options.jobs, **fields))
+
+
+stop = partial(
+    control, "stop", "Cancel jobs. A running one saves a checkpoint first; swift retry goes on from it."
+)
+pause = partial(control, "pause", "Save a checkpoint, free the devices and wait for swift resume.")
+retry = partial(
+    control, "retry", "Queue failed or cancelled jobs again, from their last checkpoint.", grace=False
+)
 
 
 def report(answer: dict[str, Any]) -> int:

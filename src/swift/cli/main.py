@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from swift.cli.table import COMMANDS, LATER_COMMANDS, Command, find_command, load_command
 from swift.core.errors import SwiftError, UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["main", "megatron"]
 
@@ -69,8 +69,7 @@ def _dispatch(words: list[str]) -> int:
     if first.lower().endswith((".yaml", ".yml", ".json")):
         command, rest = _command_of_file(first), words
     elif first.startswith("-"):
-        near = closest(first, ("--help", "--version"))
-        fix = f"did you mean {near}?" if near else "swift COMMAND --option: the command comes first"
+        fix = suggest(first, ("--help", "--version"), "swift COMMAND --option: the command comes first")
         raise UsageError("unknown option", where=first, fix=fix)
     else:
         command, rest = find_command(first), words[1:]

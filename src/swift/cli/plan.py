@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from swift.cli.fit import command_meant
 from swift.config.schema import Resolved
 from swift.core.errors import UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,11 +49,10 @@ def run(argv: list[str]) -> int:
         entry.name for entry in (*COMMANDS.values(), *LATER_COMMANDS.values()) if not entry.own_arguments
     ]
     if command not in planned:
-        near = closest(command, planned)
         raise UsageError(
             f"there is no plan for {command!r}",
             why=f"plans exist for {', '.join(planned)}",
-            fix=f"did you mean swift plan {near}?" if near else None,
+            fix=suggest(command, planned, before="swift plan "),
         )
     resolved = resolve(command, words, planning=True)
     return show_plan(

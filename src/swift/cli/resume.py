@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
         from swift.cli.jobs import control, has_job
 
         if has_job(name):
-            return control("resume", argv, "Put paused jobs back into the queue.")
+            return control("resume", "Put paused jobs back into the queue.", argv, grace=False)
         if "/" not in name:
             raise UsageError(
                 f"{name}: there is no run folder and no job of this name",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from swift.config.commands import COMMANDS, LATER_COMMANDS, Command
 from swift.core.errors import UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["COMMANDS", "LATER_COMMANDS", "Command", "find_command", "load_command"]
 
@@ -24,15 +24,15 @@ def find_command(name: str) -> Command:
             fix=f"{LATER_COMMANDS[name].instead} (swift plan {name} ... plans it)",
         )
     if command is None:
-        near = closest(name, COMMANDS)
         raise UsageError(
             f"unknown command {name!r}",
-            fix=f"did you mean swift {near}?" if near else "swift --help lists the commands",
+            fix=suggest(name, COMMANDS, "swift --help lists the commands", before="swift "),
         )
     return command
 
 
 def load_command(command: Command) -> Callable[[list[str]], int]:
-    """Import the command's module and return its ``run(argv) -> exit code``."""
-    run: Callable[[list[str]], int] = importlib.import_module(command.module).run
+    """Import what runs the command: ``run(argv) -> exit code``."""
+    module, _, function = command.runs.partition(":")
+    run: Callable[[list[str]], int] = getattr(importlib.import_module(f"swift.cli.{module}"), function)
     return run

@@ -1,4 +1,4 @@
-"""What ``swift sft``, ``swift pt`` and ``swift resume`` share: plan card, progress line, end card."""
+"""``swift pt``, ``sft`` and ``rlhf``, and what ``swift resume`` shares: plan card, progress line, end card."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from swift.config.parallel_rules import processes_of_launcher
 from swift.config.schema import Resolved
 from swift.core.logging import quiet_libraries
 
-__all__ = ["run_command", "run_or_plan"]
+__all__ = ["pt", "rlhf", "run_or_plan", "sft"]
 
 
-def run_command(command: str, argv: Sequence[str]) -> int:
+def _run(command: str, argv: Sequence[str]) -> int:
     """Bind the words after ``swift COMMAND`` and train, or only plan with ``--dry_run``.
 
     Without a model but with ``--resume_from_checkpoint``, the options of that run are the starting point.
@@ -30,6 +30,9 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         if checkpoint is not None:
             resolved = resolve(command, [str(checkpoint.parent / "config.yaml"), *argv])
     return run_or_plan(resolved, [command, *argv])
+
+
+pt, sft, rlhf = (partial(_run, command) for command in ("pt", "sft", "rlhf"))
 
 
 def run_or_plan(resolved: Resolved, words: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from swift.config.layers import Binder
 from swift.config.read import from_python, read_file
 from swift.config.schema import Option, Resolved
 from swift.core.errors import ConfigError, UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["command_of", "command_of_train_type", "dump", "dump_text", "load_run_config", "resolve"]
 
@@ -73,10 +73,9 @@ def _command(name: str, planning: bool) -> Command:
         raise UsageError(f"swift {name} comes with a later version", fix=command.instead)
     if command is None or command.own_arguments:
         takers = [other.name for other in COMMANDS.values() if not other.own_arguments]
-        near = closest(name, takers)
         raise UsageError(
             f"{name!r} is not a command with options ({', '.join(takers)})",
-            fix=f"did you mean {near}?" if near else None,
+            fix=suggest(name, takers),
         )
     return command
 
@@ -111,11 +110,10 @@ def command_of(path: Path, shown: str | None = None) -> str:
             "does not say which command it is for", where=shown, fix="add a line such as: command: sft"
         )
     if entry.value not in COMMANDS or COMMANDS[entry.value].own_arguments:
-        near = closest(str(entry.value), COMMANDS)
         raise ConfigError(
             f"unknown command {entry.value!r}",
             where=entry.place,
-            fix=f"did you mean {near}?" if near else None,
+            fix=suggest(str(entry.value), COMMANDS),
         )
     return str(entry.value)
 

@@ -6,7 +6,6 @@ a run refuses them, except where leaving them out would change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -17,11 +16,8 @@ from swift.config.sections.optimizer import OptimizerSection
 from swift.config.sections.vllm import VllmSection
 from swift.config.task_rules import TASK_OPTIONS
 from swift.config.tuner_rules import TUNER_OPTIONS
-from swift.core.errors import ConfigError
 
 __all__ = ["EXCLUSIVE", "IMPLIED", "ONLY_WITH", "Implied", "OnlyWith", "check_combinations"]
-
-Where = Callable[[Resolved, str], str]
 
 
 @dataclass(frozen=True)
@@ -86,21 +82,18 @@ IMPLIED: tuple[Implied, ...] = (
 )
 
 
-def check_combinations(resolved: Resolved, where: Where, planning: bool) -> None:
-    """Raises ConfigError for options that do not go together; with ``planning`` these are warnings."""
+def check_combinations(resolved: Resolved) -> None:
+    """Refuses options that do not go together."""
     for rule in IMPLIED:
         if resolved.value(rule.option):
             for name in _given(resolved, rule.names):
-                resolved.warnings.append(f"{where(resolved, name)}: not needed: {rule.why}")
-    found = (
-        *_without_effect(resolved, where),
-        *_both_given(resolved, where),
-        *_ends_of_epochs(resolved, where),
-    )
-    for problem, place, fix in found:
-        if not planning:
-            raise ConfigError(problem, where=place, fix=fix)
-        resolved.warnings.append(f"{place}: {problem}; a run refuses it")
+                resolved.warnings.append(f"{resolved.place(name)}: not needed: {rule.why}")
+    _check_effects(resolved)
+    for first, second, why in EXCLUSIVE:
+        if len(_given(resolved, (first, second))) == 2:
+            fix = f"leave out --{first} or --{second}"
+            resolved.refuse(first, f"does not go together with {second}: {why}", fix=fix)
+    _check_ends_of_epochs(resolved)
 
 
 def _given(resolved: Resolved, names: tuple[str, ...]) -> list[str]:
@@ -112,41 +105,19 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _without_effect(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
-    return [
-        (
-            f"has no effect with {rule.option} {_word(resolved.value(rule.option))}",
-            where(resolved, name),
-            f"leave it out, or set --{rule.option} {_word(rule.values[0])}",
-        )
-        for rule in ONLY_WITH
-        if resolved.value(rule.option) not in rule.values
-        for name in _given(resolved, rule.names)
-    ]
+def _check_effects(resolved: Resolved) -> None:
+    for rule in ONLY_WITH:
+        value = resolved.value(rule.option)
+        for name in _given(resolved, rule.names) if value not in rule.values else ():
+            fix = f"leave it out, or set --{rule.option} {_word(rule.values[0])}"
+            resolved.refuse(name, f"has no effect with {rule.option} {_word(value)}", fix=fix)
 
 
-def _both_given(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
-    return [
-        (
-            f"does not go together with {second}: {why}",
-            where(resolved, first),
-            f"leave out --{first} or --{second}",
-        )
-        for first, second, why in EXCLUSIVE
-        if len(_given(resolved, (first, second))) == 2
-    ]
-
-
-def _ends_of_epochs(resolved: Resolved, where: Where) -> list[tuple[str, str, str]]:
+def _check_ends_of_epochs(resolved: Resolved) -> None:
     """Where an epoch of a stream ends is known only when the step behind it asks for data."""
     if resolved.command not in ("pt", "sft", "rlhf") or not resolved.config.data.streaming:
-        return []
-    return [
-        (
-            "does not go together with streaming: the end of an epoch is not known beforehand",
-            where(resolved, name),
-            f"--{name} steps",
-        )
-        for name in ("save_strategy", "eval_strategy")
-        if resolved.sources[name].kind != "derived" and resolved.value(name) == "epoch"
-    ]
+        return
+    for name in ("save_strategy", "eval_strategy"):
+        if resolved.sources[name].kind != "derived" and resolved.value(name) == "epoch":
+            problem = "does not go together with streaming: the end of an epoch is not known beforehand"
+            resolved.refuse(name, problem, fix=f"--{name} steps")

@@ -1,7 +1,7 @@
-"""The one table of commands: which module runs a command and which options it takes.
+"""The one table of commands: which options a command takes, and where it stands.
 
-It stands here and not in ``cli/`` because binding, help, completion and reference all read it; modules are
-named by strings and imported only when their command runs.
+It stands here and not in ``cli/`` because binding, help, completion and reference all read it; what runs a command
+is named by a string and imported only when the command runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ class Command:
 
     Args:
         name: the word after ``swift``.
-        module: the module with ``run(argv) -> int``.
         help: one line.
         sections: sections whose options it takes.
         extra: single options from other sections.
@@ -29,11 +28,12 @@ class Command:
         switches: words that choose how the command runs, not values of the run: name -> help.
         usage: what follows ``swift NAME`` in help.
         own_arguments: True when the command reads its words with a parser of its own.
+        runs: the function ``run(argv) -> int`` of the command, as ``module:function`` under ``swift.cli``; by
+            default ``run`` of the module of its name.
         instead: for a command that comes with a later version, and until then is planned only: what to do instead.
     """
 
     name: str
-    module: str
     help: str
     sections: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
@@ -42,7 +42,11 @@ class Command:
     switches: dict[str, str] = field(default_factory=dict)
     usage: str = "[FILE.yaml ...] [--option value ...]"
     own_arguments: bool = False
+    runs: str = ""
     instead: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", self.runs or f"{self.name.replace('-', '_')}:run")
 
     def options(self) -> dict[str, Option]:
         """The options this command takes, in the order of the sections."""
@@ -51,6 +55,11 @@ class Command:
             wanted.update(SECTIONS[section].model_fields)
         wanted.difference_update(self.without)
         return {name: option for name, option in options().items() if name in wanted}
+
+
+def _own(name: str, help: str, usage: str, runs: str = "") -> Command:
+    """A command that reads its words with a parser of its own."""
+    return Command(name, help, usage=usage, own_arguments=True, runs=runs)
 
 
 _TRAINING = (
@@ -89,39 +98,36 @@ COMMANDS: dict[str, Command] = {
     for command in (
         Command(
             "pt",
-            "swift.cli.pt",
             "Pre-train on plain text.",
             sections=_TRAINING,
             required=_TRAINING_NEEDS,
             switches=_DRY_RUN,
+            runs="training:pt",
         ),
         Command(
             "sft",
-            "swift.cli.sft",
             "Fine-tune: answer, classify, rank, embed.",
             sections=(*_TRAINING, "task"),
             required=_TRAINING_NEEDS,
             switches=_DRY_RUN,
+            runs="training:sft",
         ),
         Command(
             "rlhf",
-            "swift.cli.rlhf",
             "Learn from preferences (dpo, kto, orpo...) or from rewards (grpo, dapo...), or train a reward model (rm).",
             sections=(*_TRAINING, "rlhf", "policy", "generation"),
             extra=("task_type", "num_labels", "max_num_seqs", "max_cache_tokens", "memory_utilization"),
             required=_TRAINING_NEEDS,
             switches=_DRY_RUN,
+            runs="training:rlhf",
         ),
-        Command(
+        _own(
             "fit",
-            "swift.cli.fit",
             "Train; train_type says for what: sft (default), pt, or the name of a method.",
-            usage="[--train_type sft] [FILE.yaml ...] [--option value ...]",
-            own_arguments=True,
+            "[--train_type sft] [FILE.yaml ...] [--option value ...]",
         ),
         Command(
             "infer",
-            "swift.cli.infer",
             "Chat with a model, or answer the rows of a file.",
             sections=("model", "template", "quantization", "generation", "engine", "vllm"),
             extra=(
@@ -138,7 +144,6 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "deploy",
-            "swift.cli.deploy",
             "Serve a model and adapters on it, as OpenAI's API does.",
             sections=("model", "template", "quantization", "generation", "engine", "vllm", "serving"),
             extra=("num_threads",),
@@ -155,7 +160,6 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "eval",
-            "swift.cli.eval",
             "Measure a model on data of yours or on benchmarks; show and compare results.",
             sections=("model", "template", "quantization", "generation", "engine", "vllm", "suite"),
             extra=(
@@ -174,7 +178,6 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "merge-lora",
-            "swift.cli.merge_lora",
             "Merge an adapter into its model and check the result.",
             extra=(
                 "model",
@@ -198,7 +201,6 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "export",
-            "swift.cli.export",
             "Quantise a model (an adapter is merged first), and report what that costs.",
             sections=("model", "quantization", "template", "export"),
             extra=("dataset", "max_length", "output_dir", "seed", "num_threads", *_READING),
@@ -206,166 +208,82 @@ COMMANDS: dict[str, Command] = {
             required=(("model", "adapters"),),
             switches=_DRY_RUN,
         ),
-        Command(
+        _own(
             "plan",
-            "swift.cli.plan",
             "Show what a command will do and cost, without doing it.",
-            usage="COMMAND [FILE.yaml ...] [--option value ...] [--exact] [--solve] [--device_memory 24GiB] [--json]",
-            own_arguments=True,
+            "COMMAND [FILE.yaml ...] [--option value ...] [--exact] [--solve] [--device_memory 24GiB] [--json]",
         ),
-        Command(
+        _own(
             "data",
-            "swift.cli.data",
             "Look at data as the model sees it, check it, list known data sets, tokenise ahead.",
-            usage="{ls,show,check,build-cache} [...]",
-            own_arguments=True,
+            "{ls,show,check,build-cache} [...]",
         ),
-        Command(
+        _own(
             "models",
-            "swift.cli.models",
             "Short names of models; tiny models of any architecture; what trains here.",
-            usage="{ls,show,tiny,verify} [...]",
-            own_arguments=True,
+            "{ls,show,tiny,verify} [...]",
         ),
-        Command(
+        _own(
             "config",
-            "swift.cli.config",
             "Show resolved options, spellings, schema, reference, shell completion.",
-            usage="{show,alias,schema,reference,completion} [...]",
-            own_arguments=True,
+            "{show,alias,schema,reference,completion} [...]",
         ),
-        Command(
+        _own(
             "download",
-            "swift.cli.download",
             "Fetch a model or data set from a hub, checked, or check what is here.",
-            usage="OWNER/NAME [--use_hf true] [--local_dir FOLDER] [--verify] [...]",
-            own_arguments=True,
+            "OWNER/NAME [--use_hf true] [--local_dir FOLDER] [--verify] [...]",
         ),
-        Command(
-            "doctor",
-            "swift.cli.doctor",
-            "Report devices, versions and what is missing for what.",
-            usage="[--json]",
-            own_arguments=True,
-        ),
-        Command(
+        _own("doctor", "Report devices, versions and what is missing for what.", "[--json]"),
+        _own(
             "toolchain",
-            "swift.cli.toolchain",
             "Install, list, test and delete environments of vLLM, GPTQModel, EvalScope...",
-            usage="{install,ls,doctor,rm} [...]",
-            own_arguments=True,
+            "{install,ls,doctor,rm} [...]",
         ),
-        Command(
-            "demo",
-            "swift.cli.demo",
-            "Train a tiny model here and now, and watch it learn.",
-            usage="[...]",
-            own_arguments=True,
-        ),
-        Command(
-            "resume",
-            "swift.cli.resume",
-            "Go on with an interrupted run, or with a paused job.",
-            usage="RUN|ID [...]",
-            own_arguments=True,
-        ),
-        Command(
+        _own("demo", "Train a tiny model here and now, and watch it learn.", "[...]"),
+        _own("resume", "Go on with an interrupted run, or with a paused job.", "RUN|ID [...]"),
+        _own(
             "run",
-            "swift.cli.run",
             "Run a file of experiments and follow it.",
-            usage="FILE.yaml [--inline] [--wait] [--cold] [--new] [--fuse auto|always|never]",
-            own_arguments=True,
+            "FILE.yaml [--inline] [--wait] [--cold] [--new] [--fuse auto|always|never]",
         ),
-        Command(
-            "fuse",
-            "swift.cli.fuse",
-            "Train several LoRA runs at once on one base model, in this process.",
-            usage="FILE.yaml ...",
-            own_arguments=True,
-        ),
-        Command(
-            "submit",
-            "swift.cli.submit",
-            "Queue experiments or one command, and return.",
-            usage="FILE.yaml | -- COMMAND [...]",
-            own_arguments=True,
-        ),
-        Command(
-            "ps",
-            "swift.cli.ps",
-            "List jobs; with --why, explain one.",
-            usage="[ID|NAME ...] [--all] [--json] [--why ID]",
-            own_arguments=True,
-        ),
-        Command(
-            "top",
-            "swift.cli.top",
-            "Watch jobs: step, loss, speed, time to go, devices.",
-            usage="[--once] [--json]",
-            own_arguments=True,
-        ),
-        Command(
-            "logs",
-            "swift.cli.logs",
-            "Show what a job printed.",
-            usage="ID [-f] [-n LINES]",
-            own_arguments=True,
-        ),
-        Command(
+        _own("fuse", "Train several LoRA runs at once on one base model, in this process.", "FILE.yaml ..."),
+        _own("submit", "Queue experiments or one command, and return.", "FILE.yaml | -- COMMAND [...]"),
+        _own("ps", "List jobs; with --why, explain one.", "[ID|NAME ...] [--all] [--json] [--why ID]"),
+        _own("top", "Watch jobs: step, loss, speed, time to go, devices.", "[--once] [--json]"),
+        _own("logs", "Show what a job printed.", "ID [-f] [-n LINES]"),
+        _own(
             "stop",
-            "swift.cli.stop",
             "Cancel jobs (running ones save a checkpoint).",
-            usage="ID|NAME ... [--grace SECONDS]",
-            own_arguments=True,
+            "ID|NAME ... [--grace SECONDS]",
+            runs="jobs:stop",
         ),
-        Command(
+        _own(
             "pause",
-            "swift.cli.pause",
             "Checkpoint jobs and set them aside until swift resume.",
-            usage="ID|NAME ...",
-            own_arguments=True,
+            "ID|NAME ...",
+            runs="jobs:pause",
         ),
-        Command(
-            "retry",
-            "swift.cli.retry",
-            "Queue failed or cancelled jobs again.",
-            usage="ID|NAME ...",
-            own_arguments=True,
-        ),
-        Command(
-            "clone",
-            "swift.cli.clone",
-            "Queue a copy of a job.",
-            usage="ID [--name NAME]",
-            own_arguments=True,
-        ),
-        Command(
+        _own("retry", "Queue failed or cancelled jobs again.", "ID|NAME ...", runs="jobs:retry"),
+        _own("clone", "Queue a copy of a job.", "ID [--name NAME]"),
+        _own(
             "service",
-            "swift.cli.service",
             "Start, stop or look at the process that runs the queue.",
-            usage="{start,stop,status,run} [--json]",
-            own_arguments=True,
+            "{start,stop,status,run} [--json]",
         ),
-        Command(
+        _own(
             "rollouts",
-            "swift.cli.rollouts",
             "Look at the answers that reinforcement learning sampled, and at their rewards.",
-            usage="show RUN [--step N] [--worst N | --best N | --group N] [--steps] [--tokens] [--json]",
-            own_arguments=True,
+            "show RUN [--step N] [--worst N | --best N | --group N] [--steps] [--tokens] [--json]",
         ),
-        Command(
+        _own(
             "compare",
-            "swift.cli.compare",
             "Experiments side by side: losses, evaluation, cost, and which one won.",
-            usage="[ID|NAME|FOLDER ...] [--metric M] [--json|--csv]",
-            own_arguments=True,
+            "[ID|NAME|FOLDER ...] [--metric M] [--json|--csv]",
         ),
-        Command(
+        _own(
             "report",
-            "swift.cli.report",
             "The comparison as one HTML file: curves, parameters, answers.",
-            usage="[NAME] [--output FILE.html]",
-            own_arguments=True,
+            "[NAME] [--output FILE.html]",
         ),
     )
 }
@@ -379,7 +297,6 @@ LATER_COMMANDS: dict[str, Command] = {
         *(
             Command(
                 name,
-                "swift.cli.plan",
                 text,
                 sections=_ANSWERING,
                 extra=("output_dir", "tensor_parallel_size", "pipeline_parallel_size", "seed"),
@@ -392,7 +309,7 @@ LATER_COMMANDS: dict[str, Command] = {
                 ("sample", "Rejection sampling.", "use swift infer"),
             )
         ),
-        Command("web-ui", "swift.cli.plan", "The web page.", instead="use the command line"),
+        Command("web-ui", "The web page.", instead="use the command line"),
     )
 }
 """Commands of the articles and of ms-swift that this version does not have. Their options are read and planned as far

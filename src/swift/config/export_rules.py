@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from swift.config.schema import Resolved
-from swift.core.errors import ConfigError
 
 __all__ = ["DEFAULT_CALIBRATION", "LIBRARY_TEXT", "METHODS", "Method", "check_export"]
 
@@ -52,60 +50,47 @@ aliases.yaml, which says what to do instead."""
 _OF_BNB = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 
-def check_export(resolved: Resolved, where: Callable[[Resolved, str], str], planning: bool = False) -> None:
-    """Raise ConfigError for what ``swift export`` cannot do (a warning in a plan).
-
-    Args:
-        where: says where the user set an option.
-    """
+def check_export(resolved: Resolved) -> None:
+    """Raise ConfigError for what ``swift export`` cannot do (a warning in a plan)."""
     if resolved.command != "export":
         return
-    try:
-        _check(resolved, where)
-    except ConfigError as error:
-        if not planning:
-            raise
-        resolved.warnings.append(f"{error.where}: {error.message}; a run refuses it")
-
-
-def _check(resolved: Resolved, where: Callable[[Resolved, str], str]) -> None:
     quantisation, options = resolved.config.quantization, resolved.config.export
     name, bits = quantisation.quant_method, quantisation.quant_bits
     if name is None:
         if not options.merge_lora:
-            raise ConfigError(
+            return resolved.refuse(
+                "swift export",
                 "nothing to do",
-                where="swift export",
                 fix=f"--quant_method {', '.join(METHODS)}; or --merge_lora true",
             )
-        _refuse_unused(resolved, None, where)
+        _refuse_unused(resolved, None)
         return
     method = METHODS.get(name)
     if method is None:
-        raise ConfigError(
+        return resolved.refuse(
+            "quant_method",
             f"{name} quantises a base while it is loaded; it writes no model folder",
-            where=where(resolved, "quant_method"),
             fix=f"--quant_method {', '.join(METHODS)}",
         )
     if bits not in method.bits:
-        raise ConfigError(
+        return resolved.refuse(
+            "quant_bits",
             f"{name} stores {' or '.join(map(str, method.bits))} bits, not {bits}",
-            where=where(resolved, "quant_bits"),
             fix=f"--quant_bits {method.bits[0]}",
         )
     if options.output_format == "vllm" and not method.vllm:
-        raise ConfigError(
+        return resolved.refuse(
+            "output_format",
             f"vLLM does not load {method.stored_as} folders",
-            where=where(resolved, "output_format"),
             fix="--quant_method gptq, awq, fp8 or w8a8; or --output_format hf",
         )
     for option in ("group_size", "quant_batch_size"):
         if resolved.value(option) == 0:
-            raise ConfigError("cannot be 0", where=where(resolved, option), fix=f"leave --{option} out")
-    _refuse_unused(resolved, method, where)
+            return resolved.refuse(option, "cannot be 0", fix=f"leave --{option} out")
+    _refuse_unused(resolved, method)
 
 
-def _refuse_unused(resolved: Resolved, method: Method | None, where: Callable[[Resolved, str], str]) -> None:
+def _refuse_unused(resolved: Resolved, method: Method | None) -> None:
     """No option without effect."""
     calibrated = method is not None and method.calibrated
     used = {
@@ -120,8 +105,8 @@ def _refuse_unused(resolved: Resolved, method: Method | None, where: Callable[[R
     name = resolved.config.quantization.quant_method
     for option, is_used in used.items():
         if not is_used and resolved.is_explicit(option):
-            raise ConfigError(
+            return resolved.refuse(
+                option,
                 f"has no effect with quant_method {name}" if name else "has no effect on a merge",
-                where=where(resolved, option),
                 fix="leave it out",
             )

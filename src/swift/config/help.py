@@ -10,7 +10,7 @@ from typing import Any
 from swift.config.commands import COMMANDS, Command
 from swift.config.schema import SECTIONS, Option
 from swift.core.errors import UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["command_help", "format_default", "general_help", "options_about"]
 
@@ -91,8 +91,12 @@ def options_about(topic: str, taken: Iterable[Option]) -> list[Option]:
     taken = list(taken)
     found = [option for option in taken if matches(option)]
     if not found:
-        near = closest(word, [*SECTIONS, *(option.name for option in taken), *table.aliases])
-        fix = f"did you mean --help {near}?" if near else "--help all lists every option"
+        fix = suggest(
+            word,
+            [*SECTIONS, *(option.name for option in taken), *table.aliases],
+            "--help all lists every option",
+            before="--help ",
+        )
         raise UsageError("no option is about this", where=f"--help {topic}", fix=fix)
     return found
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["Kind", "coerce", "is_none_word", "kind_of", "parse_bool"]
 
@@ -204,11 +204,10 @@ def _choice(kind: Kind, value: Any, where: str) -> str:
         for choice in kind.choices:
             if value.lower() == choice.lower():
                 return choice
-    near = closest(str(value), kind.choices)
     raise ConfigError(
         f"{value!r} is not one of {', '.join(kind.choices)}",
         where=where,
-        fix=f"did you mean {near}?" if near else None,
+        fix=suggest(str(value), kind.choices),
     )
 
 

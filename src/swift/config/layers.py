@@ -356,8 +356,9 @@ class Binder:
             switches,
             self.environment,
             list(files),
+            planning,
         )
-        rules.apply(resolved, self.command, planning=planning, partial=partial)
+        rules.apply(resolved, self.command, partial=partial)
         return resolved
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swift.config.schema import Resolved, Source
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["PRESETS", "check_parallel", "processes_of_launcher", "settle_parallel"]
 
-Where = Callable[[Resolved, str], str]
 
 PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
@@ -26,15 +24,15 @@ _FROM_ENVIRONMENT = ("nnodes", "node_rank", "master_addr", "master_port")
 _SHARDED_OPTIMIZERS = ("adamw", "sgd", "adafactor", "rmsprop", "adagrad", "adamax")
 
 
-def settle_parallel(resolved: Resolved, where: Where, planning: bool) -> None:
+def settle_parallel(resolved: Resolved) -> None:
     """Fill the sizes that nobody gave. Raises ConfigError when they cannot be filled.
 
     What a run has recorded without anybody having typed it is settled anew: it may go on with other processes.
     """
     section = resolved.config.parallel
     _take_environment(resolved)
-    processes, said_by = _processes(resolved, where)
-    zero = _zero(resolved, where, planning)
+    processes, said_by = _processes(resolved)
+    zero = _zero(resolved)
     _ring_over_all(resolved, processes, said_by)
     total, shard, copies = (
         resolved.value(name) if resolved.is_explicit(name) else None for name in _DATA_SIZES
@@ -70,34 +68,25 @@ def settle_parallel(resolved: Resolved, where: Where, planning: bool) -> None:
         _set(resolved, "nproc_per_node", per_node if per_node > 1 else None, said_by or "the layout")
 
 
-def check_parallel(resolved: Resolved, where: Where, planning: bool) -> None:
+def check_parallel(resolved: Resolved) -> None:
     """Raises ConfigError for layouts that a run cannot have; a plan gets warnings."""
     section = resolved.config.parallel
 
-    def refuse(problem: str, place: str, why: str | None = None, fix: str | None = None) -> None:
-        if not planning:
-            raise ConfigError(problem, where=place, why=why, fix=fix)
-        resolved.warnings.append(f"{place}: {problem}; a run refuses it" + (f" ({fix})" if fix else ""))
-
     if section.sequence_parallel and section.tensor_parallel_size == 1:
-        refuse(
-            "has no effect without tensor parallelism",
-            where(resolved, "sequence_parallel"),
-            fix="leave it out",
-        )
-    _check_sizes(resolved, where)
-    _check_engine(resolved, where, refuse)
+        resolved.refuse("sequence_parallel", "has no effect without tensor parallelism", fix="leave it out")
+    _check_sizes(resolved)
+    _check_engine(resolved)
     if section.num_processes > 1:
-        _check_training(resolved, where, refuse)
+        _check_training(resolved)
     elif section.offload:
-        refuse(
+        resolved.refuse(
+            "offload" if resolved.is_explicit("offload") else "deepspeed",
             "one process has nothing to shard and keeps its weights on the device",
-            where(resolved, "offload" if resolved.is_explicit("offload") else "deepspeed"),
             fix="leave it out, or start more processes with --nproc_per_node",
         )
 
 
-def _check_sizes(resolved: Resolved, where: Where) -> None:
+def _check_sizes(resolved: Resolved) -> None:
     section = resolved.config.parallel
     total, shard = section.data_parallel_size, section.data_parallel_shard_size
     copies = section.data_parallel_replicate_size
@@ -105,21 +94,21 @@ def _check_sizes(resolved: Resolved, where: Where) -> None:
         name = "data_parallel_shard_size"
         if not resolved.is_explicit(name):
             name = "data_parallel_replicate_size"
-        raise ConfigError(
+        raise resolved.error(
+            name,
             f"{copies} copies of {shard} shards are not {total} data-parallel processes",
-            where=where(resolved, name),
             fix=f"--data_parallel_size {shard * copies}, or leave one of the sizes out",
         )
     ranks = shard * section.context_parallel_size * section.tensor_parallel_size
     if ranks % section.expert_parallel_size:
-        raise ConfigError(
+        raise resolved.error(
+            "expert_parallel_size",
             f"{ranks} processes that share a copy of the model cannot be split in groups of "
             f"{section.expert_parallel_size} for its experts",
-            where=where(resolved, "expert_parallel_size"),
             fix=f"--data_parallel_shard_size {section.expert_parallel_size}, or a divisor of {ranks}",
         )
     _check_world_size()
-    asked, said_by = _processes(resolved, where)
+    asked, said_by = _processes(resolved)
     if asked is not None and asked != section.num_processes:
         raise ConfigError(
             f"{asked} processes, but the sizes multiply to {section.num_processes}",
@@ -127,26 +116,26 @@ def _check_sizes(resolved: Resolved, where: Where) -> None:
             fix=f"{section.num_processes} processes, or leave out --data_parallel_size: it takes what is left",
         )
     if section.num_processes % section.nnodes:
-        raise ConfigError(
+        raise resolved.error(
+            "nnodes",
             f"{section.num_processes} processes cannot be split evenly over {section.nnodes} machines",
-            where=where(resolved, "nnodes"),
             fix="--nproc_per_node N: how many processes each machine has",
         )
     if section.nnodes > 1 and section.master_addr is None:
-        raise ConfigError(
+        raise resolved.error(
+            "nnodes",
             f"{section.nnodes} machines have to know where they meet",
-            where=where(resolved, "nnodes"),
             fix="--master_addr HOST (the same on all of them)",
         )
 
 
-def _check_engine(resolved: Resolved, where: Where, refuse: Callable[..., None]) -> None:
+def _check_engine(resolved: Resolved) -> None:
     section = resolved.config.parallel
     mixes = _mixes(resolved)
     if section.parallel_method == "megatron" and not mixes:
-        refuse(
+        resolved.refuse(
+            "parallel_method",
             "Megatron-Core needs CUDA and its own packages, and comes with a later version",
-            where(resolved, "parallel_method"),
             fix="leave it out: the native engine takes the same sizes",
         )
     if mixes:
@@ -158,7 +147,7 @@ def _check_engine(resolved: Resolved, where: Where, refuse: Callable[..., None])
     elif section.deepspeed and section.num_processes > 1:
         how = "FSDP2" if section.data_parallel_shard_size > 1 else "plain data parallelism"
         resolved.warnings.append(
-            f"{where(resolved, 'deepspeed')}: the native engine does it: {how} over "
+            f"{resolved.place('deepspeed')}: the native engine does it: {how} over "
             f"{section.data_parallel_size} processes"
         )
 
@@ -176,81 +165,84 @@ def _mixes(resolved: Resolved) -> str:
     return f"--parallel_method megatron with --{sharding[0]} {resolved.value(sharding[0])}"
 
 
-def _check_training(resolved: Resolved, where: Where, refuse: Callable[..., None]) -> None:
+def _check_training(resolved: Resolved) -> None:
     """What several processes cannot do yet."""
     config, tuner = resolved.config, resolved.config.tuner
     divided = _divided(resolved)
     sharded = config.parallel.data_parallel_shard_size > 1 or bool(divided)
     if divided:
-        _check_divided(resolved, divided, where, refuse)
+        _check_divided(resolved, divided)
     place = f"{config.parallel.num_processes} processes"
     if config.rlhf.is_policy and divided:
-        refuse(
+        resolved.refuse(
+            divided[0],
             f"rlhf_type {config.rlhf.rlhf_type} samples with whole models",
-            where(resolved, divided[0]),
             why="ranks sample at their own pace, which ranks that share a layer or a sequence cannot",
             fix="--data_parallel_shard_size: shards are gathered for the time of sampling",
         )
     if config.evaluation.eval_tasks is not None:
-        refuse(
+        resolved.refuse(
+            "eval_tasks",
             "tasks are measured by one process",
-            where(resolved, "eval_tasks"),
             fix="swift eval after training, or validation data (--val_dataset)",
         )
     if config.rlhf.precompute_ref_log_probs:
-        refuse("one process does that", where(resolved, "precompute_ref_log_probs"), fix="leave it out")
+        resolved.refuse("precompute_ref_log_probs", "one process does that", fix="leave it out")
     if config.report.debug_mode:
-        refuse("the inspection is for one process", where(resolved, "debug_mode"), fix="leave it out")
+        resolved.refuse("debug_mode", "the inspection is for one process", fix="leave it out")
     if tuner.init_weights not in ("default", "gaussian") and (sharded or tuner.init_weights == "lora-ga"):
-        refuse(
+        resolved.refuse(
+            "init_weights",
             f"starts that read the weights ({tuner.init_weights}) are for one process",
-            where(resolved, "init_weights"),
             fix="--init_weights default",
         )
     if config.training.torch_compile:
-        refuse("torch.compile is for one process", where(resolved, "torch_compile"), fix="leave it out")
+        resolved.refuse("torch_compile", "torch.compile is for one process", fix="leave it out")
     if not sharded:
         if config.parallel.offload:
-            refuse(
+            resolved.refuse(
+                "offload",
                 "offloading is for sharded weights",
-                where(resolved, "offload"),
                 fix=f"--data_parallel_shard_size {config.parallel.data_parallel_size}",
             )
         return
     if config.model.torch_dtype == "float16":
-        refuse(
+        resolved.refuse(
+            "torch_dtype",
             "float16 is for whole models",
-            where(resolved, "torch_dtype"),
             why="gradients overflow on one shard, and the others would not know",
             fix="--torch_dtype bfloat16",
         )
-    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora and not tuner.target_parameters
+    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora
     if not own:
-        refuse(
-            f"{tuner.tuner_type} with use_dora or target_parameters cannot be sharded"
-            if tuner.tuner_type == "lora"
-            else f"{tuner.tuner_type} cannot be sharded",
-            where(resolved, "tuner_type"),
+        resolved.refuse(
+            "tuner_type",
+            "DoRA cannot be sharded" if tuner.use_dora else f"{tuner.tuner_type} cannot be sharded",
             fix="--tuner_type lora or full, or --data_parallel_shard_size 1 (every process has the whole model)",
         )
     if config.optimizer.optim not in _SHARDED_OPTIMIZERS:
-        refuse(
+        resolved.refuse(
+            "optim",
             f"{config.optimizer.optim} works on whole matrices, or on states that cannot be sharded",
-            where(resolved, "optim"),
             fix="--optim adamw, or --data_parallel_shard_size 1",
         )
-    if config.quantization.is_active:
-        refuse(
-            "a quantised base cannot be sharded yet",
-            where(resolved, "quant_bits"),
-            fix="--data_parallel_shard_size 1: every process has the whole (small) base",
+    quantised = config.quantization
+    if quantised.is_active and (quantised.quant_method, quantised.quant_bits) != ("bnb", 4):
+        resolved.refuse(
+            "quant_bits",
+            "of quantised bases only those of 4 bits by bitsandbytes can be sharded",
+            fix="--quant_method bnb --quant_bits 4, or --data_parallel_shard_size 1: every process has the base whole",
+        )
+    if quantised.is_active and {*divided} - {"context_parallel_size"}:
+        resolved.refuse(
+            divided[0],
+            "the layers of a quantised base are not divided",
+            fix="--data_parallel_shard_size N, which shards its bytes",
         )
     if config.quantization.needs_torchao or tuner.lisa_activated_layers or tuner.longlora_group_size:
-        refuse("quantisation-aware, float8, LISA and LongLoRA training cannot be sharded", place)
+        resolved.refuse(place, "quantisation-aware, float8, LISA and LongLoRA training cannot be sharded")
     if config.training.neftune_noise_alpha:
-        refuse(
-            "noisy embeddings cannot be sharded", where(resolved, "neftune_noise_alpha"), fix="leave it out"
-        )
+        resolved.refuse("neftune_noise_alpha", "noisy embeddings cannot be sharded", fix="leave it out")
 
 
 _DIVIDING = (
@@ -266,30 +258,33 @@ def _divided(resolved: Resolved) -> list[str]:
     return [name for name in _DIVIDING if resolved.value(name) > 1]
 
 
-def _check_divided(resolved: Resolved, divided: list[str], where: Where, refuse: Callable[..., None]) -> None:
+def _check_divided(resolved: Resolved, divided: list[str]) -> None:
     """What has no parity test in a divided model. ``divided``: by which sizes it is."""
     config, section = resolved.config, resolved.config.parallel
-    place = where(resolved, divided[0])
+    place = resolved.place(divided[0])
     if config.task.task_type != "causal_lm" or config.rlhf.rlhf_type in ("rm", "kto"):
         what = config.rlhf.rlhf_type if config.rlhf.rlhf_type in ("rm", "kto") else config.task.task_type
-        refuse(f"{what} is for whole models", place, fix="--data_parallel_shard_size, or sft, pt and dpo")
+        resolved.refuse(
+            place, f"{what} is for whole models", fix="--data_parallel_shard_size, or sft, pt and dpo"
+        )
     copies = config.rlhf.rlhf_type in ("dpo", "ipo") and config.tuner.trains_whole_model
     if copies and config.rlhf.ref_model is None and not config.rlhf.reference_free:
-        refuse(
-            "the reference would be a second copy of weights that are divided",
+        resolved.refuse(
             place,
+            "the reference would be a second copy of weights that are divided",
             fix=f"--ref_model {config.model.model}, which every process holds whole, or --tuner_type lora",
         )
     if config.model.torch_dtype == "float16":
-        refuse("float16 is for whole models", where(resolved, "torch_dtype"), fix="--torch_dtype bfloat16")
-    if config.training.use_liger_kernel:
-        refuse(
-            "liger's kernels are for whole models", where(resolved, "use_liger_kernel"), fix="leave it out"
+        resolved.refuse("torch_dtype", "float16 is for whole models", fix="--torch_dtype bfloat16")
+    if config.training.use_liger_kernel and section.expert_parallel_size > 1:
+        resolved.warnings.append(
+            f"{resolved.place('use_liger_kernel')}: experts on several devices compute without liger's kernel; norms, "
+            "rotary embedding and MLPs use theirs"
         )
     if config.tuner.modules_to_save:
-        refuse("saved modules cannot be divided", where(resolved, "modules_to_save"), fix="leave it out")
+        resolved.refuse("modules_to_save", "saved modules cannot be divided", fix="leave it out")
     if config.training.activation_cpu_offload:
-        refuse("is for whole models", where(resolved, "activation_cpu_offload"), fix="leave it out")
+        resolved.refuse("activation_cpu_offload", "is for whole models", fix="leave it out")
     others = (
         section.data_parallel_shard_size > 1 or len(divided) > 1 or config.training.gradient_checkpointing
     )
@@ -298,17 +293,17 @@ def _check_divided(resolved: Resolved, divided: list[str], where: Where, refuse:
         and section.pipeline_schedule in ("zbv", "interleaved_zb")
         and others
     ):
-        refuse(
+        resolved.refuse(
+            "pipeline_schedule",
             f"{section.pipeline_schedule} cuts backward passes in two, which is tested for stages alone",
-            where(resolved, "pipeline_schedule"),
             why="not with shards, other dimensions, or gradient checkpointing",
             fix="--pipeline_schedule interleaved_1f1b",
         )
     accumulated = config.training.gradient_accumulation_steps or 1
     if section.microbatches is not None and section.microbatches != accumulated:
-        refuse(
+        resolved.refuse(
+            "microbatches",
             f"a step has {accumulated} micro-batches for each process",
-            where(resolved, "microbatches"),
             why="the stages of a pipeline work on those of gradient accumulation",
             fix=f"--gradient_accumulation_steps {section.microbatches}",
         )
@@ -346,7 +341,7 @@ def _take_environment(resolved: Resolved) -> None:
             resolved.sources[name] = Source("derived", f"derived from {name.upper()} of the environment")
 
 
-def _processes(resolved: Resolved, where: Where) -> tuple[int | None, str]:
+def _processes(resolved: Resolved) -> tuple[int | None, str]:
     """How many processes there will be when somebody has said so, and who."""
     section = resolved.config.parallel
     started = processes_of_launcher()
@@ -355,11 +350,11 @@ def _processes(resolved: Resolved, where: Where) -> tuple[int | None, str]:
     nodes = section.nnodes
     typed, said = section.nproc_per_node, _number("NPROC_PER_NODE")
     if typed is not None and resolved.sources["nproc_per_node"].kind in ("flag", "python"):
-        return typed * nodes, where(resolved, "nproc_per_node")
+        return typed * nodes, resolved.place("nproc_per_node")
     if said is not None:
         return said * nodes, f"NPROC_PER_NODE={said}"
     if typed is not None and resolved.is_explicit("nproc_per_node"):
-        return typed * nodes, where(resolved, "nproc_per_node")
+        return typed * nodes, resolved.place("nproc_per_node")
     return None, ""
 
 
@@ -396,23 +391,22 @@ class _Zero:
     why: str = "data_parallel_size"
 
 
-def _zero(resolved: Resolved, where: Where, planning: bool) -> _Zero:
+def _zero(resolved: Resolved) -> _Zero:
     word = resolved.config.parallel.deepspeed
     if word is None:
         return _Zero(why="fsdp" if resolved.config.parallel.fsdp else "data_parallel_size")
-    place = where(resolved, "deepspeed")
+    place = resolved.place("deepspeed")
     if word in PRESETS:
         return _Zero(int(word[4]), word.endswith("offload"), f"deepspeed {word}")
     if not word.endswith(".json"):
-        near = closest(word, PRESETS)
         raise ConfigError(
             f"{word!r} is no stage of ZeRO",
             where=place,
-            fix=f"did you mean {near}?" if near else f"{', '.join(PRESETS)}, or a DeepSpeed JSON file",
+            fix=suggest(word, PRESETS, f"{', '.join(PRESETS)}, or a DeepSpeed JSON file"),
         )
     file = Path(word).expanduser()
     if not file.is_file():
-        if not planning:
+        if not resolved.planning:
             raise ConfigError(
                 "there is no such file", where=f"{place} {word}", fix="zero3, or the path of a file"
             )

@@ -22,7 +22,6 @@ __all__ = [
     "whole_groups",
 ]
 
-Where = Callable[[Resolved, str], str]
 
 TASK_PREFIX = "task:"
 """Data sets that are made here, with a reward of their own."""
@@ -90,12 +89,12 @@ def policy_metrics(resolved: Resolved) -> tuple[str, ...]:
     return ("eval_reward", "eval_mean_length", *(f"eval_rewards/{name}" for name in names))
 
 
-def check_policy(resolved: Resolved, where: Where, planning: bool) -> None:
+def check_policy(resolved: Resolved) -> None:
     """Raises ConfigError for what does not go together."""
     config = resolved.config
     policy = config.policy
-    _check_sampler(resolved, where, planning)
-    if not (policy.reward_funcs or policy.reward_model or policy.replay or planning):
+    _check_sampler(resolved)
+    if not (policy.reward_funcs or policy.reward_model or policy.replay or resolved.planning):
         raise ConfigError(
             "which reward?",
             where="--reward_funcs",
@@ -103,59 +102,52 @@ def check_policy(resolved: Resolved, where: Where, planning: bool) -> None:
         )
     num_rewards = len(policy.reward_funcs) + len(policy.reward_model)
     if policy.reward_weights and len(policy.reward_weights) != num_rewards:
-        raise ConfigError(
+        raise resolved.error(
+            "reward_weights",
             f"{len(policy.reward_weights)} weights for {num_rewards} rewards",
-            where=where(resolved, "reward_weights"),
             fix="give one weight for each of --reward_funcs, then of --reward_model",
         )
     losses = config.rlhf.rlhf_loss_type
     if len(losses) > 1 or not set(losses) <= set(POLICY_LOSSES):
-        raise ConfigError(
+        raise resolved.error(
+            "rlhf_loss_type",
             f"{' '.join(losses)} is no loss of policy optimisation",
-            where=where(resolved, "rlhf_loss_type"),
             fix=f"one of {', '.join(POLICY_LOSSES)}",
         )
     if config.tuner.lora_dropout:
-        raise ConfigError(
+        raise resolved.error(
+            "lora_dropout",
             "dropout makes the log-probabilities of trainer and sampler differ",
-            where=where(resolved, "lora_dropout"),
             fix="leave it out: 0",
         )
-    if config.rlhf.rlhf_type == "chord" and not policy.chord_sft_dataset and not planning:
+    if config.rlhf.rlhf_type == "chord" and not policy.chord_sft_dataset and not resolved.planning:
         raise ConfigError(
             "chord learns from an expert's answers as well",
             where="--chord_sft_dataset",
             fix="--chord_sft_dataset FILE",
         )
-    _check_sizes(resolved, where)
+    _check_sizes(resolved)
 
 
-def _check_sampler(resolved: Resolved, where: Where, planning: bool) -> None:
+def _check_sampler(resolved: Resolved) -> None:
     policy, generation = resolved.config.policy, resolved.config.generation
     if policy.use_vllm_sampler:
         problem = "the asynchronous pool of vLLM samplers comes with a later version"
-        if not planning:
-            raise ConfigError(
-                problem,
-                where=where(resolved, "use_vllm_sampler"),
-                fix="leave it out: the embedded engine samples in this process, with the weights in training",
-            )
-        resolved.warnings.append(f"{where(resolved, 'use_vllm_sampler')}: {problem}; a run refuses it")
+        fix = "leave it out: the embedded engine samples in this process, with the weights in training"
+        resolved.refuse("use_vllm_sampler", problem, fix=fix)
     if generation.temperature == 0:
-        raise ConfigError(
-            "at temperature 0 all answers to a prompt are the same",
-            where=where(resolved, "temperature"),
-            fix="leave it out: 1",
+        raise resolved.error(
+            "temperature", "at temperature 0 all answers to a prompt are the same", fix="leave it out: 1"
         )
     if generation.top_p < 1 or generation.top_k:
         name = "top_p" if generation.top_p < 1 else "top_k"
         resolved.warnings.append(
-            f"{where(resolved, name)}: answers come from a part of the distribution, log-probabilities and ratios are "
+            f"{resolved.place(name)}: answers come from a part of the distribution, log-probabilities and ratios are "
             "those of the whole"
         )
 
 
-def _check_sizes(resolved: Resolved, where: Where) -> None:
+def _check_sizes(resolved: Resolved) -> None:
     policy, training = resolved.config.policy, resolved.config.training
     group, ranks = policy.num_generations, resolved.config.parallel.data_parallel_size
     at_once = training.per_device_train_batch_size * ranks
@@ -163,34 +155,32 @@ def _check_sizes(resolved: Resolved, where: Where) -> None:
     if training.global_batch_size is not None:
         in_step = training.global_batch_size
     if policy.steps_per_generation is not None and policy.generation_batch_size is not None:
-        raise ConfigError(
+        raise resolved.error(
+            "steps_per_generation",
             "does not go together with generation_batch_size: each follows from the other",
-            where=where(resolved, "steps_per_generation"),
             fix="leave one of them out",
         )
     sampled = policy.generation_batch_size or (policy.steps_per_generation or 0) * at_once or in_step
     # A step of a resumed run has as many answers as before, whatever the number of processes: `swift.rl.settings`.
     begins = resolved.config.checkpoint.resume_from_checkpoint is None
     if begins and sampled % in_step:
-        raise ConfigError(
+        raise resolved.error(
+            "generation_batch_size" if policy.generation_batch_size else "steps_per_generation",
             f"{sampled} answers sampled at a time cannot be dealt out in steps of {in_step}",
-            where=where(
-                resolved, "generation_batch_size" if policy.generation_batch_size else "steps_per_generation"
-            ),
             fix=f"--generation_batch_size {-(-sampled // in_step) * in_step}",
         )
     if begins and sampled % group:
         name = "num_generations" if resolved.is_explicit("num_generations") else "per_device_train_batch_size"
         whole = whole_groups(resolved, sampled, at_once)
-        raise ConfigError(
+        raise resolved.error(
+            name,
             f"{sampled} answers at a time are no whole groups of {group}",
-            where=where(resolved, name),
             fix=f"--gradient_accumulation_steps {whole // at_once}, or --num_generations {math.gcd(sampled, group)}",
         )
     kind = policy.advantage_estimator or resolved.config.rlhf.rlhf_type
     if group == 1 and kind not in _UNGROUPED and policy.algo is None:
-        raise ConfigError(
+        raise resolved.error(
+            "num_generations",
             f"{kind} compares the answers to a prompt with one another",
-            where=where(resolved, "num_generations"),
             fix="--num_generations 8",
         )

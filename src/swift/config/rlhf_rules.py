@@ -8,11 +8,9 @@ from typing import Any
 from swift.config.policy_rules import POLICY_DERIVATIONS, POLICY_OPTIONS, check_policy, policy_metrics
 from swift.config.schema import SECTIONS, Resolved
 from swift.config.sections.rlhf import DPO_TYPES, LATER_TYPES, PAIR_TYPES, POLICY_TYPES, PREFERENCE_TYPES
-from swift.core.errors import ConfigError
 
 __all__ = ["RLHF_DERIVATIONS", "RLHF_OPTIONS", "check_rlhf", "rlhf_metrics"]
 
-Where = Callable[[Resolved, str], str]
 
 _REFERENCE = ("ref_model", "ref_adapters", "precompute_ref_log_probs")
 _ALONE = {"kto": ("kto", "apo_zero_unpaired"), "orpo": ("orpo",), "simpo": ("simpo",), "cpo": ("cpo",)}
@@ -112,116 +110,103 @@ def rlhf_metrics(resolved: Resolved) -> tuple[str, ...]:
     return ("eval_loss", *(f"eval_{name}" for name in names))
 
 
-def check_rlhf(resolved: Resolved, where: Where, planning: bool) -> None:
+def check_rlhf(resolved: Resolved) -> None:
     """Raises ConfigError for what does not go together; warns where a loss depends on the micro-batch."""
     rlhf = resolved.config.rlhf
     if rlhf.rlhf_type is None:
         return
     if rlhf.rlhf_type in LATER_TYPES:
-        problem = f"{rlhf.rlhf_type} comes with a later version"
-        if not planning:
-            fix = f"train with one of {', '.join((*PREFERENCE_TYPES, 'grpo'))}; swift plan rlhf shows the layout"
-            raise ConfigError(problem, where=where(resolved, "rlhf_type"), fix=fix)
-        resolved.warnings.append(f"{where(resolved, 'rlhf_type')}: {problem}; a run refuses it")
+        fix = f"train with one of {', '.join((*PREFERENCE_TYPES, 'grpo'))}; swift plan rlhf shows the layout"
+        resolved.refuse("rlhf_type", f"{rlhf.rlhf_type} comes with a later version", fix=fix)
         return
-    _check_task(resolved, where)
-    _check_start(resolved, where)
+    _check_task(resolved)
+    _check_start(resolved)
     if rlhf.is_policy:
-        check_policy(resolved, where, planning)
+        check_policy(resolved)
         return
-    _check_losses(resolved, where)
+    _check_losses(resolved)
     training = resolved.config.training
     if not rlhf.is_in_batch:
         return
     at_once = training.per_device_train_batch_size
     if "kto" in rlhf.rlhf_loss_type and at_once < 2 and not resolved.config.data.packing:
-        raise ConfigError(
+        raise resolved.error(
+            "per_device_train_batch_size",
             "kto compares the answers of a micro-batch with questions they do not belong to, and there is only one",
-            where=where(resolved, "per_device_train_batch_size"),
             fix="--per_device_train_batch_size 8 (or --loss_type apo_zero_unpaired)",
         )
     if (training.gradient_accumulation_steps or 1) > 1:
         resolved.warnings.append(
-            f"{where(resolved, 'gradient_accumulation_steps')}: {' and '.join(rlhf.rlhf_loss_type)}: the loss compares"
+            f"{resolved.place('gradient_accumulation_steps')}: {' and '.join(rlhf.rlhf_loss_type)}: the loss compares"
             f" the {at_once} rows of a micro-batch only, not the whole step;"
             " a larger --per_device_train_batch_size with --gradient_accumulation_steps 1 compares all"
         )
 
 
-def _check_losses(resolved: Resolved, where: Where) -> None:
+def _check_losses(resolved: Resolved) -> None:
     rlhf = resolved.config.rlhf
     kind, losses = rlhf.rlhf_type or "", rlhf.rlhf_loss_type
     if rlhf.beta == 0:
-        raise ConfigError("must be above 0", where=where(resolved, "beta"))
+        raise resolved.error("beta", "must be above 0")
     known = () if kind == "rm" else ("ipo",) if kind == "ipo" else _ALONE.get(kind, _PAIRED)
     for loss in losses:
         if loss not in known:
-            raise ConfigError(
+            raise resolved.error(
+                "rlhf_loss_type",
                 f"{loss} is no loss of rlhf_type {kind}",
-                where=where(resolved, "rlhf_loss_type"),
                 fix=f"--loss_type {' or '.join(known)}" if known else "leave it out: it is Bradley-Terry",
             )
     if len(losses) > 1 and (kind not in DPO_TYPES or len(set(losses)) < len(losses)):
-        raise ConfigError(
-            "one loss, or several different ones of dpo", where=where(resolved, "rlhf_loss_type")
-        )
+        raise resolved.error("rlhf_loss_type", "one loss, or several different ones of dpo")
     if rlhf.loss_weights and len(rlhf.loss_weights) != len(losses):
-        raise ConfigError(
+        raise resolved.error(
+            "loss_weights",
             f"{len(rlhf.loss_weights)} weights for {len(losses)} losses",
-            where=where(resolved, "loss_weights"),
             fix="give one weight for each --loss_type",
         )
     if rlhf.label_smoothing and resolved.is_explicit("label_smoothing") and not _SMOOTHED & set(losses):
-        raise ConfigError(
+        raise resolved.error(
+            "label_smoothing",
             f"has no effect on {' and '.join(losses)}",
-            where=where(resolved, "label_smoothing"),
             fix=f"leave it out; it belongs to {', '.join(sorted(_SMOOTHED))}",
         )
     if "exo_pair" in losses and not rlhf.label_smoothing:
-        raise ConfigError(
-            "exo_pair needs more than 0", where=where(resolved, "label_smoothing"), fix="leave it out: 0.001"
-        )
+        raise resolved.error("label_smoothing", "exo_pair needs more than 0", fix="leave it out: 0.001")
     if resolved.is_explicit("discopop_tau") and "discopop" not in losses:
-        raise ConfigError(
-            f"has no effect on {' and '.join(losses) or kind}",
-            where=where(resolved, "discopop_tau"),
-            fix="leave it out",
+        raise resolved.error(
+            "discopop_tau", f"has no effect on {' and '.join(losses) or kind}", fix="leave it out"
         )
     if rlhf.f_divergence_type != "reverse_kl":
         fixed = {"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired"} & set(
             losses
         )
         if fixed:
-            raise ConfigError(
+            raise resolved.error(
+                "f_divergence_type",
                 f"{' and '.join(sorted(fixed))} has no form for {rlhf.f_divergence_type}",
-                where=where(resolved, "f_divergence_type"),
                 fix="leave it out",
             )
 
 
-def _check_task(resolved: Resolved, where: Where) -> None:
+def _check_task(resolved: Resolved) -> None:
     task, kind = resolved.config.task, resolved.config.rlhf.rlhf_type
     wanted = "seq_cls" if kind == "rm" else "causal_lm"
     if task.task_type != wanted:
-        raise ConfigError(
-            f"rlhf_type {kind} trains a model of task_type {wanted}",
-            where=where(resolved, "task_type"),
-            fix="leave it out",
+        raise resolved.error(
+            "task_type", f"rlhf_type {kind} trains a model of task_type {wanted}", fix="leave it out"
         )
     if kind == "rm" and task.num_labels != 1:
-        raise ConfigError("a reward is one number", where=where(resolved, "num_labels"), fix="leave it out")
+        raise resolved.error("num_labels", "a reward is one number", fix="leave it out")
 
 
-def _check_start(resolved: Resolved, where: Where) -> None:
+def _check_start(resolved: Resolved) -> None:
     config = resolved.config
     if config.tuner.init_weights in ("eva", "lora-ga"):
-        raise ConfigError(
+        raise resolved.error(
+            "init_weights",
             f"{config.tuner.init_weights} measures the model on next tokens, not on preferences or rewards",
-            where=where(resolved, "init_weights"),
             fix="--init_weights default or pissa",
         )
     if config.data.streaming and (config.rlhf.rlhf_type == "kto" or config.rlhf.precompute_ref_log_probs):
         name = "precompute_ref_log_probs" if config.rlhf.precompute_ref_log_probs else "rlhf_type"
-        raise ConfigError(
-            "does not go together with streaming", where=where(resolved, name), fix="leave one out"
-        )
+        raise resolved.error(name, "does not go together with streaming", fix="leave one out")

@@ -19,11 +19,12 @@ from swift.config.parallel_rules import check_parallel, settle_parallel
 from swift.config.policy_rules import best_metric, whole_groups
 from swift.config.rlhf_rules import RLHF_DERIVATIONS, check_rlhf, rlhf_metrics
 from swift.config.schema import Resolved, Source, options
+from swift.config.sections.evaluation import smaller_is_better
 from swift.config.sections.generation import METRICS
 from swift.config.task_rules import TASK_DERIVATIONS, check_task, eval_metrics, take_environment
 from swift.config.tuner_rules import check_tuner, derived_dropout
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
 __all__ = ["DERIVATIONS", "Derivation", "apply"]
 
@@ -95,9 +96,7 @@ def _eval_strategy(resolved: Resolved) -> str:
 
 
 def _greater_is_better(resolved: Resolved) -> bool:
-    return not re.search(
-        r"loss|perplexity|ppl|mae|negative|rejected", resolved.config.evaluation.metric_for_best_model
-    )
+    return not smaller_is_better(resolved.config.evaluation.metric_for_best_model)
 
 
 def _loss_scale(resolved: Resolved) -> str | None:
@@ -149,12 +148,12 @@ DERIVATIONS: tuple[Derivation, ...] = (
 )
 
 
-def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool) -> None:
-    """Fill derived values, then check. ``planning`` turns what only a run needs into warnings."""
+def apply(resolved: Resolved, command: Command, *, partial: bool) -> None:
+    """Fill derived values, then check. A plan gets warnings of what only a run needs."""
     taken = command.options()
     take_environment(resolved, taken)
     if "tensor_parallel_size" in taken:
-        settle_parallel(resolved, _where, planning)
+        settle_parallel(resolved)
     for rule in DERIVATIONS:
         if rule.target in taken and _may_derive(rule, resolved):
             value = rule.compute(resolved)
@@ -163,19 +162,19 @@ def apply(resolved: Resolved, command: Command, *, planning: bool, partial: bool
                 setattr(section, rule.target, value)
                 resolved.sources[rule.target] = rule.source(resolved)
     if not partial:
-        _check_required(resolved, command, planning)
+        _check_required(resolved, command)
     for check in _CHECKS:
         check(resolved)
-    check_combinations(resolved, _where, planning)
-    check_tuner(resolved, _where)
-    check_task(resolved, _where)
-    check_rlhf(resolved, _where, planning)
+    check_combinations(resolved)
+    check_tuner(resolved)
+    check_task(resolved)
+    check_rlhf(resolved)
     if not partial:
-        check_memory(resolved, _where)
-        check_export(resolved, _where, planning)
+        check_memory(resolved)
+        check_export(resolved)
     _check_devices(resolved)
     if "tensor_parallel_size" in taken and not partial:
-        check_parallel(resolved, _where, planning)
+        check_parallel(resolved)
 
 
 def _may_derive(rule: Derivation, resolved: Resolved) -> bool:
@@ -192,19 +191,11 @@ def _may_derive(rule: Derivation, resolved: Resolved) -> bool:
     )
 
 
-def _where(resolved: Resolved, name: str) -> str:
-    """How the user finds the option: the flag as typed, ``run.yaml:3: name``, or the flag's name."""
-    source = resolved.sources[name]
-    if source.kind == "flag":
-        return source.detail
-    return f"{source.detail}: {name}" if source.kind == "file" else f"--{name}"
-
-
-def _check_required(resolved: Resolved, command: Command, planning: bool) -> None:
+def _check_required(resolved: Resolved, command: Command) -> None:
     for group in command.required:
         if any(resolved.value(name) for name in group):
             continue
-        if not planning:
+        if not resolved.planning:
             how = "PATH" if group[0] in ("model", "adapters") else "FILE"
             others = [name for name in group[1:] if name != "resume_from_checkpoint"]
             alternatives = "".join(f" or --{name} {how}" for name in others)
@@ -222,23 +213,22 @@ def _check_evaluation(resolved: Resolved) -> None:
         rlhf_metrics(resolved) if is_rlhf else eval_metrics(resolved),
     )
     if not metric.startswith("eval_"):
-        near = closest(metric, known)
-        raise ConfigError(
+        raise resolved.error(
+            "metric_for_best_model",
             f"{metric!r} is not a metric of the evaluation",
-            where=_where(resolved, "metric_for_best_model"),
-            fix=f"did you mean {near}?" if near else f"built in: {', '.join(known)}",
+            fix=suggest(metric, known, f"built in: {', '.join(known)}"),
         )
     of_tasks = evaluation.eval_tasks is not None
     if of_tasks and metric in known and not has_validation_rows(resolved):
-        raise ConfigError(
+        raise resolved.error(
+            "metric_for_best_model",
             f"{metric} needs validation data; the tasks alone have no such metric",
-            where=_where(resolved, "metric_for_best_model"),
             fix="--metric_for_best_model eval_TASK_METRIC, or add --val_dataset FILE",
         )
     if metric not in known and not resolved.config.report.callbacks and not of_tasks:
-        raise ConfigError(
+        raise resolved.error(
+            "metric_for_best_model",
             f"there is no metric {metric!r}",
-            where=_where(resolved, "metric_for_best_model"),
             why=f"built in: {', '.join(known)}",
             fix="name one of these, or what adds it: --eval_tasks SUITE.yaml or --callbacks FILE.py",
         )
@@ -249,22 +239,22 @@ def _check_evaluation(resolved: Resolved) -> None:
             if resolved.is_explicit(name) and resolved.value(name) != "no"
         ]
         if evaluation.early_stop_interval is not None:
-            raise ConfigError(
+            raise resolved.error(
+                "early_stop_interval",
                 "there is no validation data to decide when to stop",
-                where=_where(resolved, "early_stop_interval"),
                 fix="add --val_dataset FILE or --split_dataset_ratio 0.05",
             )
         if wanted:
             resolved.warnings.append(
-                f"{_where(resolved, wanted[0])}: no validation data, so nothing is evaluated; "
+                f"{resolved.place(wanted[0])}: no validation data, so nothing is evaluated; "
                 "add --val_dataset FILE or --split_dataset_ratio 0.05"
             )
     elif evaluation.eval_strategy == "no":
         for name in ("early_stop_interval", "eval_steps"):
             if resolved.is_explicit(name) and resolved.value(name) is not None:
-                raise ConfigError(
+                raise resolved.error(
+                    name,
                     "nothing is evaluated with eval_strategy no",
-                    where=_where(resolved, name),
                     fix="set --eval_strategy steps or epoch",
                 )
 
@@ -274,60 +264,55 @@ def _check_metrics(resolved: Resolved) -> None:
     names = resolved.config.generation.metric
     for name in names:
         if name not in METRICS and ".py:" not in name:
-            near = closest(name, METRICS)
-            raise ConfigError(
+            raise resolved.error(
+                "metric",
                 f"there is no metric {name!r}",
-                where=_where(resolved, "metric"),
                 why=f"known: {', '.join(METRICS)}; your own: FILE.py:function",
-                fix=f"did you mean {near}?" if near else None,
+                fix=suggest(name, METRICS),
             )
     for name in resolved.config.generation.metric_args:
         if name not in names:
             fix = f"--metric {name}"
-            raise ConfigError(
-                f"{name} is not among the metrics", where=_where(resolved, "metric_args"), fix=fix
-            )
+            raise resolved.error("metric_args", f"{name} is not among the metrics", fix=fix)
 
 
 def _check_data(resolved: Resolved) -> None:
     data = resolved.config.data
     if data.dataset_weights:
         if len(data.dataset_weights) != len(data.dataset):
-            raise ConfigError(
+            raise resolved.error(
+                "dataset_weights",
                 f"{len(data.dataset_weights)} weights for {len(data.dataset)} data sets",
-                where=_where(resolved, "dataset_weights"),
                 fix="give one weight per data set",
             )
         if min(data.dataset_weights) < 0 or sum(data.dataset_weights) <= 0:
-            raise ConfigError(
-                "weights must not be negative, and not all zero", where=_where(resolved, "dataset_weights")
-            )
+            raise resolved.error("dataset_weights", "weights must not be negative, and not all zero")
     if data.truncation_strategy == "split" and resolved.command in ("sft", "rlhf"):
-        raise ConfigError(
+        raise resolved.error(
+            "truncation_strategy",
             "split is for swift pt: a conversation cut in pieces loses its question",
-            where=_where(resolved, "truncation_strategy"),
             fix="use delete, left or right",
         )
 
 
 def _check_streaming(resolved: Resolved) -> None:
     if resolved.config.data.streaming and resolved.config.training.max_steps <= 0:
-        raise ConfigError(
+        raise resolved.error(
+            "streaming",
             "needs max_steps: how long a stream is nobody knows before its end",
-            where=_where(resolved, "streaming"),
             fix="--max_steps 1000",
         )
     if resolved.config.data.streaming and resolved.config.training.enable_channel_loss:
         why = "the rows of a stream are not known beforehand"
-        raise ConfigError("not with a stream", where=_where(resolved, "enable_channel_loss"), why=why)
+        raise resolved.error("enable_channel_loss", "not with a stream", why=why)
 
 
 def _check_checkpoint(resolved: Resolved) -> None:
     name = resolved.config.checkpoint.run_name
     if name is not None and (not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name)):
-        raise ConfigError(
+        raise resolved.error(
+            "run_name",
             f"{name!r} cannot name a folder",
-            where=_where(resolved, "run_name"),
             fix="use a name without / and \\, and --output_dir for the folder above it",
         )
 
@@ -335,36 +320,32 @@ def _check_checkpoint(resolved: Resolved) -> None:
 def _check_training(resolved: Resolved) -> None:
     training = resolved.config.training
     if training.max_steps == 0:
-        raise ConfigError(
-            "0 steps train nothing",
-            where=_where(resolved, "max_steps"),
-            fix="-1 trains num_train_epochs epochs",
-        )
+        raise resolved.error("max_steps", "0 steps train nothing", fix="-1 trains num_train_epochs epochs")
     if (
         training.max_steps > 0
         and training.warmup_steps is not None
         and training.warmup_steps > training.max_steps
     ):
-        raise ConfigError(
+        raise resolved.error(
+            "warmup_steps",
             f"{training.warmup_steps} warm-up steps, but only {training.max_steps} steps",
-            where=_where(resolved, "warmup_steps"),
             fix="lower --warmup_steps or raise --max_steps",
         )
     peak = training.learning_rate
     if training.min_lr is not None and peak is not None and training.min_lr > peak:
-        raise ConfigError(
+        raise resolved.error(
+            "min_lr",
             f"{training.min_lr:g} is above the peak of {peak:g}",
-            where=_where(resolved, "min_lr"),
             fix="lower --min_lr or raise --learning_rate",
         )
     _check_global_batch(resolved)
     if training.max_steps > 0 and all(map(resolved.is_explicit, ("max_steps", "num_train_epochs"))):
         resolved.warnings.append(
-            f"{_where(resolved, 'num_train_epochs')}: no effect, max_steps {training.max_steps} sets the length"
+            f"{resolved.place('num_train_epochs')}: no effect, max_steps {training.max_steps} sets the length"
         )
     trackers = resolved.config.report.report_to
     if "none" in trackers and len(trackers) > 1:
-        raise ConfigError("none stands beside other trackers", where=_where(resolved, "report_to"))
+        raise resolved.error("report_to", "none stands beside other trackers")
 
 
 def _check_global_batch(resolved: Resolved) -> None:
@@ -374,15 +355,15 @@ def _check_global_batch(resolved: Resolved) -> None:
     if wanted is None:
         return
     if resolved.is_explicit("gradient_accumulation_steps") and resolved.is_explicit("global_batch_size"):
-        raise ConfigError(
+        raise resolved.error(
+            "global_batch_size",
             "does not go together with gradient_accumulation_steps: each follows from the other",
-            where=_where(resolved, "global_batch_size"),
             fix="leave one of them out",
         )
     if wanted % at_once:
-        raise ConfigError(
+        raise resolved.error(
+            "global_batch_size",
             f"{wanted} samples per step cannot be made of micro-batches of {at_once}",
-            where=_where(resolved, "global_batch_size"),
             fix=f"set it to {max(1, round(wanted / at_once)) * at_once}, or change --per_device_train_batch_size",
         )
 
@@ -394,13 +375,13 @@ def _check_generation(resolved: Resolved) -> None:
         for name in ("top_p", "top_k"):
             if resolved.is_explicit(name):
                 resolved.warnings.append(
-                    f"{_where(resolved, name)}: no effect at temperature 0; raise --temperature to sample"
+                    f"{resolved.place(name)}: no effect at temperature 0; raise --temperature to sample"
                 )
     if not resolved.config.data.val_dataset:
         for name in ("result_path", "metric", "columns", "on_bad_rows"):
             if resolved.is_explicit(name):
                 resolved.warnings.append(
-                    f"{_where(resolved, name)}: used for rows of a file only; add --val_dataset FILE"
+                    f"{resolved.place(name)}: used for rows of a file only; add --val_dataset FILE"
                 )
 
 
@@ -409,10 +390,8 @@ def _check_patterns(resolved: Resolved) -> None:
         try:
             re.compile(resolved.value(name) or "")
         except re.error as error:
-            raise ConfigError(
-                f"{resolved.value(name)!r} is not a regular expression",
-                where=_where(resolved, name),
-                why=str(error),
+            raise resolved.error(
+                name, f"{resolved.value(name)!r} is not a regular expression", why=str(error)
             ) from None
 
 
@@ -433,17 +412,15 @@ def _check_devices(resolved: Resolved) -> None:
     if model.device not in ("auto", "cpu"):
         from swift.core.devices import split_device
 
-        split_device(model.device, _where(resolved, "device"))
+        split_device(model.device, resolved.place("device"))
     if model.device == "cpu":
         if model.torch_dtype == "float16":
             resolved.warnings.append(
-                f"{_where(resolved, 'torch_dtype')}: float16 is slow and overflows on CPU; bfloat16 is safer"
+                f"{resolved.place('torch_dtype')}: float16 is slow and overflows on CPU; bfloat16 is safer"
             )
         for name, active in (
             ("attn_impl", model.attn_impl.startswith("flash")),
             ("use_liger_kernel", resolved.config.training.use_liger_kernel),
         ):
             if active and resolved.is_explicit(name):
-                raise ConfigError(
-                    "needs a CUDA device, not cpu", where=_where(resolved, name), fix="leave it out"
-                )
+                raise resolved.error(name, "needs a CUDA device, not cpu", fix="leave it out")

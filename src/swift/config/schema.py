@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -31,31 +31,9 @@ from swift.config.sections.template import TemplateSection
 from swift.config.sections.training import TrainingSection
 from swift.config.sections.tuner import TunerSection
 from swift.config.sections.vllm import VllmSection
+from swift.core.errors import ConfigError
 
 __all__ = ["SECTIONS", "Config", "Option", "Resolved", "Source", "options"]
-
-SECTIONS: dict[str, type[Section]] = {
-    "model": ModelSection,
-    "data": DataSection,
-    "task": TaskSection,
-    "rlhf": RlhfSection,
-    "policy": PolicySection,
-    "template": TemplateSection,
-    "tuner": TunerSection,
-    "quantization": QuantizationSection,
-    "training": TrainingSection,
-    "optimizer": OptimizerSection,
-    "parallel": ParallelSection,
-    "checkpoint": CheckpointSection,
-    "evaluation": EvaluationSection,
-    "report": ReportSection,
-    "generation": GenerationSection,
-    "suite": SuiteSection,
-    "engine": EngineSection,
-    "export": ExportSection,
-    "serving": ServingSection,
-    "vllm": VllmSection,
-}
 
 
 class Config(Section):
@@ -83,6 +61,11 @@ class Config(Section):
     export: ExportSection = Field(default_factory=ExportSection)
     serving: ServingSection = Field(default_factory=ServingSection)
     vllm: VllmSection = Field(default_factory=VllmSection)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: cast(type[Section], info.annotation) for name, info in Config.model_fields.items()
+}
 
 
 @dataclass(frozen=True)
@@ -159,6 +142,7 @@ class Resolved:
         switches: words that choose how the command runs (``dry_run``, ``json``), those that are on.
         environment: variables that the configuration's ``ENV`` asks for, with the values now in force.
         files: the configuration files read, as the user wrote them.
+        planning: what a run refuses is only told (`refuse`).
     """
 
     command: str
@@ -168,6 +152,7 @@ class Resolved:
     switches: frozenset[str] = frozenset()
     environment: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    planning: bool = False
 
     def value(self, name: str) -> Any:
         """The value of an option by its flat name."""
@@ -176,6 +161,27 @@ class Resolved:
     def is_explicit(self, name: str) -> bool:
         """True when the user set this option (flag, file or Python)."""
         return self.sources[name].kind in ("flag", "file", "python")
+
+    def place(self, name: str) -> str:
+        """How the user finds an option: the flag as typed, ``run.yaml:3: name``, or its name; other words stay."""
+        source = self.sources.get(name)
+        if source is None or source.kind == "flag":
+            return source.detail if source else name
+        return f"{source.detail}: {name}" if source.kind == "file" else f"--{name}"
+
+    def error(
+        self, name: str, message: str, *, why: str | None = None, fix: str | None = None
+    ) -> ConfigError:
+        """The error about the value of an option, where the user set it."""
+        return ConfigError(message, where=self.place(name), why=why, fix=fix)
+
+    def refuse(self, name: str, message: str, *, why: str | None = None, fix: str | None = None) -> None:
+        """Raise the `error`; a plan only warns of it."""
+        if not self.planning:
+            raise self.error(name, message, why=why, fix=fix)
+        self.warnings.append(
+            f"{self.place(name)}: {message}; a run refuses it" + (f" ({fix})" if fix else "")
+        )
 
     def derive(self, name: str, value: Any, because: str) -> None:
         """Fill an option that nobody set, and remember why. An option with a value is left alone."""

@@ -13,7 +13,6 @@ from swift.core.errors import ConfigError
 
 __all__ = ["TASK_DERIVATIONS", "TASK_OPTIONS", "check_task", "eval_metrics", "take_environment"]
 
-Where = Callable[[Resolved, str], str]
 
 _RERANKERS = ("reranker", "generative_reranker")
 _INFONCE = (
@@ -151,93 +150,91 @@ def take_environment(resolved: Resolved, taken: Iterable[str]) -> None:
         resolved.sources[name] = Source("derived", f"derived from {name.upper()} of the environment")
 
 
-def check_task(resolved: Resolved, where: Where) -> None:
+def check_task(resolved: Resolved) -> None:
     """Raises ConfigError for what does not go together; warns where a loss depends on the micro-batch."""
     task = resolved.config.task
-    _check_loss(resolved, where)
+    _check_loss(resolved)
     if task.task_type == "causal_lm":
         return
-    _check_labels(resolved, where)
-    _check_layout(resolved, where)
-    _check_model(resolved, where)
+    _check_labels(resolved)
+    _check_layout(resolved)
+    _check_model(resolved)
     if any(size < 1 for size in task.mrl_dims):
-        raise ConfigError("sizes of vectors are at least 1", where=where(resolved, "mrl_dims"))
+        raise resolved.error("mrl_dims", "sizes of vectors are at least 1")
     training = resolved.config.training
     if task.is_in_batch and (training.gradient_accumulation_steps or 1) > 1:
         resolved.warnings.append(
-            f"{where(resolved, 'gradient_accumulation_steps')}: {task.loss_type} compares the"
+            f"{resolved.place('gradient_accumulation_steps')}: {task.loss_type} compares the"
             f" {training.per_device_train_batch_size} rows of a micro-batch only, not the whole step;"
             " a larger --per_device_train_batch_size with --gradient_accumulation_steps 1 compares all"
         )
 
 
-def _check_loss(resolved: Resolved, where: Where) -> None:
+def _check_loss(resolved: Resolved) -> None:
     task = resolved.config.task
     if task.loss_type is None or task.loss_type in _losses(resolved):
         return
     of = f"{task.task_type} ({task.problem_type})" if task.problem_type else task.task_type
     losses = _losses(resolved)
-    raise ConfigError(
+    raise resolved.error(
+        "loss_type",
         f"{task.loss_type} is no loss of task_type {of}",
-        where=where(resolved, "loss_type"),
         fix=f"--loss_type {' or '.join(losses)}" if losses else "leave it out: it is binary cross-entropy",
     )
 
 
-def _check_labels(resolved: Resolved, where: Where) -> None:
+def _check_labels(resolved: Resolved) -> None:
     task = resolved.config.task
     if task.task_type == "seq_cls" and task.num_labels is None:
-        raise ConfigError(
-            "how many classes are there?",
-            where=where(resolved, "task_type"),
-            fix="--num_labels 2 (or --problem_type regression)",
+        raise resolved.error(
+            "task_type", "how many classes are there?", fix="--num_labels 2 (or --problem_type regression)"
         )
     if task.problem_type == "single_label_classification" and task.num_labels == 1:
-        raise ConfigError(
+        raise resolved.error(
+            "num_labels",
             "one class leaves nothing to decide",
-            where=where(resolved, "num_labels"),
             fix="--num_labels 2, or --problem_type regression",
         )
 
 
-def _check_layout(resolved: Resolved, where: Where) -> None:
+def _check_layout(resolved: Resolved) -> None:
     data, task = resolved.config.data, resolved.config.task
     if data.packing and task.task_type != "seq_cls":
-        raise ConfigError(
+        raise resolved.error(
+            "packing",
             f"does not go together with task_type {task.task_type}",
-            where=where(resolved, "packing"),
             why="a row of data becomes several sequences, and packing would put any number of rows in a batch",
             fix="leave it out: sequences are joined without padding anyway where the model allows it",
         )
     if data.truncation_strategy == "right" and task.task_type == "generative_reranker":
-        raise ConfigError(
+        raise resolved.error(
+            "truncation_strategy",
             "cuts off the end of the prompt, where the answer is read",
-            where=where(resolved, "truncation_strategy"),
             fix="--truncation_strategy delete, or a larger --max_length",
         )
 
 
-def _check_model(resolved: Resolved, where: Where) -> None:
+def _check_model(resolved: Resolved) -> None:
     config = resolved.config
     tuner, task = config.tuner, config.task
     if tuner.init_weights in ("eva", "lora-ga"):
-        raise ConfigError(
+        raise resolved.error(
+            "init_weights",
             f"{tuner.init_weights} measures the model on next tokens, not on task_type {task.task_type}",
-            where=where(resolved, "init_weights"),
             fix="--init_weights default or pissa",
         )
     if not task.has_score_head:
         return
     kind = "use_dora" if tuner.use_dora else "target_parameters" if tuner.target_parameters else "tuner_type"
     if tuner.tuner_type not in ("lora", "full") or kind != "tuner_type":
-        raise ConfigError(
+        raise resolved.error(
+            kind,
             f"the score head of task_type {task.task_type} is trained beside LoRA, or with the whole model",
-            where=where(resolved, kind),
             fix="--tuner_type lora or full" if kind == "tuner_type" else f"leave out --{kind}",
         )
     if config.quantization.is_active:
-        raise ConfigError(
+        raise resolved.error(
+            "quant_method",
             f"does not go together with task_type {task.task_type}: the score head is no part of the folder",
-            where=where(resolved, "quant_method"),
             fix="leave it out (--torch_dtype bfloat16 halves the base), or use generative_reranker",
         )

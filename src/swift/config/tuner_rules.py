@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from swift.config.schema import Resolved
 from swift.config.sections.tuner import TunerSection
-from swift.core.errors import ConfigError
 from swift.core.registry import closest
 
 __all__ = ["TUNER_OPTIONS", "check_tuner", "derived_dropout"]
 
-Where = Callable[[Resolved, str], str]
 
 _LINEAR_TUNERS = ("lora", "adalora", "vera", "oft", "boft", "ia3", "loha", "lokr", "fourierft", "bone")
 _LORA_STARTS = ("default", "gaussian", "pissa", "olora", "eva", "lora-ga", "loftq")
@@ -72,19 +69,19 @@ def derived_dropout(resolved: Resolved) -> float | None:
     return 0.0 if resolved.config.tuner.target_parameters or resolved.config.rlhf.is_policy else None
 
 
-def check_tuner(resolved: Resolved, where: Where) -> None:
+def check_tuner(resolved: Resolved) -> None:
     """Raises ConfigError for values that contradict one another."""
-    _check_start(resolved, where)
-    _check_combinations(resolved, where)
-    _check_sizes(resolved, where)
+    _check_start(resolved)
+    _check_combinations(resolved)
+    _check_sizes(resolved)
 
 
-def _check_start(resolved: Resolved, where: Where) -> None:
+def _check_start(resolved: Resolved) -> None:
     tuner = resolved.config.tuner
     if tuner.init_weights == "loftq" and resolved.config.quantization.quant_method != "bnb":
-        raise ConfigError(
+        raise resolved.error(
+            "init_weights",
             "LoftQ starts from the rounding error of a base that bitsandbytes quantises",
-            where=where(resolved, "init_weights"),
             fix="add --quant_method bnb --quant_bits 4",
         )
     starts = _BONE_STARTS if tuner.tuner_type == "bone" else _LORA_STARTS
@@ -92,51 +89,49 @@ def _check_start(resolved: Resolved, where: Where) -> None:
         return
     if starts is _LORA_STARTS and re.fullmatch(r"pissa_niter_[1-9]\d*", tuner.init_weights):
         return
-    raise ConfigError(
+    raise resolved.error(
+        "init_weights",
         f"{tuner.init_weights!r} is no start of {tuner.tuner_type}",
-        where=where(resolved, "init_weights"),
         why=f"possible: {', '.join(starts)}",
         fix=f"--init_weights {closest(tuner.init_weights, starts) or 'default'}",
     )
 
 
-def _check_combinations(resolved: Resolved, where: Where) -> None:
+def _check_combinations(resolved: Resolved) -> None:
     for name, third in (("use_dora", "target_parameters"), ("target_parameters", "lora_dropout")):
         for other in ("init_weights", "modules_to_save", third) if resolved.value(name) else ():
             value = resolved.value(other)
             if value not in ("default", "gaussian", 0, []):
-                raise ConfigError(
-                    f"does not go together with {other} {value}",
-                    where=where(resolved, name),
-                    fix=f"leave out --{name} or --{other}",
+                raise resolved.error(
+                    name, f"does not go together with {other} {value}", fix=f"leave out --{name} or --{other}"
                 )
     if resolved.is_explicit("lisa_step_interval") and not resolved.config.tuner.lisa_activated_layers:
-        raise ConfigError(
+        raise resolved.error(
+            "lisa_step_interval",
             "has no effect without lisa_activated_layers",
-            where=where(resolved, "lisa_step_interval"),
             fix="--lisa_activated_layers 2",
         )
 
 
-def _check_sizes(resolved: Resolved, where: Where) -> None:
+def _check_sizes(resolved: Resolved) -> None:
     tuner = resolved.config.tuner
     first, last = tuner.adalora_init_r, tuner.adalora_target_r
     if tuner.tuner_type == "adalora" and first <= last:
-        raise ConfigError(
+        raise resolved.error(
+            "adalora_init_r",
             f"ranks shrink from {first} to {last}: the first must be the larger one",
-            where=where(resolved, "adalora_init_r"),
             fix=f"--adalora_init_r {last * 3 // 2 + 1}",
         )
     if tuner.tuner_type == "boft" and (tuner.boft_block_size == 0) == (tuner.boft_block_num == 0):
-        raise ConfigError(
+        raise resolved.error(
+            "boft_block_num",
             "one of boft_block_size and boft_block_num must be 0: it follows from the other",
-            where=where(resolved, "boft_block_num"),
             fix="--boft_block_size 0",
         )
     groups = tuner.llamapro_num_groups
     if groups is not None and tuner.llamapro_num_new_blocks % groups:
-        raise ConfigError(
+        raise resolved.error(
+            "llamapro_num_groups",
             f"{tuner.llamapro_num_new_blocks} new layers cannot be spread over {groups} groups evenly",
-            where=where(resolved, "llamapro_num_groups"),
             fix="leave it out",
         )

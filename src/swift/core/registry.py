@@ -20,6 +20,14 @@ def closest(name: str, candidates: Iterable[str]) -> str | None:
     return by_key[matches[0]] if matches else None
 
 
+def suggest(
+    name: str, candidates: Iterable[str], otherwise: str | None = None, *, before: str = ""
+) -> str | None:
+    """What to do about an unknown name: the nearest candidate behind ``before``, else ``otherwise``."""
+    near = closest(name, candidates)
+    return f"did you mean {before}{near}?" if near else otherwise
+
+
 def looks_like_hub_name(name: str) -> bool:
     """True for ``Qwen/Qwen3-0.6B``: an owner and a name, where no folder is called like the owner."""
     owner, _, rest = name.partition("/")

@@ -24,7 +24,7 @@ from typing import Any
 
 from swift.core.errors import SwiftError, UsageError
 from swift.core.files import atomic_write_text
-from swift.core.registry import closest
+from swift.core.registry import suggest
 from swift.train.callbacks.base import Callback
 
 __all__ = ["Result", "causal_architectures", "verify_architecture", "verify_architectures", "write_table"]
@@ -77,10 +77,7 @@ def verify_architectures(
     known = causal_architectures()
     wanted = {kind: name for kind, name in known.items() if fnmatch(kind, only) or fnmatch(name, only)}
     if not wanted:
-        near = closest(only, known)
-        raise UsageError(
-            f"no causal architecture matches {only!r}", fix=f"did you mean {near}?" if near else None
-        )
+        raise UsageError(f"no causal architecture matches {only!r}", fix=suggest(only, known))
     for module in PRELOADED:
         importlib.import_module(module)
     results = []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 from swift.evaluate import metrics
 from swift.evaluate.questions import Question
 
@@ -269,8 +269,7 @@ def find_evaluators(names: Sequence[str], options: Mapping[str, Mapping[str, Any
     unused = set(options) - set(names)
     if unused:
         name = min(unused)
-        near = closest(name, names)
-        fix = f"did you mean {near}?" if near else f"--metric {name}"
+        fix = suggest(name, names, f"--metric {name}")
         raise ConfigError(
             f"options for {name}, which is not among the metrics", where="--metric_args", fix=fix
         )
@@ -280,12 +279,11 @@ def find_evaluators(names: Sequence[str], options: Mapping[str, Mapping[str, Any
 def _choose(name: str, options: dict[str, Any]) -> ChosenEvaluator:
     row = _users_own(name) if ".py" in name else EVALUATORS.get(name)
     if row is None:
-        near = closest(name, EVALUATORS)
         raise ConfigError(
             f"unknown metric {name!r}",
             where="--metric",
             why=f"known: {', '.join(EVALUATORS)}; your own: FILE.py:function",
-            fix=f"did you mean {near}?" if near else None,
+            fix=suggest(name, EVALUATORS),
         )
     if row.package is not None and importlib.util.find_spec(row.package) is None:
         raise ConfigError(
@@ -302,12 +300,11 @@ def _check_options(name: str, make: Callable[..., Scorer], options: Mapping[str,
     known = inspect.signature(make).parameters
     for option in options:
         if option not in known:
-            near = closest(option, known)
             raise ConfigError(
                 f"{name} has no option {option!r}",
                 where="--metric_args",
                 why=f"known: {', '.join(known) or 'none'}",
-                fix=f"did you mean {near}?" if near else None,
+                fix=suggest(option, known),
             )
     missing = [key for key, entry in known.items() if entry.default is entry.empty and key not in options]
     if missing:

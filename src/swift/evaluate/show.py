@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swift.config.sections.evaluation import smaller_is_better
 from swift.core.errors import UsageError
 from swift.evaluate.answers import intervals
 from swift.evaluate.results import SAMPLES, read_results, row_metrics
 from swift.evaluate.statistics import Interval, paired_bootstrap, sign_flip_p
 
-__all__ = ["Difference", "compare", "comparison_lines", "find_samples", "lower_is_better", "show", "tables"]
+__all__ = ["Difference", "compare", "comparison_lines", "find_samples", "show", "tables"]
 
 
 def find_samples(place: str) -> Path:
@@ -27,10 +28,6 @@ def find_samples(place: str) -> Path:
     if not found:
         raise UsageError("there are no results", where=place, fix="swift eval --model RUN --val_dataset FILE")
     return max(found, key=lambda file: file.stat().st_mtime)
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric in ("loss", "perplexity")
 
 
 def tables(results: Mapping[str, Any]) -> list[str]:
@@ -86,7 +83,7 @@ def _score(row: Mapping[str, Any], metric: str | None) -> float:
     """Higher is better."""
     metrics = row_metrics(row)
     name = metric or next(iter(metrics))
-    return -metrics[name] if lower_is_better(name) else metrics[name]
+    return -metrics[name] if smaller_is_better(name) else metrics[name]
 
 
 def _block(row: Mapping[str, Any]) -> list[str]:
@@ -155,7 +152,7 @@ def _difference(task: str, metric: str, pairs: Sequence[tuple[Any, Any]]) -> Dif
     ours, theirs = ([row_metrics(pair[side])[metric] for pair in pairs] for side in (0, 1))
     counts = [[float(pair[side].get("num_loss_tokens") or 0) for pair in pairs] for side in (0, 1)]
     weights = counts if metric == "loss" else [None, None]
-    sign = -1 if lower_is_better(metric) else 1
+    sign = -1 if smaller_is_better(metric) else 1
     changes = [sign * (new - old) for old, new in zip(ours, theirs, strict=True)]
     sides = [intervals([pair[side] for pair in pairs])[metric] for side in (0, 1)]
     return Difference(

@@ -19,7 +19,7 @@ from swift.config.read import Written, read_file
 from swift.config.schema import Resolved
 from swift.config.sections.generation import METRICS, GenerationSection
 from swift.core.errors import ConfigError, SwiftError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 from swift.data.hub import pin_datasets
 from swift.data.persona import dataset_specs
 from swift.data.sources import parse_dataset_spec
@@ -169,8 +169,7 @@ def _read_spec(name: str, written: Written, common: Mapping[str, Written], folde
     items = {**common, **written.items}
     for key, entry in items.items():
         if key not in (*_OWN_KEYS, *_SAMPLING):
-            near = closest(key, (*_OWN_KEYS, *_SAMPLING))
-            fix = f"did you mean {near}?" if near else f"known: {', '.join((*_OWN_KEYS, *_SAMPLING))}"
+            fix = suggest(key, (*_OWN_KEYS, *_SAMPLING), f"known: {', '.join((*_OWN_KEYS, *_SAMPLING))}")
             raise ConfigError(f"unknown key {key!r} of the task {name}", where=entry.place, fix=fix)
     if "dataset" not in items:
         raise ConfigError(f"the task {name} has no dataset", where=written.place, fix="dataset: FILE")

@@ -14,7 +14,7 @@ import torch
 from swift.config.schema import Resolved
 from swift.config.sections.engine import EngineSection
 from swift.core.errors import ConfigError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 from swift.evaluate.answers import Task, score_rows, summarize
 from swift.evaluate.evaluation import limited
 from swift.evaluate.subjects import LocalModel
@@ -44,12 +44,11 @@ def suite_evaluators(resolved: Resolved) -> list[Callable[[Prepared], Evaluator]
     metric, known = resolved.config.evaluation.metric_for_best_model, metric_names(specs)
     is_own = metric.startswith(tuple(f"eval_{spec.name}_" for spec in specs))
     if is_own and metric not in known and all(".py" not in name for spec in specs for name in spec.metrics):
-        near = closest(metric, known)
         raise ConfigError(
             f"the tasks have no metric {metric!r}",
             where="--metric_for_best_model",
             why=f"they have {', '.join(known)}",
-            fix=f"did you mean {near}?" if near else None,
+            fix=suggest(metric, known),
         )
     return [lambda prepared: SuiteEvaluator(tasks, prepared)]
 

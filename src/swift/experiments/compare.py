@@ -6,7 +6,6 @@ import csv
 import functools
 import io
 import math
-import re
 import shlex
 import time
 from collections import Counter
@@ -15,15 +14,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from swift.config.sections.evaluation import smaller_is_better
 from swift.core.errors import UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 from swift.evaluate.statistics import Interval, paired_bootstrap
 from swift.experiments.home import Home
 from swift.experiments.importance import Importance, parameter_importance
 from swift.experiments.outcome import ANSWER_METRICS, Outcome, checkpoint_of, is_loss, read_outcome
 from swift.experiments.types import Job
 
-__all__ = ["TRAINING_METRICS", "Comparison", "Winner", "collect", "smaller_is_better"]
+__all__ = ["TRAINING_METRICS", "Comparison", "Winner", "collect"]
 
 _DEFAULT_METRICS = ("eval_loss", "evaluation.loss", "loss")
 TRAINING_METRICS = ("eval_loss", "best_eval_loss", "eval_token_accuracy", "eval_perplexity")
@@ -133,11 +133,6 @@ def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {name: value for name, value in flat.items() if not name.startswith("training.")}
 
 
-def smaller_is_better(metric: str) -> bool:
-    """True for losses, perplexities, errors and similarities to negatives, as in a sweep."""
-    return re.search(r"loss|perplexity|ppl|mae|negative", metric) is not None
-
-
 def collect(
     jobs: Sequence[Job],
     *,
@@ -216,12 +211,11 @@ def _choose_metric(
     if asked is not None:
         expected = (*known, *_DEFAULT_METRICS, *TRAINING_METRICS, *ANSWER_METRICS)
         if asked not in expected and asked.removeprefix("evaluation.") not in expected:
-            near = closest(asked, known)
             raise UsageError(
                 f"no experiment has a metric {asked!r}",
                 where="--metric",
                 why=f"there are: {', '.join(known) or 'none yet'}",
-                fix=f"did you mean {near}?" if near else None,
+                fix=suggest(asked, known),
             )
         return asked, "as asked"
     if declared is not None:

@@ -14,9 +14,10 @@ from swift.config.commands import COMMANDS
 from swift.config.read import Written, from_python
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError, UsageError
+from swift.core.registry import suggest
 from swift.experiments.bound_job import BoundJob, bind_stages, check_run_name, stages_of, take_run_folder
 from swift.experiments.estimator import Estimator
-from swift.experiments.fields import NOWHERE, fail, mapping, suggest
+from swift.experiments.fields import NOWHERE, fail, mapping
 from swift.experiments.file import Experiment, ExperimentFile, Resources, read_resources
 from swift.experiments.fusing import fuse_fields
 from swift.experiments.option_layers import (

@@ -11,9 +11,9 @@ from swift.config.kinds import is_none_word, parse_bool
 from swift.config.read import Written
 from swift.core.errors import ConfigError
 from swift.core.format import parse_size
-from swift.core.registry import closest
+from swift.core.registry import suggest
 
-__all__ = ["NOWHERE", "Fields", "as_number", "fail", "mapping", "parse_duration", "suggest"]
+__all__ = ["NOWHERE", "Fields", "as_number", "fail", "mapping", "parse_duration"]
 
 Amount = TypeVar("Amount", int, float)
 
@@ -29,12 +29,6 @@ def fail(
     """The error for one value: ``file.yaml:12: key: message``."""
     where = ": ".join(part for part in (written.place, key) if part)
     return ConfigError(message, where=where or None, why=why, fix=fix)
-
-
-def suggest(word: str, known: Iterable[str], otherwise: str | None = None) -> str | None:
-    """The fix for an unknown word: the nearest known one, else ``otherwise``."""
-    near = closest(word, known)
-    return f"did you mean {near}?" if near else otherwise
 
 
 def mapping(items: dict[str, Written], place: str) -> Written:

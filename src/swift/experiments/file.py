@@ -15,7 +15,8 @@ import yaml
 from swift.config.read import Written, read_file, read_text
 from swift.config.schema import SECTIONS, options
 from swift.core.errors import ConfigError
-from swift.experiments.fields import NOWHERE, Fields, fail, mapping, suggest
+from swift.core.registry import suggest
+from swift.experiments.fields import NOWHERE, Fields, fail, mapping
 from swift.experiments.search_space import Sweep, read_sweep
 from swift.experiments.stages import (
     Stage,

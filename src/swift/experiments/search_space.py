@@ -6,12 +6,12 @@ import itertools
 import json
 import math
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from swift.config.read import Written
+from swift.config.sections.evaluation import smaller_is_better
 from swift.experiments.fields import Fields, as_number, fail
 
 __all__ = ["EarlyStop", "Parameter", "Sweep", "candidates", "read_sweep"]
@@ -137,7 +137,7 @@ def read_sweep(written: Written | None) -> Sweep | None:
     if not parameters:
         raise fail("has no parameters", written, "sweep", fix="parameters: {learning_rate: [1e-4, 3e-4]}")
     metric = fields.text("metric") or "eval_loss"
-    better = "minimize" if re.search(r"loss|perplexity|ppl", metric) else "maximize"
+    better = "minimize" if smaller_is_better(metric) else "maximize"
     return Sweep(
         method=method,  # type: ignore[arg-type]
         parameters=parameters,

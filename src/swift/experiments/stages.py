@@ -14,7 +14,8 @@ from typing import get_args
 from swift.config.commands import COMMANDS, LATER_COMMANDS
 from swift.config.read import Written
 from swift.core.errors import ConfigError
-from swift.experiments.fields import NOWHERE, Fields, fail, suggest
+from swift.core.registry import suggest
+from swift.experiments.fields import NOWHERE, Fields, fail
 from swift.experiments.serving import SERVING
 from swift.experiments.submit_checks import find_circle
 from swift.experiments.types import Condition

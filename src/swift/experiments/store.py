@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.core.errors import SwiftError, UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 from swift.experiments.database import Database
 from swift.experiments.submit_checks import check_specs, run_folder
 from swift.experiments.types import ACTIVE, FINISHED, LEGAL, STATES, Job, JobSpec, Placement, State
@@ -210,9 +210,8 @@ class Store:
         if rows:
             return self._job(rows[0])
         known = self._database.read("SELECT name FROM jobs GROUP BY name ORDER BY max(seq) DESC LIMIT 500")
-        near = closest(word, [row["name"] for row in known])
         raise UsageError(
-            f"there is no job {word!r}", fix=f"did you mean {near}?" if near else "swift ps --all"
+            f"there is no job {word!r}", fix=suggest(word, [row["name"] for row in known], "swift ps --all")
         )
 
     def groups(self, limit: int | None = None) -> list[Group]:

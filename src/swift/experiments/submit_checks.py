@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from swift.core.errors import UsageError
-from swift.core.registry import closest
+from swift.core.registry import suggest
 from swift.experiments.types import JobSpec
 
 __all__ = ["check_specs", "find_circle", "run_folder"]
@@ -26,10 +26,9 @@ def check_specs(specs: Sequence[JobSpec]) -> None:
             raise UsageError(f"two jobs are called {spec.name}", fix="give one of them another name")
         for entry in spec.after:
             if entry.job not in names:
-                near = closest(entry.job, names)
                 raise UsageError(
                     f"{spec.name} waits for {entry.job}, which is not there",
-                    fix=f"did you mean {near}?" if near else "submit both in one file",
+                    fix=suggest(entry.job, names, "submit both in one file"),
                 )
         folder = run_folder(spec)
         # The stages of one experiment run one after another and may share its folder.

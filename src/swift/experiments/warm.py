@@ -73,9 +73,8 @@ AS_OURS = ("LD_PRELOAD", "LD_AUDIT", "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP"
 PRELOADED = (
     "numpy", "torch", "torch.optim", "transformers", "transformers.modeling_utils",
     "transformers.tokenization_utils_tokenizers", "safetensors.torch", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "swift.cli.main", "swift.cli.training", "swift.cli.sft", "swift.cli.pt",
-    "swift.cli.resume", "swift.train.run", "swift.train.callbacks.progress", "swift.plan.plan",
-    "swift.runs.cards", "swift.runs.curves",
+    "matplotlib.backends.backend_agg", "swift.cli.main", "swift.cli.training", "swift.cli.resume", "swift.train.run",
+    "swift.train.callbacks.progress", "swift.plan.plan", "swift.runs.cards", "swift.runs.curves",
 )  # fmt: skip
 
 

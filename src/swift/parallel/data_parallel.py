@@ -110,7 +110,8 @@ def shard_model(
                 "mesh": experts.mesh["dp_replicate", "ep_shard"] if copies else experts.mesh["ep_shard"],
             },
             reshard_after_forward=options.reshard_after_forward,
-            shard_placement_fn=lambda parameter: Shard(1),  # there may be fewer experts than ranks
+            # There may be fewer experts than ranks, and LoRA's rank is small.
+            shard_placement_fn=lambda parameter: Shard(1 if parameter.shape[1] >= parameter.shape[2] else 2),
         )
     for layer in (layer for layer in layers if any(True for _ in layer.parameters())):
         fully_shard(layer, reshard_after_forward=options.reshard_after_forward, **settings)

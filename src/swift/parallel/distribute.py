@@ -10,6 +10,7 @@ from torch import nn
 from swift.config.sections.parallel import ParallelSection
 from swift.core.errors import ConfigError
 from swift.models.attention import VARLEN
+from swift.models.quantised_shards import unwrap_quantised
 from swift.parallel.accepted import Decoder, check_dimensions, split_degree
 from swift.parallel.data_parallel import ShardedRoot, ShardOptions, shard_model
 from swift.parallel.experts import ExpertParallel, apply_expert_parallel
@@ -68,6 +69,7 @@ def distribute(
         assert split is not None
         split = split if pipeline.has_last else (split[0], nn.Identity())
     if shards is not None:
+        unwrap_quantised(model)
         stages = list(pipeline.stages.values()) if pipeline else []
         root = shard_model(model, decoder_layers(model)[1], world, shards, stages, experts)
     parts = {"root": root, "context": context, "tensor": tensor, "pipeline": pipeline, "experts": experts}

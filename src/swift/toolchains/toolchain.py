@@ -17,7 +17,7 @@ from typing import Any
 
 from swift.core.errors import UsageError
 from swift.core.home import swift_home
-from swift.core.registry import closest
+from swift.core.registry import suggest
 from swift.toolchains.child import GRACE_SECONDS, Child, ToolchainError, clean_environment
 from swift.toolchains.lock import toolchain_names
 
@@ -39,11 +39,10 @@ def check_name(name: str) -> str:
     """The toolchain's name as we spell it (``lm_eval`` is ``lm-eval``). Raises UsageError with the nearest one."""
     name = name.replace("_", "-").lower()
     if name not in toolchain_names():
-        near = closest(name, toolchain_names())
         raise UsageError(
             f"unknown toolchain {name!r}",
             why=f"known: {', '.join(toolchain_names())}",
-            fix=f"did you mean {near}?" if near else None,
+            fix=suggest(name, toolchain_names()),
         )
     return name
 

@@ -292,6 +292,7 @@ def _without_weights(prepared: Prepared, folder: Path, dtype: torch.dtype) -> An
     """The model before its weights, when every rank can read its own shards of them later; None when it cannot."""
     config, layout = prepared.resolved.config, prepared.world.layout
     plain = config.task.task_type == "causal_lm" and config.rlhf.rlhf_type is None
+    plain = plain and not config.quantization.is_active
     whole = layout.tp * layout.pp > 1 or config.tuner.modules_to_save or config.model.adapters
     if layout.dp_shard == 1 or not plain or whole or config.model.trust_remote_code:
         return None
@@ -323,7 +324,7 @@ def load_weights(prepared: Prepared) -> Any:
     if config.task.has_score_head:  # transformers finds the last token of a padded row by it
         model.config.pad_token_id = prepared.template.tokenizer.pad_token_id
     if config.training.use_liger_kernel:
-        apply_liger_kernels(model)
+        apply_liger_kernels(model, experts=prepared.world.layout.ep == 1)
     return model
 
 

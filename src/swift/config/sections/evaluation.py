@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from swift.config.option import Section, option
+
+
+def smaller_is_better(metric: str) -> bool:
+    """True for losses, perplexities, errors, similarities to negatives and rewards of rejected answers."""
+    return re.search(r"loss|perplexity|ppl|mae|negative|rejected", metric) is not None
 
 
 class EvaluationSection(Section):

@@ -2,104 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from swift.config.option import Section, option
 
-DPO_TYPES = ("dpo", "ipo")
-PAIR_TYPES = (*DPO_TYPES, "orpo", "simpo", "cpo")
-"""Types whose data are pairs and whose loss reads log-probabilities of whole answers."""
-PREFERENCE_TYPES = (*PAIR_TYPES, "kto", "rm")
-POLICY_TYPES = (
+DpoType = Literal["dpo", "ipo"]
+PairType = Literal[DpoType, "orpo", "simpo", "cpo"]
+PolicyType = Literal[
     "grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce_pp",
     "reinforce_pp_baseline", "gmpo", "dppo", "prime_rl", "vespo", "real", "fipo", "opo", "gdpo", "maxrl", "luspo",
     "chord", "reinforce_mean",
-)  # fmt: skip
+]  # fmt: skip
+LaterType = Literal["ppo", "gkd"]
+PreferenceLoss = Literal[
+    "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero",
+    "apo_down", "aot", "aot_unpaired", "discopop", "sft", "cpo", "simpo", "orpo", "kto", "apo_zero_unpaired",
+]  # fmt: skip
+PolicyLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "real", "fipo"]
+
+DPO_TYPES: tuple[str, ...] = get_args(DpoType)
+PAIR_TYPES: tuple[str, ...] = get_args(PairType)
+"""Types whose data are pairs and whose loss reads log-probabilities of whole answers."""
+PREFERENCE_TYPES = (*PAIR_TYPES, "kto", "rm")
+POLICY_TYPES: tuple[str, ...] = get_args(PolicyType)
 """Policy optimisation: the names of the rows of ``objectives/policy/algorithms.py``."""
-LATER_TYPES = ("ppo", "gkd")
+LATER_TYPES: tuple[str, ...] = get_args(LaterType)
 """Types that can be planned only."""
-POLICY_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "real", "fipo")
+POLICY_LOSSES: tuple[str, ...] = get_args(PolicyLoss)
 """Values of ``loss_type`` in policy optimisation."""
 
 
 class RlhfSection(Section):
     """Preference learning and reward models."""
 
-    rlhf_type: (
-        Literal[
-            "dpo",
-            "ipo",
-            "kto",
-            "orpo",
-            "simpo",
-            "cpo",
-            "rm",
-            "grpo",
-            "dapo",
-            "dr_grpo",
-            "bnpo",
-            "gspo",
-            "gspo_token",
-            "cispo",
-            "sapo",
-            "rloo",
-            "reinforce_pp",
-            "reinforce_pp_baseline",
-            "gmpo",
-            "dppo",
-            "prime_rl",
-            "vespo",
-            "real",
-            "fipo",
-            "opo",
-            "gdpo",
-            "maxrl",
-            "luspo",
-            "chord",
-            "reinforce_mean",
-            "ppo",
-            "gkd",
-        ]
-        | None
-    ) = option(
+    rlhf_type: Literal[DpoType, "kto", "orpo", "simpo", "cpo", "rm", PolicyType, LaterType] | None = option(
         None,
         "Method; default: dpo. rm trains a reward model; grpo and what follows learn from rewards.",
         essential=True,
     )
-    rlhf_loss_type: list[
-        Literal[
-            "sigmoid",
-            "sigmoid_norm",
-            "robust",
-            "hinge",
-            "ipo",
-            "exo_pair",
-            "nca_pair",
-            "bco_pair",
-            "sppo_hard",
-            "apo_zero",
-            "apo_down",
-            "aot",
-            "aot_unpaired",
-            "discopop",
-            "sft",
-            "cpo",
-            "simpo",
-            "orpo",
-            "kto",
-            "apo_zero_unpaired",
-            "grpo",
-            "bnpo",
-            "dr_grpo",
-            "dapo",
-            "cispo",
-            "sapo",
-            "vespo",
-            "luspo",
-            "real",
-            "fipo",
-        ]
-    ] = option([], "Loss (in short: loss_type), several of them for a mixture; default: by rlhf_type.")
+    rlhf_loss_type: list[Literal[PreferenceLoss, PolicyLoss]] = option(
+        [], "Loss (in short: loss_type), several of them for a mixture; default: by rlhf_type."
+    )
     loss_weights: list[float] = option([], "Weight of each loss of a mixture; default: 1 each.")
     beta: float | None = option(
         None,
