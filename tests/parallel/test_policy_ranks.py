@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,6 @@ from swift.rl.record import find_rollouts, read_trajectories
 from swift.runs.metrics import read_metrics
 
 REWARD = """
-import os, time
 def length(completions, **kwargs):
     return [len(text) / 10 for text in completions]
 """
@@ -216,6 +216,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypat
     )
     same_answers(cut, folder)
     for row, other in zip(measured(cut), measured(folder), strict=True):
+        assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_a_base_of_four_bits_in_shards(options, tmp_path, monkeypatch):
+    options |= {"quant_method": "bnb", "quant_bits": 4, "max_steps": 2, "save_steps": 2}
+    expected, _, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch)
+    two = {**options, **LAYOUTS["shards"], "output_dir": str(tmp_path / "two")}
+    folder, _, _ = pool(2).run(train_on, two)[0]
+    same_answers(folder, expected)
+    for row, other in zip(measured(folder), measured(expected), strict=True):
         assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
 
 
