@@ -40,6 +40,7 @@ COMMON = {
     "reward_num_proc": 1,
     "max_restarts": 0,
 }
+SLOW = [pytest.mark.slow]
 LAYOUTS = {"copies": {"nproc_per_node": 2}, "shards": {"fsdp": "full", "nproc_per_node": 2}}
 METRICS = ("loss", "reward", "reward_std", "grad_norm", "kl", "approx_kl", "entropy", "eval_reward", "num_tokens",
            "rewards/length/mean", "rewards/task/mean", "completions/mean_length", "ratio")  # fmt: skip
@@ -273,9 +274,6 @@ def test_what_samples_with_parts_of_a_model_is_refused(options, tmp_path):
     for size in ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"):
         with pytest.raises(ConfigError, match="samples with whole models"):
             resolve("rlhf", values={**options, "output_dir": str(tmp_path), size: 2})
-
-
-SLOW = [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
