@@ -114,7 +114,8 @@ def test_a_started_process_believes_its_launcher(monkeypatch: pytest.MonkeyPatch
         ("--use_megatron", "--use_megatron: Megatron-Core needs CUDA"),
         ("--fsdp full --dp_size 2 --tuner_type vera", "--tuner_type: vera cannot be sharded"),
         ("--fsdp full --dp_size 2 --optim muon", "--optim: muon works on whole matrices"),
-        ("--fsdp full --dp_size 2 --quant_bits 4", "--quant_bits: a quantised base cannot be sharded"),
+        ("--fsdp full --dp_size 2 --quant_bits 8", "--quant_bits: of quantised bases only those of 4 bits"),
+        ("--tp_size 2 --quant_bits 4", "--tp_size: the layers of a quantised base are not divided"),
         (
             "--dp_size 2 --val_dataset v --eval_tasks s.yaml",
             "--eval_tasks: tasks are measured by one process",

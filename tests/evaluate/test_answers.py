@@ -24,7 +24,7 @@ from swift.evaluate.answers import Task, answer_limit, answer_tasks, summarize
 from swift.evaluate.evaluators import find_evaluators
 from swift.evaluate.questions import Question, Questions, read_questions
 from swift.evaluate.results import ResultFile
-from swift.evaluate.subjects import LocalModel
+from swift.evaluate.subjects import LocalModel, Reply
 from swift.inference.generate import Generator
 from swift.models.load import load_bundle, load_model
 from swift.tuners.apply import apply_tuner
@@ -151,7 +151,35 @@ def test_a_cut_file_is_gone_on_with(generator: Generator, data: Path, tmp_path: 
     done: list[int] = []
     assert answer_questions(generator, questions, OPTIONS, path, on_progress=done.append) == expected
     assert done[0] == whole[:size].count(b"\n")
-    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert path.read_bytes() == whole
+
+
+def test_a_finished_file_has_the_order_of_the_data(tmp_path: Path) -> None:
+    """Whoever answers first: each row is written when it is there, and moved to its place in the end."""
+
+    class Backwards:
+        identity = ("model",)
+
+        def answers(self, questions, options, *, seed, numbers, on_reply):
+            replies = [Reply(question.messages[0]["content"].upper(), "stop", 3) for question in questions]
+            for index in reversed(range(len(replies))):
+                on_reply(index, replies[index])
+            return replies
+
+    asked = [[{"role": "user", "content": f"row {n}"}] for n in range(40)]
+    questions = [Question(n, f"rows:{n}", messages, None, None, {}) for n, messages in enumerate(asked)]
+    task = Task("", Questions(questions), [], OPTIONS, answers=True)
+    path, seen = tmp_path / "out.jsonl", []
+
+    def look(count: int) -> None:
+        if count and path.exists():
+            seen.append([json.loads(line)["index"] for line in path.read_text().splitlines()])
+
+    results = answer_tasks(Backwards(), [task], path, on_progress=look)
+    assert seen[0] == list(range(39, 23, -1)) and len(seen[-1]) == 40
+    stored = [json.loads(line) for line in path.read_text().splitlines()]
+    assert stored == results and [row["index"] for row in stored] == list(range(40))
+    assert [row["response"] for row in stored] == [f"ROW {n}" for n in range(40)]
 
 
 def test_a_finished_file_is_not_answered_again(

@@ -113,6 +113,10 @@ CASES = {
     "stream": ("sft", {"streaming": True, "shuffle_buffer_size": 20}),
     "dpo, copies": ("rlhf", {"rlhf_type": "dpo"}),
     "dpo, shards": ("rlhf", {"rlhf_type": "dpo", "fsdp": "full"}),
+    "dpo, full, shards": (
+        "rlhf",
+        {"rlhf_type": "dpo", "fsdp": "full", "tuner_type": "full", "learning_rate": 1e-3},
+    ),
     "layers shared": ("sft", {"tensor_parallel_size": 2, "split_dataset_ratio": 0.1, "eval_steps": 2, **DRY}),
     "layers and sequence shared": (
         "sft",
@@ -205,6 +209,11 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(tiny_model_dir, data, tmp
             assert rows_of(target) == expected, "with the same ranks it is bit-identical"
 
 
+ON_EXPERTS = {
+    "tuner_type": "lora",
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    "lora_dropout": 0.0,
+}
 LAYOUTS = {
     "layers and shards": (4, {"tp_size": 2, "data_parallel_shard_size": 2}),
     "stages": (2, {"pp_size": 2}),
@@ -259,6 +268,9 @@ def test_a_checkpoint_goes_on_in_another_layout(tiny_model_dir, data, tmp_path, 
         {"fsdp": "full", "expert_parallel_size": 2},
         pytest.param({"tp_size": 2, "ep_size": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
         pytest.param({"pp_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": "full", "ep_size": 2, **ON_EXPERTS}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": "full", **ON_EXPERTS}, marks=pytest.mark.slow),
+        pytest.param({"tp_size": 2, "ep_size": 2, **ON_EXPERTS}, marks=pytest.mark.slow),
     ],
 )
 def test_experts_are_shared_saved_and_go_on_in_one_process(data, tmp_path, monkeypatch, layout):
@@ -273,6 +285,7 @@ def test_experts_are_shared_saved_and_go_on_in_one_process(data, tmp_path, monke
         "learning_rate": 1e-3,
         "save_strategy": "steps",
         "save_steps": 3,
+        **{key: layout[key] for key in ON_EXPERTS if key in layout},
     }
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(key, value)

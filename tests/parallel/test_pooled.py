@@ -12,8 +12,9 @@ from swift.data.rows import Row
 from swift.data.tokenise import Encoder, encode_rows
 from swift.data.tokens import TokenDataset
 from swift.models.classifier import ClassifierHead
+from swift.models.head import answer_difference, split_backbone, split_score
 from swift.models.load import load_model, load_template
-from swift.parallel.pooled import PooledEngine, answer_difference, split_backbone, split_score
+from swift.parallel.pooled import PooledEngine
 from swift.train.tasks import engine_of, pooled_objective
 
 TEXTS = [

@@ -173,8 +173,13 @@ def _check_training(resolved: Resolved) -> None:
     if divided:
         _check_divided(resolved, divided)
     place = f"{config.parallel.num_processes} processes"
-    if config.rlhf.is_policy:
-        resolved.refuse(place, "policy optimisation samples with one process", fix="leave the sizes out")
+    if config.rlhf.is_policy and divided:
+        resolved.refuse(
+            divided[0],
+            f"rlhf_type {config.rlhf.rlhf_type} samples with whole models",
+            why="ranks sample at their own pace, which ranks that share a layer or a sequence cannot",
+            fix="--data_parallel_shard_size: shards are gathered for the time of sampling",
+        )
     if config.evaluation.eval_tasks is not None:
         resolved.refuse(
             "eval_tasks",
@@ -208,13 +213,11 @@ def _check_training(resolved: Resolved) -> None:
             why="gradients overflow on one shard, and the others would not know",
             fix="--torch_dtype bfloat16",
         )
-    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora and not tuner.target_parameters
+    own = tuner.tuner_type in ("lora", "full") and not tuner.use_dora
     if not own:
         resolved.refuse(
             "tuner_type",
-            f"{tuner.tuner_type} with use_dora or target_parameters cannot be sharded"
-            if tuner.tuner_type == "lora"
-            else f"{tuner.tuner_type} cannot be sharded",
+            "DoRA cannot be sharded" if tuner.use_dora else f"{tuner.tuner_type} cannot be sharded",
             fix="--tuner_type lora or full, or --data_parallel_shard_size 1 (every process has the whole model)",
         )
     if config.optimizer.optim not in _SHARDED_OPTIMIZERS:
@@ -223,11 +226,24 @@ def _check_training(resolved: Resolved) -> None:
             f"{config.optimizer.optim} works on whole matrices, or on states that cannot be sharded",
             fix="--optim adamw, or --data_parallel_shard_size 1",
         )
-    if config.quantization.is_active:
+    quantised = config.quantization
+    if quantised.is_active and (quantised.quant_method, quantised.quant_bits) != ("bnb", 4):
         resolved.refuse(
             "quant_bits",
-            "a quantised base cannot be sharded yet",
-            fix="--data_parallel_shard_size 1: every process has the whole (small) base",
+            "of quantised bases only those of 4 bits by bitsandbytes can be sharded",
+            fix="--quant_method bnb --quant_bits 4, or --data_parallel_shard_size 1: every process has the base whole",
+        )
+    if quantised.is_active and config.rlhf.is_policy:
+        resolved.refuse(
+            "quant_bits",
+            "sampling with a quantised base in shards is not tested",
+            fix="--data_parallel_shard_size 1: every process has the base whole",
+        )
+    if quantised.is_active and {*divided} - {"context_parallel_size"}:
+        resolved.refuse(
+            divided[0],
+            "the layers of a quantised base are not divided",
+            fix="--data_parallel_shard_size N, which shards its bytes",
         )
     if config.quantization.needs_torchao or tuner.lisa_activated_layers or tuner.longlora_group_size:
         resolved.refuse(place, "quantisation-aware, float8, LISA and LongLoRA training cannot be sharded")
@@ -266,8 +282,11 @@ def _check_divided(resolved: Resolved, divided: list[str]) -> None:
         )
     if config.model.torch_dtype == "float16":
         resolved.refuse("torch_dtype", "float16 is for whole models", fix="--torch_dtype bfloat16")
-    if config.training.use_liger_kernel:
-        resolved.refuse("use_liger_kernel", "liger's kernels are for whole models", fix="leave it out")
+    if config.training.use_liger_kernel and section.expert_parallel_size > 1:
+        resolved.warnings.append(
+            f"{resolved.place('use_liger_kernel')}: experts on several devices compute without liger's kernel; norms, "
+            "rotary embedding and MLPs use theirs"
+        )
     if config.tuner.modules_to_save:
         resolved.refuse("modules_to_save", "saved modules cannot be divided", fix="leave it out")
     if config.training.activation_cpu_offload:

@@ -149,8 +149,11 @@ def _check_sampler(resolved: Resolved) -> None:
 
 def _check_sizes(resolved: Resolved) -> None:
     policy, training = resolved.config.policy, resolved.config.training
-    at_once, group = training.per_device_train_batch_size, policy.num_generations
+    group, ranks = policy.num_generations, resolved.config.parallel.data_parallel_size
+    at_once = training.per_device_train_batch_size * ranks
     in_step = at_once * (training.gradient_accumulation_steps or 1)
+    if training.global_batch_size is not None:
+        in_step = training.global_batch_size
     if policy.steps_per_generation is not None and policy.generation_batch_size is not None:
         raise resolved.error(
             "steps_per_generation",
@@ -158,13 +161,15 @@ def _check_sizes(resolved: Resolved) -> None:
             fix="leave one of them out",
         )
     sampled = policy.generation_batch_size or (policy.steps_per_generation or 0) * at_once or in_step
-    if sampled % in_step:
+    # A step of a resumed run has as many answers as before, whatever the number of processes: `swift.rl.settings`.
+    begins = resolved.config.checkpoint.resume_from_checkpoint is None
+    if begins and sampled % in_step:
         raise resolved.error(
             "generation_batch_size" if policy.generation_batch_size else "steps_per_generation",
             f"{sampled} answers sampled at a time cannot be dealt out in steps of {in_step}",
             fix=f"--generation_batch_size {-(-sampled // in_step) * in_step}",
         )
-    if sampled % group:
+    if begins and sampled % group:
         name = "num_generations" if resolved.is_explicit("num_generations") else "per_device_train_batch_size"
         whole = whole_groups(resolved, sampled, at_once)
         raise resolved.error(

@@ -89,6 +89,8 @@ def answer_tasks(
 ) -> list[dict[str, Any]]:
     """Answer all questions that ``path`` does not hold yet; returns all results in order.
 
+    While rows are answered the file holds them in the order of their answers, in the end in that of the data.
+
     A result has ``index``, ``key``, ``location``, ``messages`` and what the task asks for: ``response``,
     ``finish_reason``, ``num_tokens`` (with several samples also ``responses``), the other columns under ``extra``, and,
     where the data has an answer, ``reference`` and the metrics. With a suite, ``task``.
@@ -119,6 +121,7 @@ def answer_tasks(
                 on_progress(len(file.results))
 
             score_rows(subject, task, waiting, seed, write)
+        file.sort()
     finally:
         file.close()
     return [file.results[number] for number, _, _ in entries]

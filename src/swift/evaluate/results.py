@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.core.errors import ConfigError, DataError, SwiftError
-from swift.core.files import atomic_write_json
+from swift.core.files import atomic_write_json, atomic_write_text
 from swift.evaluate.statistics import is_number
 from swift.runs.metrics import finite, read_metrics
 
@@ -67,6 +67,15 @@ def write_metrics(path: Path, summary: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise SwiftError("the summary cannot be written", where=str(target), why=error.strerror) from error
     return target
+
+
+def _unwritable(path: Path, error: OSError) -> SwiftError:
+    return SwiftError(
+        "the results cannot be written",
+        where=str(path),
+        why=error.strerror,
+        fix="free some space, or --result_path elsewhere; the same command goes on where it stopped",
+    )
 
 
 class ResultFile:
@@ -129,15 +138,26 @@ class ResultFile:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise SwiftError(
-                "the results cannot be written",
-                where=str(self.path),
-                why=error.strerror,
-                fix="free some space, or --result_path elsewhere; the same command goes on where it stopped",
-            ) from error
+            raise _unwritable(self.path, error) from error
         self.results.update((result["index"], dict(result)) for result in results)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def sort(self) -> None:
+        """Put a finished file into the order of the data: engines answer short rows first.
+
+        Raises SwiftError when the disk is full or cannot be written; the file is then as it was.
+        """
+        self.close()
+        order = sorted(self.results)
+        if order == list(self.results):
+            return
+        self.results = {index: self.results[index] for index in order}
+        lines = (json.dumps(result, ensure_ascii=False) + "\n" for result in self.results.values())
+        try:
+            atomic_write_text(self.path, "".join(lines))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error

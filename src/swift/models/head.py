@@ -1,13 +1,16 @@
-"""The output matrix apart from the rest of the model, so that a loss can avoid the full logits."""
+"""A model's head apart from the rest: so that a loss can avoid the full logits, and to read values of whole texts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["split_head"]
+from swift.models.classifier import SCORE
+
+__all__ = ["answer_difference", "split_backbone", "split_head", "split_score"]
 
 
 def split_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
@@ -41,3 +44,22 @@ def split_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
     if not same or not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max())):
         return None
     return backbone, head
+
+
+def split_score(model: Any) -> tuple[nn.Module, nn.Module]:
+    """Backbone and score head of a sequence classifier."""
+    return getattr(model, model.base_model_prefix), getattr(model, SCORE)
+
+
+def split_backbone(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The backbone of a causal model, whose hidden states are the vectors, and a head that changes nothing."""
+    return getattr(model, model.base_model_prefix), nn.Identity()
+
+
+def answer_difference(positive: int, negative: int) -> Callable[[Tensor], Tensor]:
+    """``logit(positive) - logit(negative)``, ``[n, vocab] -> [n, 1]``: the log-odds of the two answers."""
+
+    def read(logits: Tensor) -> Tensor:
+        return (logits[:, positive] - logits[:, negative])[:, None]
+
+    return read

@@ -9,8 +9,11 @@ from swift.core.errors import ConfigError
 __all__ = ["apply_liger_kernels"]
 
 
-def apply_liger_kernels(model: Any) -> None:
+def apply_liger_kernels(model: Any, *, experts: bool = True) -> None:
     """Let ``model`` use liger's kernels. Its fused cross-entropy stays off: `objectives.logprobs` does that work.
+
+    They are bound to norms, MLPs and experts, which read their weights when they run: a model may be divided
+    afterwards. ``experts``: False where these lie on several devices and get the tokens of all of them.
 
     Raises:
         ConfigError: liger-kernel is not installed.
@@ -22,3 +25,6 @@ def apply_liger_kernels(model: Any) -> None:
             "liger-kernel is not installed", where="--use_liger_kernel", fix="pip install 'swift-forge[cuda]'"
         ) from error
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    for name, module in model.named_modules():
+        if not experts and name.endswith(".experts"):
+            module.__dict__.pop("forward", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from swift.data.collate import Batch
+from swift.models.sharded import local
 from swift.objectives.base import PooledOutputs, TokenOutputs
 from swift.parallel.native import NativeEngine
 
@@ -45,8 +47,24 @@ class AnswerEngine(NativeEngine):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.reference, self.reference_engine = reference, reference_engine
+        self.reference, self.reference_engine = self._of_shards(reference), reference_engine
         self.ld_alpha, self.mismatched = ld_alpha, mismatched
+
+    def _of_shards(self, reference: Reference | None) -> Reference | None:
+        """Where the model has been divided since: this rank's parts of the other weights, for its own parts."""
+        root = self.ranks.root if self.ranks is not None else None
+        if root is None or not isinstance(reference, partial) or reference.func is not other_weights:
+            return reference
+        from swift.parallel.states import shared
+
+        parameters, weights = reference.args
+        trained = {
+            name: parameter
+            for one in self.parameter_sets.values()
+            for name, parameter in one.parameters.items()
+        }
+        parts = {name: shared(weights[name], trained[name]) for name in parameters}
+        return partial(other_weights, trained, parts, root.free)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> PooledOutputs:
@@ -139,8 +157,20 @@ class PolicyEngine(AnswerEngine):
 
 
 @contextlib.contextmanager
-def other_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the parameters have other values within the block; for passes without gradients."""
+def other_weights(
+    parameters: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor],
+    forget: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """Let the parameters have other values within the block; for passes without gradients.
+
+    ``forget``: of parameters that are shards, lets go of what has been gathered of them. Their memory stays where it
+    is, because FSDP has an eye on it.
+    """
+    if forget is not None:
+        with _other_shards(parameters, weights, forget):
+            yield
+        return
     kept = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
@@ -149,3 +179,22 @@ def other_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, 
     finally:
         for name, parameter in parameters.items():
             parameter.data = kept[name]
+
+
+@contextlib.contextmanager
+def _other_shards(
+    parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], forget: Callable[[], None]
+) -> Iterator[None]:
+    kept = {name: local(parameters[name].detach()).clone() for name in weights}
+
+    def take(values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                local(parameters[name].detach()).copy_(local(value))
+        forget()
+
+    try:
+        take(weights)
+        yield
+    finally:
+        take(kept)

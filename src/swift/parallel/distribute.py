@@ -10,6 +10,7 @@ from torch import nn
 from swift.config.sections.parallel import ParallelSection
 from swift.core.errors import ConfigError
 from swift.models.attention import VARLEN
+from swift.models.quantised_shards import unwrap_quantised
 from swift.parallel.accepted import Decoder, check_dimensions, split_degree
 from swift.parallel.data_parallel import ShardedRoot, ShardOptions, shard_model
 from swift.parallel.experts import ExpertParallel, apply_expert_parallel
@@ -49,6 +50,8 @@ def distribute(
     decoder = Decoder.of(model.config.to_dict())
     check_dimensions(section, decoder)
     _check_loaded(model, section, split)
+    if shards is not None:
+        unwrap_quantised(model)
     experts: ExpertParallel | None = None
     tensor: TensorParallel | None = None
     context: ContextParallel | None = None

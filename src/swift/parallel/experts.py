@@ -21,6 +21,7 @@ from swift.core.errors import ConfigError
 from swift.models.sharded import local
 from swift.parallel.layout import Layout
 from swift.parallel.mesh import build_expert_mesh
+from swift.tuners.lora_parameters import LoraParameters
 
 __all__ = ["ExpertParallel", "apply_expert_parallel"]
 
@@ -59,9 +60,10 @@ def apply_expert_parallel(model: Any, layout: Layout, device_type: str) -> Exper
     """
     mesh, copies = _mesh(layout, device_type)
     state = ExpertParallel(mesh, copies)
-    for name, module in model.named_modules():
+    for name, outer in list(model.named_modules()):
+        module = outer.base if isinstance(outer, LoraParameters) else outer
         if name.endswith(".experts") and hasattr(module, "num_experts") and module._parameters:
-            _split(name, module, mesh["ep"], state)
+            _split(name, outer, module, mesh["ep"], state)
     if not state.modules:
         raise ConfigError(
             f"{type(model).__name__} has no experts in fused weights",
@@ -71,21 +73,23 @@ def apply_expert_parallel(model: Any, layout: Layout, device_type: str) -> Exper
     return state
 
 
-def _split(name: str, module: Any, mesh: DeviceMesh, state: ExpertParallel) -> None:
+def _split(name: str, outer: nn.Module, module: Any, mesh: DeviceMesh, state: ExpertParallel) -> None:
+    """``outer``: the module itself, or with its adapters."""
     if module.num_experts % mesh.size():
         raise ConfigError(
             f"{module.num_experts} experts cannot be shared by {mesh.size()} devices",
             where="--expert_parallel_size",
         )
-    for key, whole in list(module.named_parameters(recurse=False)):
-        part = distribute_tensor(whole.data, mesh, [Shard(0)], src_data_rank=None)
-        module.register_parameter(key, nn.Parameter(part, requires_grad=whole.requires_grad))
-        state.names.add(f"{name}.{key}")
+    for path, owner in list(outer.named_modules()):
+        for key, whole in list(owner.named_parameters(recurse=False)):
+            part = distribute_tensor(whole.data, mesh, [Shard(0)], src_data_rank=None)
+            owner.register_parameter(key, nn.Parameter(part, requires_grad=whole.requires_grad))
+            state.names.add(".".join(filter(None, (name, path, key))))
     module.num_experts //= mesh.size()
     journey = _Journey(module.num_experts, mesh.get_group())
     module.register_forward_pre_hook(journey.leave)
     module.register_forward_hook(journey.arrive)
-    state.modules.append(module)
+    state.modules.append(outer)
 
 
 class _Trip(NamedTuple):

@@ -27,6 +27,7 @@ from swift.tuners.switch import Draw
 
 if TYPE_CHECKING:
     from swift.parallel.data_parallel import Ranks
+    from swift.parallel.gathered import GatheredModel
 
 __all__ = ["NativeEngine"]
 
@@ -49,6 +50,7 @@ class NativeEngine:
         offload_activations: keep what the backward pass needs in host memory.
         split: tells backbone and head apart.
         ranks: the other processes of the run.
+        gathered: of a model in shards, the whole for `evaluating`.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class NativeEngine:
         offload_activations: bool = False,
         split: Callable[[Any], tuple[nn.Module, nn.Module] | None] = split_head,
         ranks: Ranks | None = None,
+        gathered: GatheredModel | None = None,
     ) -> None:
-        self.model, self.ranks = model, ranks
+        self.model, self.ranks, self.gathered = model, ranks, gathered
         self.parameter_sets = {group.name: group for group in parameter_sets}
         self.device = device
         self.dtype = dtype
@@ -166,8 +169,11 @@ class NativeEngine:
     def evaluating(self) -> Iterator[nn.Module]:
         self.model.eval()
         self.settle()
-        with self.precision():
-            yield self.model
+        found: contextlib.AbstractContextManager[nn.Module] = contextlib.nullcontext(self.model)
+        if self.gathered is not None and self.ranks is not None and self.ranks.root is not None:
+            found = self.gathered.filled(self.ranks.root)
+        with self.precision(), found as model:
+            yield model
 
     def clip(self) -> dict[str, Tensor]:
         norms = {}
@@ -351,6 +357,12 @@ class NativeEngine:
     @torch.no_grad()
     def token_entropies(self, batch: Batch) -> Tensor:
         """``[num_targets]`` float32: entropies (nats) of the distributions that the batch's targets come from."""
+        if self.ranks is None:
+            return self._token_entropies(batch)
+        (found,) = self.ranks.compute(lambda: (self._token_entropies(batch),))
+        return found
+
+    def _token_entropies(self, batch: Batch) -> Tensor:
         with self.precision():
             head = self._split[1] if self._split else nn.Identity()
             parts = [

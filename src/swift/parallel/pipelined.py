@@ -12,11 +12,11 @@ from torch import Tensor
 from swift.data.collate import Batch
 from swift.objectives.base import Objective, TokenOutputs
 from swift.parallel.engine import StepCounts, StepOutput, add_sums
-from swift.parallel.pipeline import MicroBatch
 from swift.parallel.sequence.context import Shard
 
 if TYPE_CHECKING:
     from swift.parallel.native import NativeEngine
+    from swift.parallel.pipeline import MicroBatch
 
 __all__ = ["pipelined_outputs", "pipelined_step"]
 
@@ -81,6 +81,8 @@ def pipelined_outputs(engine: NativeEngine, batch: Batch) -> TokenOutputs:
 
 
 def _work(engine: NativeEngine, cut: Shard) -> MicroBatch:
+    from swift.parallel.pipeline import MicroBatch  # and all of FSDP, which one device does without
+
     return MicroBatch(cut.batch.input_ids, engine.inputs_of(cut.batch, cut.attention))
 
 

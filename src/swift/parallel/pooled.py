@@ -9,19 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from swift.data.collate import Batch
-from swift.models.classifier import SCORE
 from swift.models.head import split_head
 from swift.objectives.base import PooledOutputs
 from swift.parallel.native import NativeEngine
 
-__all__ = [
-    "PooledEngine",
-    "answer_difference",
-    "last_token",
-    "mean_of_tokens",
-    "split_backbone",
-    "split_score",
-]
+__all__ = ["PooledEngine", "last_token", "mean_of_tokens"]
 
 
 class PooledEngine(NativeEngine):
@@ -87,22 +79,3 @@ def mean_of_tokens(states: Tensor, batch: Batch) -> Tensor:
     values = states.flatten(0, 1)[tokens].float()
     sums = values.new_zeros(len(ends), values.shape[1]).index_add(0, sequence, values)
     return sums / lengths[:, None]
-
-
-def split_score(model: Any) -> tuple[nn.Module, nn.Module]:
-    """Backbone and score head of a sequence classifier."""
-    return getattr(model, model.base_model_prefix), getattr(model, SCORE)
-
-
-def split_backbone(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The backbone of a causal model, whose hidden states are the vectors, and a head that changes nothing."""
-    return getattr(model, model.base_model_prefix), nn.Identity()
-
-
-def answer_difference(positive: int, negative: int) -> Callable[[Tensor], Tensor]:
-    """``logit(positive) - logit(negative)``, ``[n, vocab] -> [n, 1]``: the log-odds of the two answers."""
-
-    def read(logits: Tensor) -> Tensor:
-        return (logits[:, positive] - logits[:, negative])[:, None]
-
-    return read

@@ -20,7 +20,7 @@ from swift.core.errors import SwiftError
 from swift.parallel.engine import ParameterSet
 from swift.parallel.native import RANKS_FOLDER
 
-__all__ = ["begin_saving", "load_state", "load_whole", "named_state"]
+__all__ = ["begin_saving", "load_state", "load_whole", "named_state", "shared"]
 
 
 def named_state(sets: Mapping[str, ParameterSet]) -> dict[str, Any]:
@@ -93,10 +93,10 @@ def load_whole(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         parameters |= dict(zip(numbers, group["params"], strict=True))
     for number, values in state["state"].items():
         parameter = parameters[int(number)]
-        optimizer.state[parameter] = {key: _shared(value, parameter) for key, value in values.items()}
+        optimizer.state[parameter] = {key: shared(value, parameter) for key, value in values.items()}
 
 
-def _shared(value: Any, parameter: nn.Parameter) -> Any:
+def shared(value: Any, parameter: Tensor) -> Any:
     """The part of a whole state that belongs to this rank's part of the parameter."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 PREPARE_SECONDS = 24 * 3600
 _CALLS = itertools.count()
-"""Of `World.main_first`, the same on all ranks."""
+"""Of `World.main_first` and `World.together`, the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,57 @@ class World:
             raise
         store.set(key, "0")
         return result
+
+    def together(self, work: Callable[[], T], *, stage: str, seconds: float) -> list[T]:
+        """``work`` on every rank at once; what all of them return, by rank.
+
+        For work that may take some ranks much longer than others: they wait up to ``seconds`` instead of as long as
+        ranks otherwise wait for one another. When it fails on a rank, it fails on all of them, for the same reason.
+
+        Raises:
+            SwiftError: what the first rank to fail raised, or that some were not done in time.
+            BaseException: what ``work`` raises on this rank.
+        """
+        if self.mesh is None:
+            return [work()]
+        store, call = distributed.distributed_c10d._get_default_store(), next(_CALLS)
+        keys = [f"swift/together/{call}/{rank}" for rank in range(self.size)]
+        try:
+            result = work()
+        except BaseException as error:
+            store.set(keys[self.rank], json.dumps(_told(error, self.rank, stage)))
+            raise
+        store.set(keys[self.rank], "null")
+        deadline = time.monotonic() + seconds
+        for rank, key in enumerate(keys):
+            try:
+                store.wait([key], datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
+            except (distributed.DistStoreError, RuntimeError) as error:
+                raise SwiftError(
+                    f"rank {rank} is not done after {seconds:.0f} s, or is gone", where=stage, why=str(error)
+                ) from error
+            if told := json.loads(store.get(key)):
+                failure = SwiftError(told["message"], where=told["where"], why=told["why"], fix=told["fix"])
+                failure.exit_code = told["exit_code"]
+                raise failure
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, result)
+        store.delete_key(keys[self.rank])  # all have read it: they have come to the exchange
+        return found
+
+    def by_main(self, work: Callable[[], T], *, stage: str, seconds: float) -> T:
+        """What ``work`` returns on rank 0, for all of them; see `together`."""
+        own: Callable[[], Any] = work if self.is_main else lambda: None
+        result: T = self.together(own, stage=stage, seconds=seconds)[0]
+        return result
+
+
+def _told(error: BaseException, rank: int, stage: str) -> dict[str, Any]:
+    """Of what other ranks raise for it."""
+    if not isinstance(error, SwiftError):
+        error = SwiftError(f"rank {rank} has failed", where=stage, why=f"{type(error).__name__}: {error}")
+    names = ("message", "where", "why", "fix", "exit_code")
+    return {name: getattr(error, name) for name in names}
 
 
 def join(layout: Layout, device_type: str, timeout_seconds: int) -> World:

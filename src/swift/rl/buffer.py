@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swift.data.batching import deal
 from swift.objectives.policy.corrections import entropy_threshold
 from swift.objectives.policy.objective import PolicyTensors
 from swift.rl.settings import PolicySettings
@@ -40,17 +41,15 @@ class RolloutBuffer:
     def is_used_up(self) -> bool:
         return self.used >= self.settings.steps_per_batch
 
-    def next_step(self) -> list[RolloutBatch]:
-        """The micro-batches of the next optimizer step."""
+    def next_step(self, share: tuple[int, int] = (0, 1)) -> list[RolloutBatch]:
+        """Our micro-batches of the next optimizer step; ``share``: which rank we are, of how many."""
         size = self.settings.answers_per_step
         start = self.used % self.settings.num_updates * size
         part = self.trajectories[start : start + size]
         self.used += 1
         threshold = self._threshold(part)
-        return [
-            self._batch(chunk, threshold)
-            for chunk in micro_batches(part, self.settings.micro_batch, self._sorts)
-        ]
+        chunks = micro_batches(part, self.settings.micro_batch, self._sorts)
+        return [self._batch(chunk, threshold) for chunk in deal(chunks, share, [])]
 
     @property
     def _sorts(self) -> bool:

@@ -11,7 +11,7 @@ from swift.config.sections.data import DataSection
 from swift.data.tokens import TokenDataset
 from swift.rl.prompts import Prompts
 from swift.rl.rewards import Rewards
-from swift.rl.sampler import EmbeddedSampler, SamplingJob
+from swift.rl.sampler import Sampler, SamplingJob
 from swift.rl.source import rewarded
 
 __all__ = ["RewardEvaluator"]
@@ -30,7 +30,7 @@ class RewardEvaluator:
     num_batches = 0
 
     def __init__(
-        self, dataset: TokenDataset, section: DataSection, sampler: EmbeddedSampler, rewards: Rewards
+        self, dataset: TokenDataset, section: DataSection, sampler: Sampler, rewards: Rewards
     ) -> None:
         self.prompts, self.sampler, self.rewards = Prompts(dataset, section), sampler, rewards
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from swift.config.schema import Resolved
-from swift.data.batching import BatchSchedule, Mode
+from swift.data.batching import BatchSchedule, MicroBatch, Mode, deal
 from swift.data.collate import collate
 from swift.data.load import load_data
 from swift.models.template import Template
@@ -43,8 +43,13 @@ class Expert:
             seed=config.data.data_seed or 0,
         )
 
-    def join(self, batches: Sequence[RolloutBatch], updates: int) -> list[RolloutBatch]:
-        """The step's micro-batches with those of the expert; a function of the number of updates alone."""
+    def join(
+        self, batches: Sequence[RolloutBatch], updates: int, share: tuple[int, int] = (0, 1)
+    ) -> list[RolloutBatch]:
+        """Our micro-batches of the step with ours of the expert; a function of the number of updates alone.
+
+        ``share``: which rank we are, of how many.
+        """
         policy = self.policy
         assert policy.chord_mu_peak is not None and policy.chord_mu_valley is not None
         mu = chord_mu(
@@ -56,13 +61,15 @@ class Expert:
         )
         own = [self._batch(updates * self.num_micro_batches + at) for at in range(self.num_micro_batches)]
         num_tokens = sum(batch.num_targets for batch in own)
-        share = ExpertShare(mu, bool(policy.chord_enable_phi_function), max(num_tokens, 1))
+        weight = ExpertShare(mu, bool(policy.chord_enable_phi_function), max(num_tokens, 1))
         for batch in batches:
             assert batch.policy is not None
             batch.policy = replace(batch.policy, weight=1 - mu)
-        return [*batches, *(replace(batch, expert=share) for batch in own)]
+        return [*batches, *(replace(batch, expert=weight) for batch in deal(own, share, self._batch_of([])))]
 
     def _batch(self, number: int) -> RolloutBatch:
         epoch, place = divmod(number, self._schedule.num_micro_batches)
-        rows = self._schedule.micro_batches(epoch)[place]
+        return self._batch_of(self._schedule.micro_batches(epoch)[place])
+
+    def _batch_of(self, rows: MicroBatch) -> RolloutBatch:
         return RolloutBatch(**vars(collate(self.data, rows, self.mode, self.pad_token_id)))

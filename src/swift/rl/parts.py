@@ -25,7 +25,7 @@ from swift.rl.record import FOLDER, find_rollouts
 from swift.rl.reference_sync import ReferenceSync
 from swift.rl.replay import Replay
 from swift.rl.rewards import Rewards
-from swift.rl.sampler import EmbeddedSampler
+from swift.rl.sampler import EmbeddedSampler, Sampler, SharedSampler
 from swift.rl.settings import PolicySettings
 from swift.rl.source import RolloutSource
 from swift.rl.trajectory import AnswerLayout
@@ -48,7 +48,7 @@ class _Parts:
     loader: RolloutSource
     evaluator: Evaluator | None
     callbacks: list[Callback]
-    save: Callable[[Path], None]
+    save: Callable[[Path | None], None]
 
 
 def policy_parts(
@@ -67,15 +67,18 @@ def policy_parts(
     if count := _without_dropout(engine.model):
         logger.info("dropout is switched off in %d modules: sampler and trainer must compute the same", count)
     data = prepared.data
-    sampler = None
+    world = prepared.world
+    sampler: Sampler | None = None
     if rewards is not None:
+        rewards.world = world
         sizes = [longest(data.train), *([longest(data.validation)] if data.validation is not None else [])]
-        sampler = EmbeddedSampler(
+        own = EmbeddedSampler(
             engine,
             prepared,
             longest_prompt=max(sizes),
-            num_samples=settings.num_prompts * settings.num_generations,
+            num_samples=-(-settings.num_prompts // world.size) * settings.num_generations,
         )
+        sampler = own if world.size == 1 else SharedSampler(own, world)
     if sampler is None and data.validation is not None:
         raise ConfigError(
             "nothing is sampled with replay, so nothing can be evaluated", where="--val_dataset"
@@ -93,7 +96,10 @@ def policy_parts(
         if policy.chord_sft_dataset
         else None,
         sync=ReferenceSync(
-            *sync_weights, every=policy.ref_model_sync_steps, share=policy.ref_model_mixup_alpha
+            *sync_weights,
+            every=policy.ref_model_sync_steps,
+            share=policy.ref_model_mixup_alpha,
+            collect=engine.collect,
         )
         if sync_weights is not None
         else None,
@@ -108,7 +114,8 @@ def policy_parts(
         ),
     )
     closing.callback(source.close)
-    _remove_later(folder.path, source.updates)
+    if world.is_main:
+        _remove_later(folder.path, source.updates)
     evaluator = None
     if data.validation is not None and sampler is not None and rewards is not None:
         evaluator = RewardEvaluator(data.validation, config.data, sampler, rewards)

@@ -12,12 +12,16 @@ from swift.config.policy_rules import reward_name
 from swift.config.schema import Config
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.logging import get_logger
+from swift.parallel.world import World
 from swift.rl.reward_functions import RewardBatch
-from swift.rl.reward_pool import RewardFailure, RewardPool, RewardResult
+from swift.rl.reward_pool import START_SECONDS, RewardFailure, RewardPool, RewardResult
 
 __all__ = ["Rewards", "Scores", "reward_functions"]
 
 logger = get_logger(__name__)
+
+_MODEL_SECONDS = 3600.0
+"""How long ranks wait for one reward model."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,14 @@ class Rewards:
 
     Args:
         config: of the run.
-        functions: of the pool; default: those of ``reward_funcs``.
+        is_main: of several processes one computes the rewards of all, and tells the others.
+
+    Attributes:
+        world: all processes, once they have met.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, is_main: bool = True) -> None:
+        self.world = World()
         policy = config.policy
         chosen = reward_functions(config)
         self.names = _distinct(
@@ -53,10 +61,15 @@ class Rewards:
         self.policy = policy.on_reward_failure
         self._pool = (
             RewardPool(chosen, timeout=policy.reward_timeout, num_processes=policy.reward_num_proc)
-            if chosen
+            if chosen and is_main
             else None
         )
-        self._models = [_RewardModel(folder, config.model.device) for folder in policy.reward_model]
+        models = policy.reward_model if is_main else []
+        self._models = [_RewardModel(folder, config.model.device) for folder in models]
+        # All of them at once, then each alone where that has failed; reward models have no deadline of their own.
+        self._slots = max(1, policy.reward_num_proc)
+        self._seconds_of_one = START_SECONDS + len(chosen) * policy.reward_timeout
+        self._seconds_of_models = _MODEL_SECONDS * len(policy.reward_model)
 
     def check(self) -> None:
         """Wait until all functions are there. Raises SwiftError when one cannot be found or made."""
@@ -64,13 +77,18 @@ class Rewards:
             self._pool.check()
 
     def __call__(self, batch: RewardBatch, where: Callable[[int], str]) -> Scores:
-        """The rewards of a batch.
+        """The rewards of a batch; every rank calls this with the same answers.
 
         Args:
             where: names an answer in messages.
 
         Raises SwiftError when all answers fail, and for any failure with ``on_reward_failure stop``.
         """
+        rounds = 1 + -(-len(batch) // self._slots)
+        seconds = rounds * self._seconds_of_one + self._seconds_of_models
+        return self.world.by_main(lambda: self._scores(batch, where), stage="reward", seconds=seconds)
+
+    def _scores(self, batch: RewardBatch, where: Callable[[int], str]) -> Scores:
         results: list[RewardResult] = self._pool(batch) if self._pool is not None else []
         parts = [values for values, _ in results]
         parts += [model(batch) for model in self._models]

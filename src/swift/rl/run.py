@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,8 @@ def train(resolved: Resolved, **options: Any) -> RunResult:
     with contextlib.ExitStack() as closing:
         rewards = None
         if resolved.config.policy.replay is None:
-            rewards = Rewards(resolved.config)
+            is_main = resolved.config.parallel.num_processes == 1 or os.environ.get("RANK", "0") == "0"
+            rewards = Rewards(resolved.config, is_main=is_main)
             closing.callback(rewards.close)
             rewards.check()
         return train_run(resolved, policy=partial(policy_parts, settings, rewards), **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,15 +19,18 @@ from swift.inference.text import decode
 from swift.models.facts import ModelFacts
 from swift.models.load import ModelBundle
 from swift.parallel.answers import PolicyEngine
+from swift.parallel.world import World
 from swift.rl.trajectory import Trajectory
 from swift.train.prepare import Prepared
 from swift.tuners.apply import tuned_model
 from swift.tuners.merged import MergedWeights
 
-__all__ = ["EmbeddedSampler", "Sampler", "SamplingJob"]
+__all__ = ["EmbeddedSampler", "Sampler", "SamplingJob", "SharedSampler"]
 
 _AT_ONCE = 256
 _CHECKED_EVERY = 256
+_LATE_SECONDS = 300.0
+"""By how much a rank may be behind others when it begins to sample."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class SamplingJob:
 class Sampler(Protocol):
     """Answers prompts with the policy as it is now. Every answer depends on its job and the weights alone."""
 
-    def sample(self, jobs: Sequence[SamplingJob], version: int) -> list[Trajectory]:
+    def sample(
+        self, jobs: Sequence[SamplingJob], version: int, *, temperature: float | None = None
+    ) -> list[Trajectory]:
         """In the order of the jobs. Raises SwiftError naming the stage when it takes too long or fails."""
         ...
 
@@ -79,17 +84,15 @@ class EmbeddedSampler:
         self.options, self.deadline_seconds = config.generation, deadline_seconds
         self._check_room(prepared, longest_prompt)
         limits = _limits(prepared, longest_prompt, num_samples)
-        self._merged = MergedWeights.of(tuned_model(engine.model))
-        with self._weights() as model:
-            self.core = EmbeddedCore(_bundle(model, prepared), limits)
+        with engine.evaluating() as model:
+            self._merged = MergedWeights.of(tuned_model(model))
+            with self._adapted():
+                self.core = EmbeddedCore(_bundle(model, prepared), limits)
         self.core.shares_prompts = True
 
-    @contextlib.contextmanager
-    def _weights(self) -> Iterator[Any]:
-        """The model as it would be saved; where that is cheap, with its adapter in the weights."""
-        merged = contextlib.nullcontext() if self._merged is None else self._merged.applied()
-        with self.engine.evaluating() as model, merged:
-            yield model
+    def _adapted(self) -> contextlib.AbstractContextManager[None]:
+        """Where that is cheap, the adapter acts through the weights."""
+        return contextlib.nullcontext() if self._merged is None else self._merged.applied()
 
     def _check_room(self, prepared: Prepared, longest_prompt: int) -> None:
         most = ModelFacts.read(prepared.model_path).max_position_embeddings
@@ -110,7 +113,7 @@ class EmbeddedSampler:
         order = sorted(range(len(jobs)), key=lambda at: (jobs[at].sample > 0, -len(jobs[at].prompt_ids)))
         requests = [self._request(str(at), jobs[at], temperature) for at in order]
         watch = _Deadline(self.deadline_seconds, len(jobs))
-        with self._weights():
+        with self.engine.evaluating(), self._adapted():
             answers = self.core.generate(requests, watch)
         found = dict(zip(order, answers, strict=True))
         return [self._trajectory(job, found[at], version) for at, job in enumerate(jobs)]
@@ -153,6 +156,38 @@ class EmbeddedSampler:
 
     def close(self) -> None:
         self.core.close()
+
+
+class SharedSampler:
+    """Samples with all ranks: the answers to a prompt are one rank's, prompts are dealt out in turn.
+
+    An answer depends on its job and the weights alone, so these are the answers of one process.
+
+    Args:
+        own: of this rank.
+        world: all ranks.
+    """
+
+    def __init__(self, own: EmbeddedSampler, world: World) -> None:
+        self.own, self.world = own, world
+
+    def sample(
+        self, jobs: Sequence[SamplingJob], version: int, *, temperature: float | None = None
+    ) -> list[Trajectory]:
+        """See `Sampler`; every rank calls this with the same jobs, and gets all answers."""
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(job.group for job in jobs))}
+        rank_of = [numbers[job.group] % self.world.size for job in jobs]
+        mine = [job for job, rank in zip(jobs, rank_of, strict=True) if rank == self.world.rank]
+        found = self.world.together(
+            lambda: self.own.sample(mine, version, temperature=temperature),
+            stage="sample",
+            seconds=self.own.deadline_seconds + _LATE_SECONDS,
+        )
+        answers = [iter(part) for part in found]
+        return [next(answers[rank]) for rank in rank_of]
+
+    def close(self) -> None:
+        self.own.close()
 
 
 class _Deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from swift.objectives.policy.algorithms import Algorithm, find_algorithm, surrog
 from swift.objectives.policy.corrections import MISMATCH_WEIGHTS
 from swift.objectives.policy.estimators import ESTIMATORS
 from swift.objectives.policy.loss import AGGREGATIONS
+from swift.train.preflight import find_checkpoint
+from swift.train.prepare import data_order
 
 __all__ = ["PolicySettings", "derive_policy"]
 
@@ -56,12 +59,21 @@ class PolicySettings:
         return self.num_updates * self.num_iterations
 
     @classmethod
-    def read(cls, config: Config) -> PolicySettings:
-        """From options that `derive_policy` has completed. Raises ConfigError for knobs without effect."""
+    def read(cls, config: Config, in_step: int) -> PolicySettings:
+        """From options that `derive_policy` has completed; ``in_step``: answers of an optimizer step, over all ranks.
+
+        Raises ConfigError for knobs without effect, and for sizes that do not fit.
+        """
         policy, training = config.policy, config.training
         algorithm, estimator = _algorithm(config)
-        in_step = training.per_device_train_batch_size * (training.gradient_accumulation_steps or 1)
         sampled = policy.generation_batch_size or in_step
+        if sampled % in_step or sampled % policy.num_generations:
+            raise ConfigError(
+                f"{sampled} answers sampled at a time are no whole steps of {in_step} in groups of "
+                f"{policy.num_generations}",
+                where="--generation_batch_size",
+                fix=f"--generation_batch_size {math.lcm(in_step, policy.num_generations)}",
+            )
         updates = sampled // in_step * policy.num_iterations
         old = policy.old_logprobs or ("policy" if updates == 1 else "recompute")
         if old == "policy" and updates > 1:
@@ -98,9 +110,10 @@ def derive_policy(resolved: Resolved) -> PolicySettings:
     policy, training = config.policy, config.training
     resolved.derive("algo", config.rlhf.rlhf_type, "rlhf_type")
     row = find_algorithm(policy.algo or "grpo")
-    at_once = training.per_device_train_batch_size
-    in_step = at_once * (training.gradient_accumulation_steps or 1)
-    sampled = policy.steps_per_generation * at_once if policy.steps_per_generation else None
+    in_step = training.per_device_train_batch_size * data_order(resolved, find_checkpoint(resolved))[2]
+    sampled = None
+    if policy.steps_per_generation:  # micro-batches of one rank
+        sampled = policy.steps_per_generation * in_step // (training.gradient_accumulation_steps or 1)
     resolved.derive(
         "generation_batch_size", sampled or in_step * row.sampling.get("steps_per_generation", 1), "algo"
     )
@@ -109,7 +122,7 @@ def derive_policy(resolved: Resolved) -> PolicySettings:
         resolved.derive(name, bool(row.sampling.get(name, False)), "algo")
     for name, usual in (("chord_mu_peak", 0.9), ("chord_mu_valley", 0.05)):
         resolved.derive(name, row.sampling.get(name, usual), "algo")
-    settings = PolicySettings.read(config)
+    settings = PolicySettings.read(config, in_step)
     resolved.derive("old_logprobs", settings.old_logprobs, "num_iterations and generation_batch_size")
     return settings
 

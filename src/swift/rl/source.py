@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from swift.core.errors import SwiftError
+from swift.data.batching import deal
 from swift.objectives.policy.divergence import k1, k3, kl_in_reward
 from swift.objectives.policy.estimators import advantages
 from swift.objectives.policy.shaping import without_signal
@@ -109,6 +110,8 @@ class RolloutSource:
         )
         self.folder, self.steps_per_epoch, self.layout = folder, steps_per_epoch, layout
         self.config = prepared.resolved.config
+        self.world = prepared.world
+        self.share = (self.world.data_rank, self.world.layout.dp)
         self.stages = Stages(status)
         self.prompts = Prompts(prepared.data.train, self.config.data)
         self.updates = self.batches_made = 0
@@ -126,9 +129,9 @@ class RolloutSource:
                 self.sync.before_update(self.updates)
             if self._buffer is None or self._buffer.is_used_up:
                 self._buffer = self._deal(self._collect())
-            batches = self._buffer.next_step()
+            batches = self._buffer.next_step(self.share)
             if self.expert is not None:
-                batches = self.expert.join(batches, self.updates)
+                batches = self.expert.join(batches, self.updates, self.share)
             self.updates += 1
             yield batches
 
@@ -139,8 +142,12 @@ class RolloutSource:
         if self.rewards is not None:
             self.rewards.close()
 
-    def save(self, folder: Path) -> None:
-        """The cursor, and answers that are not used up, into a checkpoint."""
+    def save(self, folder: Path | None) -> None:
+        """The cursor, and answers that are not used up, into a checkpoint; None on ranks that do not write."""
+        if self.sync is not None:
+            self.sync.save(folder)
+        if folder is None:
+            return
         buffer = self._buffer
         state = {
             "updates": self.updates,
@@ -153,8 +160,6 @@ class RolloutSource:
             write_trajectories(
                 folder / BUFFER_FILE, buffer.trajectories, step=self.updates, prompts=prompts, seconds={}
             )
-        if self.sync is not None:
-            self.sync.save(folder)
         (folder / STATE_FILE).write_text(json.dumps(state))
 
     def _load(self, folder: Path) -> None:
@@ -192,7 +197,7 @@ class RolloutSource:
         self._read_logprobs(chosen)
         self._weigh(chosen)
         self.measured = self._measure(everything, chosen)
-        if self.config.policy.save_rollouts and self.replay is None:
+        if self.config.policy.save_rollouts and self.replay is None and self.world.is_main:
             self._record(everything)
         self.batches_made += 1
         return chosen
@@ -272,19 +277,29 @@ class RolloutSource:
                 one.old_logprobs = one.sampler_logprobs
         if not (needs_old or needs_entropy or algorithm.beta):
             return
+        chunks = micro_batches(chosen, self.settings.micro_batch, self.layout.mode == "padded")
+
+        def read(chunk: list[Trajectory]) -> dict[str, np.ndarray]:
+            batch = self._batch(chunk)[0].to(self.engine.device)
+            found = {}
+            if needs_old:
+                found["old_logprobs"] = self.engine.frozen_values(batch)
+            if needs_entropy:
+                found["entropies"] = self.engine.token_entropies(batch)
+            if algorithm.beta:
+                values = self.engine.reference_logprobs(batch)
+                if values is None:
+                    raise SwiftError("there is no reference", where="--beta", fix="--beta 0")
+                found["ref_logprobs"] = values
+            return {name: values.float().cpu().numpy() for name, values in found.items()}
+
         with self.stages("logprobs"):
-            for chunk in micro_batches(chosen, self.settings.micro_batch, self.layout.mode == "padded"):
-                batch, _ = self._batch(chunk)
-                batch = batch.to(self.engine.device)
-                if needs_old:
-                    _spread(chunk, "old_logprobs", self.engine.frozen_values(batch))
-                if needs_entropy:
-                    _spread(chunk, "entropies", self.engine.token_entropies(batch))
-                if algorithm.beta:
-                    values = self.engine.reference_logprobs(batch)
-                    if values is None:
-                        raise SwiftError("there is no reference", where="--beta", fix="--beta 0")
-                    _spread(chunk, "ref_logprobs", values)
+            dealt = self.world.collect([read(chunk) for chunk in deal(chunks, self.share, [])])
+        # Dealt out in turn, so taken back in turn.
+        for number, chunk in enumerate(chunks):
+            place, rank = divmod(number, len(dealt))
+            for name, values in dealt[rank][place].items():
+                _spread(chunk, name, values)
 
     def _weigh(self, chosen: Sequence[Trajectory]) -> None:
         """Advantages, over all answers of the batch that count."""
@@ -416,8 +431,8 @@ def _is_dull(group: Sequence[Trajectory]) -> bool:
     return bool(without_signal(values, torch.zeros(len(values), dtype=torch.int64)).all())
 
 
-def _spread(part: Sequence[Trajectory], name: str, values: torch.Tensor) -> None:
+def _spread(part: Sequence[Trajectory], name: str, values: np.ndarray) -> None:
     """Give each answer its share of values that lie one behind the other."""
-    pieces = values.float().cpu().split([one.num_learned for one in part])
+    pieces = np.split(values, np.cumsum([one.num_learned for one in part])[:-1])
     for one, piece in zip(part, pieces, strict=True):
-        setattr(one, name, piece.numpy().copy())
+        setattr(one, name, piece.copy())

@@ -69,7 +69,7 @@ class PolicyParts(Protocol):
         loader: samples answers and deals them out as batches.
         evaluator: of validation prompts, or None.
         callbacks: what has to be done between steps.
-        save: writes what is needed to go on into a checkpoint folder.
+        save: writes what is needed to go on into a checkpoint folder; all ranks call it, all but rank 0 with None.
     """
 
     @property
@@ -81,7 +81,7 @@ class PolicyParts(Protocol):
     @property
     def callbacks(self) -> Sequence[Callback]: ...
     @property
-    def save(self) -> Callable[[Path], None]: ...
+    def save(self) -> Callable[[Path | None], None]: ...
 
 
 PolicyFactory = Callable[..., PolicyParts]
@@ -137,6 +137,7 @@ def build(
         tokenizer=tokenizer,
         world=prepared.world,
         weights=_weights_folder(prepared),
+        shared=base.division if base is not None else None,
         **reference,
     )
     if prepared.schedule.mode != "padded":
@@ -153,7 +154,10 @@ def build(
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
     parts: PolicyParts | None = None
     if policy is not None:
-        moving = reference["reference"].args if config.policy.sync_ref_model else None
+        moving = None
+        if config.policy.sync_ref_model:
+            assert isinstance(engine, AnswerEngine) and isinstance(engine.reference, partial)
+            moving = engine.reference.args[:2]
         parts = policy(prepared, engine, moving, folder, status, closing)
     objective: Objective = parts.objective if parts else _objective(prepared, validation=False)
     if prepared.device.type != "cpu" and parts is None:
@@ -232,7 +236,7 @@ def _save(
     folder: RunFolder,
     tuned: TunedModel,
     engine: NativeEngine,
-    also: Callable[[Path], None] | None,
+    also: Callable[[Path | None], None] | None,
     path: Path,
     at: TrainState,
 ) -> PendingSave:
@@ -289,6 +293,7 @@ def _without_weights(prepared: Prepared, folder: Path, dtype: torch.dtype) -> An
     """The model before its weights, when every rank can read its own shards of them later; None when it cannot."""
     config, layout = prepared.resolved.config, prepared.world.layout
     plain = config.task.task_type == "causal_lm" and config.rlhf.rlhf_type is None
+    plain = plain and not config.quantization.is_active
     whole = layout.tp * layout.pp > 1 or config.tuner.modules_to_save or config.model.adapters
     if layout.dp_shard == 1 or not plain or whole or config.model.trust_remote_code:
         return None
@@ -320,7 +325,7 @@ def load_weights(prepared: Prepared) -> Any:
     if config.task.has_score_head:  # transformers finds the last token of a padded row by it
         model.config.pad_token_id = prepared.template.tokenizer.pad_token_id
     if config.training.use_liger_kernel:
-        apply_liger_kernels(model)
+        apply_liger_kernels(model, experts=prepared.world.layout.ep == 1)
     return model
 
 

@@ -54,10 +54,11 @@ def save_checkpoint(
     state: TrainState,
     config_file: Path,
     only_model: bool,
-    also: Callable[[Path], None] | None = None,
+    also: Callable[[Path | None], None] | None = None,
     world: World | None = None,
 ) -> PendingSave:
-    """Write a checkpoint aside; `PendingSave.finish` renames it to ``path``. ``also`` writes more into it.
+    """Write a checkpoint aside; `PendingSave.finish` renames it to ``path``. ``also`` writes more into it
+    (all processes call it, all but rank 0 with None).
 
     Of several processes all call this. What only a resumed run needs is then still being written when it returns.
 
@@ -77,14 +78,14 @@ def save_checkpoint(
                 save_adapter(tuned.model, folder, base_path, name=tuned.adapter or DEFAULT_ADAPTER)
         else:
             _save_gathered(folder, tuned, export_dtype, base_path, engine.collect)
+        if also is not None and not only_model:
+            also(folder)
         if folder is not None:
             tokenizer.save_pretrained(folder)
             shutil.copyfile(config_file, folder / "config.yaml")
             extra = tuned.other.state() if tuned.other and not only_model else {}
             if extra:
                 save_file(extra, folder / TUNER_FILE)
-            if also is not None and not only_model:
-                also(folder)
             (folder / STATE_FILE).write_text(json.dumps(state.to_dict(), indent=2))
         written = None
         if world.size > 1 and not only_model:

@@ -32,7 +32,7 @@ from swift.train.preflight import find_checkpoint, preflight
 from swift.train.state import TrainState
 from swift.train.tasks import check_negatives
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "data_order", "prepare"]
 
 
 @dataclass
@@ -97,7 +97,7 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
             model_path, config.model.attn_impl, trust_remote_code=config.model.trust_remote_code
         ),
     )
-    order_batch_size, split, in_step = _data_order(resolved, checkpoint)
+    order_batch_size, split, in_step = data_order(resolved, checkpoint)
     if split > 1 and (config.task.is_in_batch or config.rlhf.is_in_batch):
         loss = config.task.loss_type or " and ".join(config.rlhf.rlhf_loss_type)
         raise ConfigError(
@@ -114,7 +114,7 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
         schedule = BatchSchedule(
             data.train.lengths,
             batch_size=order_batch_size,
-            split=1 if config.rlhf.is_policy else split,
+            split=split,
             mode=batch_mode(config.data),
             # A pair of answers is two sequences, each of which may be that long.
             max_length=config.data.max_length * (2 if config.rlhf.is_paired else 1),
@@ -123,7 +123,7 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
             seed=config.data.data_seed or 0,
         )
         plan = (
-            _policy_plan(config, len(data.train))
+            _policy_plan(config, len(data.train), in_step)
             if config.rlhf.is_policy
             else _step_plan(resolved, schedule, in_step)
         )
@@ -177,12 +177,13 @@ def _limit_device_memory(device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, int(share) / total), device)
 
 
-def _data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, int]:
+def data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, int]:
     """(micro-batch by which the order of the data is made, pieces that each is cut into, pieces of a step in all).
 
     A run that goes on with a smaller micro-batch and as much more accumulation, because memory ran out, sees the same
     samples in the same steps: the order stays that of the micro-batch it began with. So does the size of its steps when
-    it goes on with another number of processes, unless the options of a step were changed too.
+    it goes on with another number of processes, unless the options of a step were changed too. Prompts of policy
+    optimisation follow one another, whatever the micro-batches of their answers are.
     """
     batch = resolved.config.training.per_device_train_batch_size
     ranks = resolved.config.parallel.data_parallel_size
@@ -194,22 +195,25 @@ def _data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, 
     if began > batch and began % batch == 0 and in_step % (began // batch) == 0:
         split = began // batch
     typed = resolved.sources["gradient_accumulation_steps"].kind == "flag"
+    if resolved.config.rlhf.is_policy:
+        answers = began * state.step_size
+        same = state.data_ranks != 0 and not typed and answers % batch == 0
+        return batch, 1, answers // batch if same else in_step
     if state.data_ranks not in (0, ranks) and (split > 1 or began == batch) and not typed:
         in_step = state.step_size * split
     return batch * split, split, in_step
 
 
-def _policy_plan(config: Config, num_prompts: int) -> StepPlan:
+def _policy_plan(config: Config, num_prompts: int, in_step: int) -> StepPlan:
     """Of policy optimisation: every batch of prompts gives a few steps; passes over the prompts join without a gap."""
     policy, training = config.policy, config.training
-    accumulation = training.gradient_accumulation_steps or 1
     sampled = policy.generation_batch_size
     assert sampled is not None, "derived by swift.rl"
-    per_batch = sampled // (training.per_device_train_batch_size * accumulation) * policy.num_iterations
+    per_batch = sampled // (training.per_device_train_batch_size * in_step) * policy.num_iterations
     prompts_at_once = sampled // policy.num_generations
     per_epoch = max(1, num_prompts * per_batch // prompts_at_once)
     wanted = math.ceil(training.num_train_epochs * per_epoch)
-    return StepPlan(training.max_steps if training.max_steps > 0 else wanted, per_epoch, accumulation)
+    return StepPlan(training.max_steps if training.max_steps > 0 else wanted, per_epoch, in_step)
 
 
 def _step_plan(resolved: Resolved, schedule: BatchSchedule, in_step: int) -> StepPlan:

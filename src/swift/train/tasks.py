@@ -15,6 +15,7 @@ from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError
 from swift.data.tokens import TokenDataset
 from swift.models.classifier import SCORE, ClassifierHead
+from swift.models.head import answer_difference, split_backbone, split_score
 from swift.objectives.classification import MultiLabelLoss, RegressionLoss, SingleLabelLoss
 from swift.objectives.embedding import InfonceLoss, MatryoshkaLoss, PairLoss
 from swift.objectives.knobs import knobs_of
@@ -24,13 +25,7 @@ from swift.objectives.preference.objective import KtoLoss, PreferenceLoss, Rewar
 from swift.objectives.ranking import ListwiseLoss, PointwiseLoss
 from swift.parallel.answers import AnswerEngine, PolicyEngine
 from swift.parallel.native import NativeEngine
-from swift.parallel.pooled import (
-    PooledEngine,
-    answer_difference,
-    mean_of_tokens,
-    split_backbone,
-    split_score,
-)
+from swift.parallel.pooled import PooledEngine, mean_of_tokens
 
 __all__ = ["check_negatives", "classifier_head", "engine_of", "pooled_objective", "tuner_of"]
 

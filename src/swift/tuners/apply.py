@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from swift.tuners.blocks import BLOCK_TYPES, attach_blocks
 from swift.tuners.freeze import freeze
 from swift.tuners.llamapro import add_layers
 from swift.tuners.lora import AdapterSpec, LoraLinear, lora_layers
+from swift.tuners.lora_parameters import LoraParameters, adapted_modules, find_parameters, lora_parameters
 from swift.tuners.peft_adapter import attach_with_peft
 from swift.tuners.registry import peft_method
 from swift.tuners.saved_module import SavedModule, saved_modules
@@ -58,6 +59,8 @@ class TunedModel:
         names: dict[str, None] = {}
         for layer in lora_layers(self.model).values():
             names.update(dict.fromkeys(layer.specs))
+        for parameters in lora_parameters(self.model).values():
+            names.update(dict.fromkeys(parameters.specs))
         for module in saved_modules(self.model).values():
             names.update(dict.fromkeys(module.copies))
         return list(names)
@@ -113,7 +116,11 @@ def tuned_model(model: nn.Module) -> TunedModel:
     other = adapter_of(model)
     if other is not None:
         return TunedModel(model, "other", other=other)
-    wrappers: list[LoraLinear | SavedModule] = [*lora_layers(model).values(), *saved_modules(model).values()]
+    wrappers: list[Any] = [
+        *lora_layers(model).values(),
+        *lora_parameters(model).values(),
+        *saved_modules(model).values(),
+    ]
     if not wrappers:
         return TunedModel(model, "full")
     return TunedModel(model, "lora", wrappers[0].switch)
@@ -130,6 +137,7 @@ def attach_adapter(
     specs: Mapping[str, AdapterSpec],
     saved: Sequence[str] = (),
     *,
+    parameters: Mapping[str, tuple[AdapterSpec, Sequence[str]]] | None = None,
     name: str = DEFAULT_ADAPTER,
     dtype: torch.dtype = torch.float32,
     saved_dtype: torch.dtype | None = torch.float32,
@@ -141,6 +149,7 @@ def attach_adapter(
         model: changed in place.
         specs: module name -> how its adapter is built.
         saved: names of modules of which a trainable copy is made.
+        parameters: module name -> how its adapter is built, and which of its own weights have one.
         name: the adapter's name.
         dtype: storage precision of A and B.
         saved_dtype: storage precision of the copies; None keeps the module's own.
@@ -160,6 +169,12 @@ def attach_adapter(
             module = LoraLinear(module, tuned.switch, key=module_seed(0, module_name))
             model.set_submodule(module_name, module)
         module.add_adapter(name, spec, dtype=dtype, seed=module_seed(seed, module_name))
+    for module_name, (spec, keys) in (parameters or {}).items():
+        module = model.get_submodule(module_name)
+        if not isinstance(module, LoraParameters):
+            module = LoraParameters(module, tuned.switch)
+            model.set_submodule(module_name, module)
+        module.add_adapter(name, spec, keys, dtype=dtype, seed=module_seed(seed, module_name))
     for module_name in saved:
         module = model.get_submodule(module_name)
         if not isinstance(module, SavedModule):
@@ -176,7 +191,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ModelError: the model has no such adapter.
     """
-    layers, modules = lora_layers(model), saved_modules(model)
+    layers = adapted_modules(model)
+    modules = saved_modules(model)
     if not any(name in layer.specs for layer in layers.values()) and not any(
         name in module.copies for module in modules.values()
     ):
@@ -250,6 +266,9 @@ def apply_tuner(
         model,
         dict.fromkeys(targets, spec),
         saved,
+        parameters={
+            module: (spec, keys) for module, keys in find_parameters(model, section.target_parameters).items()
+        },
         name=adapter_name,
         dtype=getattr(torch, section.lora_dtype),
         saved_dtype=param_dtype,

@@ -16,6 +16,7 @@ from swift.core.files import atomic_directory
 from swift.models.compare import LogitsDifference, Probe, compare, model_logits, store_logits, stored_logits
 from swift.tuners.apply import DEFAULT_ADAPTER, tuned_model
 from swift.tuners.lora import LoraLinear, lora_layers
+from swift.tuners.lora_parameters import lora_parameters
 from swift.tuners.saved_module import saved_modules
 
 __all__ = ["merge_adapter", "merge_limit", "merge_to_folder", "probe_tokens", "unpack_base"]
@@ -64,6 +65,9 @@ def merge_adapter(model: nn.Module, name: str = DEFAULT_ADAPTER) -> None:
             delta = layer.delta(name)
             layer.weight.copy_(layer.weight.to(delta.dtype) + delta)
         model.set_submodule(key, layer.base)
+    for key, weights in lora_parameters(model).items():
+        weights.merge(name)
+        model.set_submodule(key, weights.base)
     for key, module in saved_modules(model).items():
         if name in module.copies:
             current = module.base.state_dict()

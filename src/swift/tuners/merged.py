@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swift.tuners.apply import TunedModel
 from swift.tuners.lora import LoraLinear, lora_layers
+from swift.tuners.lora_parameters import lora_parameters
 from swift.tuners.saved_module import saved_modules
 
 __all__ = ["MergedWeights"]
@@ -38,9 +39,11 @@ class MergedWeights:
 
     @classmethod
     def of(cls, tuned: TunedModel) -> MergedWeights | None:
-        """None where it cannot be done (no LoRA of ours, quantised or half precision, modules trained in full), or
-        would take too much memory."""
+        """None where it cannot be done (no LoRA of ours, quantised or half precision, adapters of other weights),
+        or would take too much memory."""
         if tuned.switch is None or tuned.switch.active is None or saved_modules(tuned.model):
+            return None
+        if lora_parameters(tuned.model):
             return None
         made = cls(tuned, tuned.switch.active)
         weights = [None if layer.is_quantised else layer.weight for layer in made._layers]

@@ -24,6 +24,7 @@ from swift.tuners.adapter import adapter_of
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel, attach_adapter, tuned_model
 from swift.tuners.blocks import BLOCK_TYPES, load_blocks
 from swift.tuners.lora import AdapterSpec, LoraLinear, lora_layers
+from swift.tuners.lora_parameters import LoraParameters, adapted_modules, from_peft, lora_parameters
 from swift.tuners.peft_adapter import load_with_peft
 from swift.tuners.peft_names import (
     CONFIG_FILE,
@@ -33,6 +34,8 @@ from swift.tuners.peft_names import (
     base_name,
     is_refused,
     needs_rounded_base,
+    parameter_specs,
+    plain_tensor,
     saved_tensors,
     specs_of,
     split_tensors,
@@ -109,14 +112,15 @@ def save_adapter(
     saved = {
         key: module.copies[name] for key, module in saved_modules(model).items() if name in module.copies
     }
-    if not layers:
+    parameters = {key: one for key, one in lora_parameters(model).items() if name in one.specs}
+    if not layers and not parameters:
         raise ModelError(f"the model has no adapter {name!r} to save", where=str(folder))
-    tensors = adapter_tensors(layers, saved, name)
+    tensors = adapter_tensors(layers, parameters, saved, name)
     named = collect({key: value.detach() for key, value in tensors.items()})
-    plain = {key: value.to("cpu").contiguous() for key, value in named}
+    plain = {key: plain_tensor(key, value) for key, value in named}
     if folder is None:
         return
-    config = adapter_config(model, layers, list(saved), name, base_path)
+    config = adapter_config(model, layers, parameters, list(saved), name, base_path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
@@ -187,21 +191,31 @@ def load_adapter(
     tensors = _read_tensors(folder)
     pairs, rest = split_tensors(tensors, folder)
     saved = saved_tensors(model, rest, config, folder)
+    parameters = parameter_specs(model, pairs, config, folder)
     specs = specs_of(model, pairs, config, folder)
     tuned = tuned_model(model)
     if name in tuned.adapter_names:
-        _check_same(model, specs, saved, name, folder)
+        _check_same(
+            model, {**specs, **{key: one for key, (one, _) in parameters.items()}}, saved, name, folder
+        )
     else:
-        dtype = next(iter(pairs.values()))["A"].dtype
+        dtype = next(iter(tensors.values())).dtype
         tuned = attach_adapter(
             model,
             specs,
             list(saved),
+            parameters={key: (spec, list(found)) for key, (spec, found) in parameters.items()},
             name=name,
             dtype=_training_dtype(dtype, trainable),
             saved_dtype=torch.float32 if trainable else None,
         )
     _copy_in(model, pairs, saved, name, folder)
+    for module, (_, found) in parameters.items():
+        layer = model.get_submodule(module)
+        assert isinstance(layer, LoraParameters)
+        for key, pair in found.items():
+            for own, stored in zip(layer.pair(name, key), from_peft(layer, key, pair, folder), strict=True):
+                own.detach().copy_(stored)
     assert tuned.switch is not None
     tuned.switch.active = tuned.adapter = name
     for parameter in _parameters(model, name):
@@ -219,6 +233,9 @@ def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     for layer in lora_layers(model).values():
         if name in layer.specs:
             found += [layer.lora_A[name], layer.lora_B[name]]
+    for one in lora_parameters(model).values():
+        for key in one.keys(name) if name in one.specs else ():
+            found += one.pair(name, key)
     for module in saved_modules(model).values():
         if name in module.copies:
             found += list(module.copies[name].parameters())
@@ -241,7 +258,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _check_same(
     model: nn.Module, specs: Mapping[str, AdapterSpec], saved: Mapping[str, Any], name: str, folder: Path
 ) -> None:
-    layers = lora_layers(model).items()
+    layers = adapted_modules(model).items()
     present = {key: stored_spec(layer.specs[name]) for key, layer in layers if name in layer.specs}
     copies = {key for key, module in saved_modules(model).items() if name in module.copies}
     if _sizes(present) != _sizes(specs) or copies != set(saved):

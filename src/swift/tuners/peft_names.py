@@ -22,6 +22,7 @@ from swift.core.errors import ModelError
 from swift.models.classifier import is_classifier
 from swift.models.quantised import is_quantised_linear, linear_sizes
 from swift.tuners.lora import AdapterSpec, LoraLinear, is_linear
+from swift.tuners.lora_parameters import LoraParameters, find_parameters, peft_key, short_parameters, to_peft
 from swift.tuners.targets import linear_names, module_names, short_names
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "base_name",
     "is_refused",
     "needs_rounded_base",
+    "parameter_specs",
+    "plain_tensor",
     "saved_tensors",
     "specs_of",
     "split_tensors",
@@ -77,6 +80,7 @@ _READ = frozenset(
         "modules_to_save",
         "r",
         "rank_pattern",
+        "target_parameters",
         "use_rslora",
     )
 )
@@ -85,31 +89,51 @@ _BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def adapter_tensors(
-    layers: Mapping[str, LoraLinear], saved: Mapping[str, nn.Module], name: str
+    layers: Mapping[str, LoraLinear],
+    parameters: Mapping[str, LoraParameters],
+    saved: Mapping[str, nn.Module],
+    name: str,
 ) -> dict[str, Tensor]:
-    """PEFT's tensor name -> value, of adapter ``name`` on ``layers`` and of the modules trained in full."""
+    """PEFT's tensor name -> value, of adapter ``name`` on ``layers`` and of the modules trained in full.
+
+    The pairs of ``parameters`` are as we have them; `plain_tensor` is to be called with what was put together.
+    """
     tensors: dict[str, Tensor] = {}
     for key, layer in layers.items():
         lora_a, lora_b = layer.pair(name)
         tensors[f"{_PREFIX}{key}.lora_A.weight"] = lora_a
         tensors[f"{_PREFIX}{key}.lora_B.weight"] = lora_b
+    for key, adapted in parameters.items():
+        for weight in (keys := adapted.keys(name)):
+            lora_a, lora_b = adapted.pair(name, weight)
+            tensors[f"{_PREFIX}{peft_key(key, keys, weight)}.lora_A.weight"] = lora_a
+            tensors[f"{_PREFIX}{peft_key(key, keys, weight)}.lora_B.weight"] = lora_b
     for key, module in saved.items():
         tensors.update({f"{_PREFIX}{key}.{inner}": value for inner, value in module.state_dict().items()})
     return tensors
 
 
+def plain_tensor(key: str, tensor: Tensor) -> Tensor:
+    """A whole tensor as PEFT stores it: those of experts as matrices."""
+    match = re.search(r"\.lora_([AB])\.weight$", key)
+    return (to_peft(match[1], tensor) if match and tensor.ndim == 3 else tensor).to("cpu").contiguous()
+
+
 def adapter_config(
     model: nn.Module,
     layers: Mapping[str, LoraLinear],
+    parameters: Mapping[str, LoraParameters],
     saved: Sequence[str],
     name: str,
     base_path: str | Path | None,
 ) -> dict[str, Any]:
     """``adapter_config.json`` of adapter ``name`` on ``layers``; ``saved`` are the modules trained in full."""
-    specs = {key: stored_spec(layer.specs[name]) for key, layer in layers.items()}
+    present: dict[str, LoraLinear | LoraParameters] = {**layers, **parameters}
+    specs = {key: stored_spec(layer.specs[name]) for key, layer in present.items()}
     rank = Counter(spec.rank for spec in specs.values()).most_common(1)[0][0]
     alpha = Counter(spec.alpha for spec in specs.values()).most_common(1)[0][0]
     first = next(iter(specs.values()))
+    adapted = {key: module.keys(name) for key, module in parameters.items()}
     return {
         "alpha_pattern": {re.escape(k): _plain(s.alpha) for k, s in specs.items() if s.alpha != alpha},
         "auto_mapping": None,
@@ -132,6 +156,7 @@ def adapter_config(
         "rank_pattern": {re.escape(k): s.rank for k, s in specs.items() if s.rank != rank},
         "revision": None,
         "target_modules": short_names(model, list(layers)),
+        **({"target_parameters": short_parameters(model, adapted)} if adapted else {}),
         "task_type": "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": first.use_rslora,
@@ -238,14 +263,42 @@ def specs_of(
             raise wrong_base(
                 folder, f"{module} maps {size_in} to {size_out} features, the adapter has {shapes}"
             )
-        specs[module] = AdapterSpec(
-            rank=rank,
-            alpha=float(_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            use_rslora=bool(config.get("use_rslora")),
-            init=_init(config),
-        )
+        specs[module] = _spec(module, rank, config)
     return specs
+
+
+def _spec(module: str, rank: int, config: Mapping[str, Any]) -> AdapterSpec:
+    return AdapterSpec(
+        rank=rank,
+        alpha=float(_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        use_rslora=bool(config.get("use_rslora")),
+        init=_init(config),
+    )
+
+
+def parameter_specs(
+    model: nn.Module, pairs: dict[str, dict[str, Tensor]], config: Mapping[str, Any], folder: Path
+) -> dict[str, tuple[AdapterSpec, dict[str, dict[str, Tensor]]]]:
+    """Module -> how the adapter of its own weights is built, and weight -> pair; they are taken out of ``pairs``.
+
+    Raises:
+        ModelError: the model has no such weights.
+    """
+    found: dict[str, tuple[AdapterSpec, dict[str, dict[str, Tensor]]]] = {}
+    for module, keys in find_parameters(model, config.get("target_parameters") or ()).items():
+        mine = {key: pairs.pop(peft_key(module, keys, key), None) for key in keys}
+        ranks = set()
+        for key, pair in mine.items():
+            if pair is None:
+                raise wrong_base(folder, f"the adapter has no matrices of {module}.{key}")
+            weight = model.get_submodule(module)
+            own = getattr(weight.base if isinstance(weight, LoraParameters) else weight, key)
+            ranks.add(pair["A"].shape[0] // (own.shape[0] if own.ndim == 3 else 1))
+        if len(ranks) > 1:
+            raise wrong_base(folder, f"the weights of {module} have adapters of ranks {sorted(ranks)}")
+        found[module] = (_spec(module, ranks.pop(), config), {k: p for k, p in mine.items() if p is not None})
+    return found
 
 
 def _init(config: Mapping[str, Any]) -> str:

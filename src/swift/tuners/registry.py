@@ -114,7 +114,6 @@ _LORA = Method(
         "lora_dropout": "lora_dropout",
         "use_rslora": "use_rslora",
         "use_dora": "use_dora",
-        "target_parameters": "target_parameters",
     },
 )
 
@@ -225,7 +224,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 def peft_method(tuner: TunerSection) -> Method | None:
     """The method that PEFT carries out; None where our own code does."""
-    own = tuner.tuner_type == "lora" and not tuner.use_dora and not tuner.target_parameters
+    own = tuner.tuner_type == "lora" and not tuner.use_dora
     return None if own else METHODS.get(tuner.tuner_type)
 
 
@@ -236,7 +235,7 @@ def check_peft(tuner: TunerSection) -> None:
     option = "--use_dora" if tuner.use_dora else f"--tuner_type {tuner.tuner_type}"
     raise ConfigError(
         "peft is not installed",
-        where="--target_parameters" if tuner.target_parameters else option,
+        where=option,
         why="this tuner is PEFT's own; plain LoRA needs no package",
         fix="pip install 'swift-forge[tuners]'",
     )
@@ -246,7 +245,7 @@ def peft_method_of_folder(config: Mapping[str, Any]) -> Method | None:
     """The method that PEFT has to load, from ``adapter_config.json``; None: our LoRA layer reads it, or nobody."""
     kind = config.get("peft_type")
     if kind == "LORA":
-        return _LORA if config.get("use_dora") or config.get("target_parameters") else None
+        return _LORA if config.get("use_dora") else None
     return next((method for method in METHODS.values() if method.peft_type == kind), None)
 
 

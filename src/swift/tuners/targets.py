@@ -13,6 +13,7 @@ from swift.core.logging import get_logger
 from swift.core.registry import closest
 from swift.models.classifier import SCORE, is_classifier
 from swift.tuners.lora import LoraLinear, is_linear
+from swift.tuners.lora_parameters import LoraParameters
 from swift.tuners.saved_module import SavedModule
 
 __all__ = [
@@ -31,7 +32,7 @@ logger = get_logger(__name__)
 
 def module_names(model: nn.Module) -> list[str]:
     """Names of the modules as they are without our wrappers, the root left out."""
-    wrappers: tuple[type[nn.Module], ...] = (LoraLinear, SavedModule)
+    wrappers: tuple[type[nn.Module], ...] = (LoraLinear, LoraParameters, SavedModule)
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, wrappers))
     return [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
 

@@ -126,7 +126,7 @@ def test_stop_tokens_end_and_min_tokens_hold_them_back(bundle: ModelBundle) -> N
 
 
 def test_requests_that_cannot_be_answered_are_refused(bundle: ModelBundle) -> None:
-    core = EmbeddedCore(bundle, EngineSection(max_model_len=50, max_waiting=2))
+    core = EmbeddedCore(bundle, EngineSection(max_model_len=50, max_num_seqs=1, max_waiting=1))
     for prompt, sampling, message in (
         ([], GREEDY, "no tokens"),
         ([5] * 50, GREEDY, "leaves no room"),

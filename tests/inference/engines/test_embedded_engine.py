@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -104,6 +105,7 @@ async def test_a_full_queue_and_a_closing_engine_refuse(bundle: ModelBundle) -> 
         with pytest.raises(EngineBusy, match="waiting"):
             for index in range(9):
                 streams.append(engine.submit(Request(str(index), [5], long)))
+        assert len(streams) >= 3  # one that runs, two that wait, however fast they come
         with pytest.raises(ConfigError, match="already"):
             engine.submit(Request("0", [5], GREEDY))
         for stream in streams[1:]:
@@ -177,6 +179,22 @@ async def test_adapters_mix_in_one_batch_and_come_and_go(
         with pytest.raises(ConfigError, match="no adapter 'one'"):
             engine.submit(Request("again", [5], GREEDY, adapter="one"))
         assert len((await other).tokens) == 200
+        # Another one with nothing to do, and one whose last request is cancelled.
+        await asyncio.wait_for(engine.unload_adapter("v2.5"), 60)
+        last = engine.submit(Request("last", [5], long, adapter="three"))
+        await anext(last)
+        leaving = asyncio.create_task(engine.unload_adapter("three"))
+        await last.aclose()
+        await asyncio.wait_for(leaving, 60)
+        assert engine.adapters() == {}
+        # Who no longer waits does not stop the engine.
+        await engine.load_adapter("one", folders["one"])
+        using = asyncio.create_task(read(engine.submit(Request("once more", [5], long, adapter="one"))))
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.unload_adapter("one"), 0.001)
+        assert len((await using).tokens) == 200
+        await asyncio.wait_for(engine.load_adapter("two", folders["two"]), 60)
         with pytest.raises(ModelError):
             await engine.load_adapter("nothing", tmp_path / "nothing")
 
@@ -196,6 +214,18 @@ async def test_grammars_hold_and_bad_ones_are_refused(bundle: ModelBundle) -> No
         text = bundle.tokenizer.decode(answers[0].tokens, skip_special_tokens=True)
         assert len(text) in (4, 5) and set(text[:3]) <= set("abc") and text[3:] in ("1", "22")
         assert answers[0].finish_reason == "stop" and len(answers[1].tokens) == 5
+        # JSON, whose white space has an end.
+        (space,) = bundle.tokenizer.encode(" ", add_special_tokens=False)
+        schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+        wide = SamplingOptions(
+            max_tokens=900,
+            temperature=0,
+            logit_bias={space: 100.0},
+            grammar=Grammar("json_schema", json.dumps({**schema, "additionalProperties": False})),
+        )
+        answer = await read(engine.submit(Request("d", [5, 6], wide)))
+        text = bundle.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        assert json.loads(text) == {"a": 1} and 40 < len(text) <= 5 * 40 + 7
         with pytest.raises(ConfigError, match="not a usable regex"):
             await read(engine.submit(Request("c", [5], bad)))
         assert engine.stats().running == 0

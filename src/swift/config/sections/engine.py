@@ -32,4 +32,6 @@ class EngineSection(Section):
     prefill_chunk: int = option(
         512, "Most prompt tokens in one step; smaller: smoother streams, slower prompts.", unit="tokens", ge=1
     )
-    max_waiting: int = option(1024, "Requests that may wait; further ones are refused.", ge=1)
+    max_waiting: int = option(
+        1024, "Requests that may wait beside those that run; further ones are refused.", ge=1
+    )

@@ -42,6 +42,10 @@ class Grammar:
     text: str
 
 
+JSON_SPACE = r"[\x20\x0A\x0D\x09]{0,40}"
+"""White space between the parts of JSON: enough to indent it, not enough for a model to lose itself in."""
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How the tokens of one answer are chosen. Names and meanings are OpenAI's and vLLM's.

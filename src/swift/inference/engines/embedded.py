@@ -97,8 +97,8 @@ class EmbeddedEngine:
             raise EngineBusy("the engine is shutting down")
         if request.id in self._streams:
             raise ConfigError(f"there is a request {request.id!r} already")
-        if self._num_queued + self.core.num_waiting >= self._options.max_waiting:
-            raise EngineBusy(f"{self._options.max_waiting} requests are waiting")
+        if self.core.is_full(self._num_queued):
+            raise EngineBusy(f"{self.core.num_open + self._num_queued} requests are running and waiting")
         self.core.check(request)
         stream = self._streams[request.id] = _Stream(self, request)
         if request.sampling.grammar is None:
@@ -143,7 +143,7 @@ class EmbeddedEngine:
             self._leaving[name] = gone
 
         await self._call(leave, f"unloading adapter {name}")
-        await asyncio.wait_for(asyncio.wrap_future(gone), _COMMAND_SECONDS)
+        await self._wait(gone, f"unloading adapter {name}: its requests")
 
     def adapters(self) -> dict[str, Path]:
         """The loaded adapters."""
@@ -197,13 +197,18 @@ class EmbeddedEngine:
                     self._inbox.get()()
                     if self._stops:
                         return
+                    self._let_go(core)
                 self._pool_all(core)
                 self._tell(core.step())
             except Exception as error:  # a mistake of ours must not silence everybody for ever
                 logger.exception("the engine failed in a step")
                 self._tell(core.fail_all(error))
-            for name in [name for name in self._leaving if name not in core.adapters()]:
-                self._leaving.pop(name).set_result(None)
+            self._let_go(core)
+
+    def _let_go(self, core: EmbeddedCore) -> None:
+        """Tell those who wait for adapters to be gone."""
+        for name in [name for name in self._leaving if name not in core.adapters()]:
+            _settle(self._leaving.pop(name), lambda: None)
 
     def _pool_all(self, core: EmbeddedCore) -> None:
         """Answer the calls of `pool`, those for one adapter together; where that fails, one by one."""

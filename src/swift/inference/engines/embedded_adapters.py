@@ -11,6 +11,7 @@ from torch import nn
 
 from swift.core.errors import ConfigError, ModelError
 from swift.tuners.apply import remove_adapter, tuned_model
+from swift.tuners.lora_parameters import lora_parameters
 from swift.tuners.peft_format import load_adapter, read_adapter_config
 
 __all__ = ["Adapters"]
@@ -39,7 +40,7 @@ class Adapters:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         tuned = tuned_model(model)
-        self._has_other = tuned.other is not None
+        self._has_other = tuned.other is not None or bool(lora_parameters(model))
         self.switch = tuned.switch
         self._own = tuned.switch.active if tuned.switch is not None else None
         self._loaded: dict[str, _Adapter] = {}
@@ -87,8 +88,9 @@ class Adapters:
                 "this model carries an adapter of another kind than LoRA, beside which there can be no other",
                 fix="serve the base model",
             )
-        if read_adapter_config(folder)["peft_type"] != "LORA":
-            raise ModelError("only LoRA adapters can be mixed in one engine", where=str(folder))
+        config = read_adapter_config(folder)
+        if config["peft_type"] != "LORA" or config.get("target_parameters"):
+            raise ModelError("only LoRA on linear layers can be mixed in one engine", where=str(folder))
         number, self._next_number = self._next_number, self._next_number + 1
         inner = f"served{number}"  # a name may hold a dot, that of a module may not
         try:

@@ -109,8 +109,8 @@ class EmbeddedCore:
         check_prompt(request.prompt, self.max_model_len, self.vocab_size)
         check_sampling(request.sampling, self.vocab_size)
         self._adapters.find(request.adapter)
-        if len(self._waiting) >= self.options.max_waiting:
-            raise EngineBusy(f"{len(self._waiting)} requests are waiting")
+        if self.is_full():
+            raise EngineBusy(f"{self.num_open} requests are running and waiting")
 
     def add(self, request: Request, grammar: GrammarState | None = None) -> None:
         """Queue a request; ``grammar`` is its compiled grammar where the caller has compiled it already.
@@ -165,7 +165,7 @@ class EmbeddedCore:
         self.model.eval()
         try:
             while coming or self.has_work:
-                while coming and len(self._waiting) < self.options.max_waiting:
+                while coming and not self.is_full():
                     self.add(coming.popleft())
                 for request_id, delta in self.step():
                     index = places[request_id]
@@ -242,8 +242,13 @@ class EmbeddedCore:
         return self._runner.name if self.writes_text else "texts are read, none is written"
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def num_open(self) -> int:
+        """Requests that run or wait."""
+        return len(self._by_id)
+
+    def is_full(self, more: int = 0) -> bool:
+        """Whether no request may come any more, with ``more`` on their way."""
+        return self.num_open + more >= self.options.max_num_seqs + self.options.max_waiting
 
     def stats(self) -> EngineStats:
         """How it stands now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swift.core.errors import ConfigError
-from swift.inference.engines.base import Grammar
+from swift.inference.engines.base import JSON_SPACE, Grammar
 
 __all__ = ["GrammarCompiler", "GrammarState"]
 
@@ -82,7 +83,9 @@ class GrammarCompiler:
                 raise ConfigError("this tokenizer cannot be used with a grammar", why=str(error)) from error
         try:
             make = {
-                "json_schema": llguidance.LLMatcher.grammar_from_json_schema,
+                "json_schema": partial(
+                    llguidance.LLMatcher.grammar_from_json_schema, defaults={"whitespace_pattern": JSON_SPACE}
+                ),
                 "regex": llguidance.LLMatcher.grammar_from_regex,
                 "lark": llguidance.LLMatcher.grammar_from_lark,
             }[grammar.kind]

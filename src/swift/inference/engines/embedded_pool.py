@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from swift.config.sections.task import TaskSection
 from swift.core.errors import ConfigError
 from swift.models.classifier import is_classifier
-from swift.models.head import split_head
+from swift.models.head import answer_difference, split_backbone, split_head, split_score
 from swift.models.load import ModelBundle
-from swift.parallel.pooled import answer_difference, split_backbone, split_score
 
 __all__ = ["Pooler", "make_pooler"]
 

@@ -93,7 +93,8 @@ def _folder(context: InferenceContext) -> Path:
 def _can_be_added(context: InferenceContext) -> bool:
     """Whether the engine can load it beside others, on a base in common."""
     config = read_adapter_config(_folder(context))
-    plain = config.get("peft_type") == "LORA" and not config.get("use_dora")
+    more = config.get("use_dora") or config.get("target_parameters")
+    plain = config.get("peft_type") == "LORA" and not more
     return plain and context.writes_text and not context.unpack
 
 

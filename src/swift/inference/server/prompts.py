@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swift.inference.engines.base import Grammar
+from swift.inference.engines.base import JSON_SPACE, Grammar
 from swift.inference.server.errors import ApiError, check_unicode
 from swift.inference.server.limits import grammar_of
 from swift.inference.server.reasoning import OPEN, ReasoningSplitter
@@ -61,6 +61,8 @@ def tools_of(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
 
 async def plan_chat(service: Service, model: ServedModel, body: ChatRequest) -> ChatPlan:
     """Raises ApiError for what this model cannot do."""
+    if model.task != "causal_lm":
+        raise ApiError(400, f"{model.name} writes no text (its task: {model.task})", param="model")
     if not model.template.uses_chat_template:
         raise ApiError(400, f"{model.name} goes on with plain text; use /v1/completions", param="model")
     tools, choice = tools_of(body.tools), body.tool_choice or ("auto" if body.tools else "none")
@@ -186,10 +188,12 @@ def _behind_thinking(grammar: Grammar, thinking: str) -> Grammar:
     start = _start(thinking, "answer")
     if grammar.kind == "json_schema":
         try:
-            json.loads(grammar.text)
+            schema = json.loads(grammar.text)
         except ValueError as error:
             raise ApiError(400, f"the JSON Schema is not JSON: {error}", param="guided_json") from None
-        return Grammar("lark", f"{start}answer: %json {grammar.text}\n")
+        if isinstance(schema, dict):
+            schema = {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **schema}
+        return Grammar("lark", f"{start}answer: %json {json.dumps(schema)}\n")
     if grammar.kind == "regex":
         text = grammar.text.replace("\\/", "/").replace("/", "\\/")
         return Grammar("lark", f"{start}answer: /{text}/\n")

@@ -27,9 +27,11 @@ def policy_denominators(masks: Sequence[Tensor], groups: Sequence[Tensor] | None
         masks: ``[batch, tokens]`` of each micro-batch.
         groups: ``[batch]`` of each; only an algorithm with a loss by group needs them.
     """
-    num_groups = None if groups is None else len(torch.cat([one.cpu() for one in groups]).unique())
+    num_groups = None
+    if groups is not None:
+        num_groups = len(torch.cat([one.cpu() for one in groups]).unique()) if groups else 0
     return Denominators(
-        target_weight=max(float(sum(int((mask != 0).sum()) for mask in masks)), 1.0),
+        target_weight=max(float(sum(int((mask != 0).sum()) for mask in masks)), 1e-12),
         num_sequences=sum(len(mask) for mask in masks),
         num_groups=num_groups,
         num_micro_batches=len(masks),

@@ -103,7 +103,10 @@ class PolicyObjective:
     def __call__(
         self, outputs: TokenOutputs, batch: Any, denominators: Denominators
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if batch.policy is None:
+        measured: dict[str, tuple[Any, float]]
+        if not batch.num_tokens:  # of a rank that has none left: it computes along with the others
+            loss, measured = outputs.logprobs.sum(), {}
+        elif batch.policy is None:
             loss, measured = self._expert(outputs.logprobs, batch.expert)
         else:
             loss, measured = self._policy(outputs.logprobs, batch, denominators)

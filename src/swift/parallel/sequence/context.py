@@ -119,6 +119,8 @@ class ContextParallel:
 
         ``multiple``: divides the number of tokens that a rank gets of each row.
         """
+        if batch.document_continues is not None:
+            raise ValueError("documents that continue one another cannot be divided")
         batch = pad_batch(batch, self.multiple() * multiple)
         rows, width = batch.input_ids.shape
         lengths = batch.document_lengths or [[width]] * rows
@@ -153,13 +155,13 @@ class ContextParallel:
 def pad_batch(batch: Batch, multiple: int = 1, *, rows: int = 0, width: int = 0) -> Batch:
     """The same batch with at least so many rows, of at least ``width``, which ``multiple`` divides."""
     more = max(0, rows - batch.input_ids.shape[0])
-    if batch.document_continues is not None:
-        raise ValueError("documents that continue one another cannot be divided")
     width = max(width, batch.input_ids.shape[1])
     width += -width % multiple
     extra = width - batch.input_ids.shape[1]
     if not extra and not more:
         return batch
+    if batch.document_continues is not None:
+        raise ValueError("rows whose documents continue one another cannot be filled up")
     added = (0, extra, 0, more)
     lengths, positions = batch.document_lengths, F.pad(batch.position_ids, added)
     positions[:, width - extra :] = torch.arange(extra, device=positions.device)

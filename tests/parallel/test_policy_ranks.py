@@ -1,0 +1,307 @@
+"""Policy optimisation on several ranks: the answers, rewards, losses and gradients of one process."""
+
+import contextlib
+import functools
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from parallel_parity import exact_norm
+from worker_pool import pool
+
+from swift.core.errors import ConfigError, SwiftError
+from swift.rl.record import find_rollouts, read_trajectories
+from swift.runs.metrics import read_metrics
+
+REWARD = """
+def length(completions, **kwargs):
+    return [len(text) / 10 for text in completions]
+"""
+COMMON = {
+    "rlhf_type": "grpo",
+    "dataset": "task:reverse#12",
+    "num_generations": 4,
+    "per_device_train_batch_size": 2,
+    "global_batch_size": 8,
+    "generation_batch_size": 16,  # two updates learn from each batch of answers
+    "max_completion_length": 6,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "beta": 0.1,
+    "max_steps": 4,
+    "save_steps": 3,
+    "logging_steps": 1,
+    "val_dataset": "task:reverse:seed=9#5",
+    "eval_steps": 2,
+    "reward_num_proc": 1,
+    "max_restarts": 0,
+}
+SLOW = [pytest.mark.slow]
+LAYOUTS = {"copies": {"nproc_per_node": 2}, "shards": {"fsdp": "full", "nproc_per_node": 2}}
+METRICS = ("loss", "reward", "reward_std", "grad_norm", "kl", "approx_kl", "entropy", "eval_reward", "num_tokens",
+           "rewards/length/mean", "rewards/task/mean", "completions/mean_length", "ratio")  # fmt: skip
+
+
+@contextlib.contextmanager
+def exactly(gradients):
+    """Compute in float64, and keep the gradients of every step."""
+    from swift.models.load import load_model
+    from swift.parallel.data_parallel import whole
+    from swift.parallel.native import NativeEngine
+
+    clip = NativeEngine.clip
+
+    def load(*args, **options):
+        model = load_model(*args, **{**options, "dtype": torch.float64})
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = functools.partial(exact_norm, module)
+        return model
+
+    def keep(self):
+        parameters = self.parameter_sets["default"].parameters
+        gradients.append({name: whole(p.grad).clone() for name, p in parameters.items()})
+        return clip(self)
+
+    with contextlib.ExitStack() as stack:
+        for place in ("assemble", "build", "reference"):
+            stack.enter_context(
+                mock.patch(f"swift.train.{place}.param_dtype", lambda resolved: torch.float64)
+            )
+        for place in ("build", "reference"):
+            stack.enter_context(mock.patch(f"swift.train.{place}.load_model", load))
+        stack.enter_context(mock.patch.object(NativeEngine, "clip", keep))
+        yield
+
+
+def train_on(rank, options, exact=False):
+    """Train as one of several ranks, or alone; (run folder, gradients of every step, how many reward processes)."""
+    import os
+
+    os.environ["SWIFT_HOME"] = str(Path(options["output_dir"]) / "home")
+    from swift.config.bind import resolve
+    from swift.rl.reward_pool import RewardPool
+    from swift.rl.run import train
+
+    gradients, started = [], []
+    start = RewardPool._start
+
+    def count(self, number):
+        started.append(number)
+        start(self, number)
+
+    with (
+        exactly(gradients) if exact else contextlib.nullcontext(),
+        mock.patch.object(RewardPool, "_start", count),
+    ):
+        resolved = resolve("rlhf", values=options)
+        if exact:
+            for section, name in (
+                (resolved.config.tuner, "lora_dtype"),
+                (resolved.config.model, "torch_dtype"),
+            ):
+                vars(section)[name] = "float64"  # which no user can ask for
+        result = train(resolved, say=lambda text: None)
+    return result.folder, gradients, len(started)
+
+
+def alone(options, monkeypatch, exact=False):
+    monkeypatch.setenv("SWIFT_HOME", str(Path(options["output_dir"]) / "home"))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    single = {key: value for key, value in options.items() if key not in ("nproc_per_node", "fsdp")}
+    return train_on(0, single, exact)
+
+
+def on_two(function, *arguments):
+    """[result of rank 0, result of rank 1]; a busy machine may take its time."""
+    return pool(2).run(function, *arguments, seconds=400.0)
+
+
+@pytest.fixture
+def options(tiny_model_dir, tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text(REWARD)
+    return {**COMMON, "model": str(tiny_model_dir), "reward_funcs": [f"{file}:length", "task"]}
+
+
+def measured(folder):
+    return [
+        {key: row[key] for key in METRICS if key in row} for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def same_answers(folder, other):
+    files, others = find_rollouts(folder), find_rollouts(other)
+    assert list(files) == list(others)
+    for step in files:
+        for one, two in zip(read_trajectories(files[step]), read_trajectories(others[step]), strict=True):
+            assert (one.tokens == two.tokens).all() and one.rewards == two.rewards
+            assert (one.group, one.sample, one.seed, one.row[1]) == (
+                two.group,
+                two.sample,
+                two.seed,
+                two.row[1],
+            )
+            assert np.abs(one.logprobs - two.logprobs).max() < 1e-6
+
+
+def same_gradients(found, expected):
+    assert len(found) == len(expected)
+    for step, other in zip(found, expected, strict=True):
+        assert step.keys() == other.keys()
+        scale = max(float(gradient.abs().max()) for gradient in other.values())
+        assert scale > 1e-4
+        for name, gradient in other.items():
+            assert float((step[name] - gradient).abs().max()) < 1e-10 * scale, name
+
+
+CASES = {
+    # Three micro-batches for two ranks; groups without a signal are sampled again.
+    "copies, dapo, uneven": {
+        "rlhf_type": "dapo",
+        "generation_batch_size": 12,
+        "global_batch_size": 12,
+        "per_device_train_batch_size": 4,
+        "soft_max_length": 6,
+        "overlong_filter": False,  # all are long
+    },
+    "shards, reference that moves": {
+        "tuner_type": "full",
+        "rlhf_type": "gspo",
+        "generation_batch_size": 8,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "top_entropy_quantile": 0.5,
+    },
+    "copies, padded": {"padding_free": False, "rlhf_type": "cispo", "generation_batch_size": 8},
+    "copies, loss by group": {"rlhf_type": "real", "per_device_train_batch_size": 4, "beta": 0.0},
+    "copies, loss by micro-batch": {"rlhf_type": "bnpo", "global_batch_size": 8, "num_iterations": 2},
+    "shards, penalty in the reward": {"rlhf_type": "reinforce_pp", "advantage_estimator": "reinforce_pp"},
+    "shards, expert": {
+        "rlhf_type": "chord",
+        "chord_sft_dataset": "task:reverse:seed=5#16",
+        "chord_sft_per_device_train_batch_size": 3,
+        "global_batch_size": 6,
+        "generation_batch_size": 12,
+    },
+}
+FAST = ("copies, dapo, uneven",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else SLOW) for n in CASES])
+def test_every_way_to_learn_is_that_of_one_process(options, tmp_path, monkeypatch, name):
+    options = {**options, "max_steps": 3, **CASES[name]}
+    expected, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
+    two = {**options, **LAYOUTS[name.split(",")[0]], "output_dir": str(tmp_path / "two")}
+    folder, gradients, _ = on_two(train_on, two, True)[0]
+    same_answers(folder, expected)
+    same_gradients(gradients, wanted)
+    for row, other in zip(measured(folder), measured(expected), strict=True):
+        assert row == pytest.approx(other, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("layout", [pytest.param("copies", marks=SLOW), "shards"])
+def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypatch, layout):
+    """Its steps keep their size, though the options speak of micro-batches of each process."""
+    del options["global_batch_size"]
+    options |= {"gradient_accumulation_steps": 2, "generation_batch_size": 16, "beta": 0.0}
+    two = {**options, **LAYOUTS[layout], "output_dir": str(tmp_path / "two")}
+    folder, _, _ = on_two(train_on, two)[0]
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut, symlinks=True)
+    alone(
+        {**options, "output_dir": str(tmp_path), "resume_from_checkpoint": str(cut / "checkpoint-3")},
+        monkeypatch,
+    )
+    same_answers(cut, folder)
+    for row, other in zip(measured(cut), measured(folder), strict=True):
+        assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_a_base_of_four_bits_in_shards(options, tmp_path, monkeypatch):
+    options |= {"quant_method": "bnb", "quant_bits": 4, "max_steps": 2, "save_steps": 2}
+    expected, _, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch)
+    two = {**options, **LAYOUTS["shards"], "output_dir": str(tmp_path / "two")}
+    folder, _, _ = on_two(train_on, two)[0]
+    same_answers(folder, expected)
+    for row, other in zip(measured(folder), measured(expected), strict=True):
+        assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_copies_learn_again_from_kept_answers(options, tmp_path, monkeypatch):
+    options |= {"beta": 0.0, "max_steps": 2}
+    first, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
+    del options["val_dataset"], options["eval_steps"]
+    again = {**options, "replay": str(first), "reward_funcs": [], "output_dir": str(tmp_path / "two")}
+    _, gradients, _ = on_two(train_on, {**again, **LAYOUTS["copies"]}, True)[0]
+    same_gradients(gradients, wanted)
+
+
+def refused_on(rank, options):
+    with pytest.raises(SwiftError) as caught:
+        train_on(rank, options)
+    return str(caught.value)
+
+
+def test_a_reward_that_dies_ends_all_ranks_with_the_name_of_the_answer(options, tmp_path):
+    file = tmp_path / "deadly.py"
+    file.write_text(
+        "import os\ndef deadly(completions, solution):\n"
+        "    return [os._exit(3) if text == solution[0] else 1.0 for text in solution]\n"
+    )
+    options |= {
+        "reward_funcs": [f"{file}:deadly"],
+        "on_reward_failure": "stop",
+        "output_dir": str(tmp_path / "two"),
+    }
+    texts = on_two(refused_on, {**options, **LAYOUTS["copies"]})
+    assert texts[0] == texts[1] and "the reward deadly died" in texts[0]
+    assert "of step 1" in texts[0] and "reverse-5-0-12" in texts[0]
+    states = [json.loads(path.read_text()) for path in (tmp_path / "two").glob("*/**/status.json")]
+    assert len(states) == 2 and all(state["state"] == "failed" for state in states)
+
+
+def test_what_samples_with_parts_of_a_model_is_refused(options, tmp_path):
+    from swift.config.bind import resolve
+
+    for size in ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"):
+        with pytest.raises(ConfigError, match="samples with whole models"):
+            resolve("rlhf", values={**options, "output_dir": str(tmp_path), size: 2})
+
+
+@pytest.mark.parametrize(
+    ("layout", "tuner"),
+    [
+        ("copies", "lora"),
+        ("shards", "full"),
+        pytest.param("copies", "full", marks=SLOW),
+        pytest.param("shards", "lora", marks=SLOW),
+    ],
+)
+def test_two_ranks_do_what_one_process_does(options, tmp_path, monkeypatch, layout, tuner):
+    """Also from a checkpoint that lies within a batch of answers."""
+    options = {**options, "tuner_type": tuner}
+    expected, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
+    two = {**options, **LAYOUTS[layout], "output_dir": str(tmp_path / "two")}
+    results = on_two(train_on, two, True)
+    folder, gradients, started = results[0]
+    assert started and not results[1][2], "rewards have processes on rank 0 only"
+    same_answers(folder, expected)
+    same_gradients(gradients, wanted)
+    for row, other in zip(measured(folder), measured(expected), strict=True):
+        assert row == pytest.approx(other, rel=1e-6, abs=1e-9)
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut, symlinks=True)
+    again, gradients, _ = on_two(
+        train_on, {**two, "resume_from_checkpoint": str(cut / "checkpoint-3")}, True
+    )[0]
+    assert again == cut
+    same_gradients(gradients, wanted[3:])
+    assert measured(cut) == measured(folder), "with the same ranks it is bit-identical"
