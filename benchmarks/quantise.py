@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from measure import markdown_table, one_thread, write_results
+from settings import option_words
 
 METHODS = {
     "bnb-4": ("bnb", 4, None),
@@ -116,8 +117,7 @@ def train(folder: Path) -> Path:
             "warmup_ratio": 0.05,
             "min_lr_ratio": 0.1,
         }
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        if run(["pt", *words], folder, "train"):
+        if run(["pt", *option_words(options)], folder, "train"):
             raise SystemExit((folder / "train.log").read_text()[-2000:])
     return model
 
@@ -192,9 +192,28 @@ def reference(model_folder: Path, folder: Path, symmetric: bool) -> dict[str, An
     for name, module in rounded.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.weight.copy_(round_to_nearest(module.weight, symmetric))
+    sums = watch_channels(original)
+    difference = compare(model_logits(original, probes), model_logits(rounded, probes), probes).to_dict()
     return {
-        "difference": compare(model_logits(original, probes), model_logits(rounded, probes), probes).to_dict()
+        "difference": difference,
+        "largest_to_median_channel": {n: float(s.max() / s.median()) for n, s in sums.items()},
     }
+
+
+def watch_channels(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Filled as the model runs: linear layer -> sums of the magnitude of each input channel, which AWQ goes by."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            sums[name] = sums.get(name, 0) + inputs[0].abs().flatten(0, -2).sum(0)
+
+        module.register_forward_pre_hook(add)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            watch(name, module)
+    return sums
 
 
 def installed(name: str) -> bool:
@@ -234,14 +253,20 @@ def write(reports: dict[str, dict[str, Any]], missing: list[str]) -> None:
     increase = {name: report["difference"]["perplexity_increase"] for name, report in reports.items()}
     share = {"gptq-4": "rtn", "awq-4": "rtn-zero"}
     shares = {name: increase[name] / increase[of] for name, of in share.items() if name in increase}
+    kl = {name: report["difference"]["kl"] for name, report in reports.items()}
+    kl_shares = {name: kl[name] / kl[of] for name, of in share.items() if name in kl}
     rows = []
     for name, report in reports.items():
         found = report["difference"]
         size = f"{report['bytes_before'] / report['bytes_after']:.2f}x" if "bytes_after" in report else "-"
-        of = f"{shares[name]:.0%} of {names[share[name]]}" if name in shares else "-"
+        of = (
+            f"{shares[name]:.0%} (KL: {kl_shares[name]:.0%}) of {names[share[name]]}"
+            if name in shares
+            else "-"
+        )
         figures = (found["perplexity_after"], found["perplexity_increase"], found["kl"], found["same_choice"])
-        after, more, kl, same = (form.format(value) for form, value in zip(FORMS, figures, strict=True))
-        rows.append([names[name], after, more, of, kl, same, size])
+        after, more, nats, same = (form.format(value) for form, value in zip(FORMS, figures, strict=True))
+        rows.append([names[name], after, more, of, nats, same, size])
     before = reports["rtn"]["difference"]
     lines = [
         "# What quantising costs\n",
@@ -253,10 +278,15 @@ def write(reports: dict[str, dict[str, Any]], missing: list[str]) -> None:
             rows,
         ),
         *_goals(shares, increase),
+        _channels(reports["rtn"]["largest_to_median_channel"]),
     ]
     if missing:
         lines.append(f"Left out, their toolchains are not installed: {', '.join(missing)}.\n")
-    write_results("quantise", "\n".join(lines), {"reports": reports, "shares": shares, "missing": missing})
+    write_results(
+        "quantise",
+        "\n".join(lines),
+        {"reports": reports, "shares": shares, "kl_shares": kl_shares, "missing": missing},
+    )
 
 
 def _goals(shares: dict[str, float], increase: dict[str, float]) -> Iterator[str]:
@@ -270,6 +300,15 @@ def _goals(shares: dict[str, float], increase: dict[str, float]) -> Iterator[str
             verdict = "reached" if value <= limit else "NOT reached"
             yield f"- {NAMES[name]}: the aim is to {aim}: {form.format(value)}, {verdict}."
     yield ""
+
+
+def _channels(uneven: dict[str, float]) -> str:
+    """Why AWQ has little to win here."""
+    return (
+        "AWQ (arXiv 2306.00978) protects the input channels that are far larger than the others. Here the largest is"
+        f" {min(uneven.values()):.1f} to {max(uneven.values()):.1f} times the median of its layer: there is little to"
+        " protect.\n"
+    )
 
 
 if __name__ == "__main__":

@@ -265,8 +265,10 @@ def _gathered_dtype(tuned: TunedModel, resolved: Resolved, dtype: torch.dtype) -
 
 def _gathered(tuned: TunedModel, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:
     """What answers are sampled with."""
+    from swift.models.quantised_shards import unwrap_quantised
     from swift.parallel.gathered import GatheredModel
 
+    unwrap_quantised(tuned.model)  # as it is divided
     return GatheredModel(tuned.model, device, _gathered_dtype(tuned, resolved, dtype))
 
 

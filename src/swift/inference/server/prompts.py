@@ -61,6 +61,8 @@ def tools_of(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
 
 async def plan_chat(service: Service, model: ServedModel, body: ChatRequest) -> ChatPlan:
     """Raises ApiError for what this model cannot do."""
+    if model.task != "causal_lm":
+        raise ApiError(400, f"{model.name} writes no text (its task: {model.task})", param="model")
     if not model.template.uses_chat_template:
         raise ApiError(400, f"{model.name} goes on with plain text; use /v1/completions", param="model")
     tools, choice = tools_of(body.tools), body.tool_choice or ("auto" if body.tools else "none")
