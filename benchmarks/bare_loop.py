@@ -9,10 +9,9 @@ layers, logits only where there is a label, tensors prepared before the clock st
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import math
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 from make_work import make_work
 from measure import (
     Mark,
+    cpu_seconds,
+    described_parser,
     markdown_table,
     median,
     read_marks,
@@ -140,11 +141,6 @@ def attention_by_document(
     return torch.cat(rows).transpose(1, 2), None
 
 
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 def run_loop(
     model_path: str, data: Path, mode: str, dtype_name: str, steps: int, profile: bool
 ) -> list[Mark]:
@@ -251,9 +247,7 @@ def report(rates: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--mode", choices=["padded", "grouped", "joined", "packed"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, default=30)
@@ -275,10 +269,7 @@ def main() -> None:
             arguments.profile,
         )
     if arguments.out:
-        lines = [
-            json.dumps({"step": m.step, "cpu_seconds": m.cpu_seconds, "num_tokens": m.num_tokens})
-            for m in marks
-        ]
+        lines = [json.dumps(dataclasses.asdict(mark)) for mark in marks]
         arguments.out.write_text("\n".join(lines) + "\n")
     print(f"{tokens_per_cpu_second(marks, WARM_UP_STEPS):.0f} tokens per CPU-second")
     return None

@@ -14,81 +14,21 @@ The order of the samples differs (each side shuffles by itself), so the losses o
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from beside_trl import Run, in_turn
 from make_work import make_work
-from measure import (
-    HERE,
-    Child,
-    Mark,
-    markdown_table,
-    median,
-    read_marks,
-    run_child,
-    write_results,
-)
+from measure import HERE, described_parser, markdown_table, median, run_child, write_results
 
-WARM_UP_STEPS = 5
 VOCABULARY = 131_072
 MEMORY_STEPS = 6
-SOURCE = {"PYTHONPATH": f"{HERE}:{HERE.parent / 'src'}"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One measured process."""
-
-    child: Child
-    marks: list[Mark]
-    losses: list[float]
-
-    @property
-    def step_seconds(self) -> float:
-        first = next(mark for mark in self.marks if mark.step == WARM_UP_STEPS)
-        return (self.marks[-1].cpu_seconds - first.cpu_seconds) / (self.marks[-1].step - first.step)
-
-
-def run_trl(model: Path, data: Path, out: Path, steps: int) -> Run:
-    words = [sys.executable, str(HERE / "trl_dpo.py"), str(model), str(data), str(out), "--steps", str(steps)]
-    child = run_child(words, out.with_suffix(".log"))
-    return Run(child, read_marks(out / "marks.jsonl"), json.loads((out / "losses.json").read_text()))
-
-
-def run_swift(model: Path, data: Path, out: Path, steps: int) -> Run:
-    options = {
-        "--rlhf_type": "dpo",
-        "--model": model,
-        "--dataset": data,
-        "--output_dir": out.parent,
-        "--run_name": out.name,
-        "--lora_rank": 8,
-        "--lora_alpha": 16,
-        "--lora_dropout": 0,
-        "--learning_rate": 1e-4,
-        "--lr_scheduler_type": "constant",
-        "--weight_decay": 0,
-        "--adam_beta2": 0.999,
-        "--beta": 0.1,
-        "--per_device_train_batch_size": 8,
-        "--gradient_accumulation_steps": 1,
-        "--max_length": 512,
-        "--max_steps": steps,
-        "--logging_steps": 1,
-        "--load_from_cache_file": "false",
-        "--save_strategy": "no",
-        "--callbacks": HERE / "record_marks.py",
-    }
-    words = [word for name, value in options.items() for word in (name, str(value))]
-    command = [sys.executable, "-m", "swift.cli.main", "rlhf", *words]
-    child = run_child(command, out.with_suffix(".log"), SOURCE)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return Run(child, read_marks(out / "marks.jsonl"), [line["loss"] for line in lines if "loss" in line])
+OPTIONS = {"rlhf_type": "dpo", "beta": 0.1}
 
 
 def import_bytes(folder: Path) -> dict[str, int]:
@@ -97,7 +37,7 @@ def import_bytes(folder: Path) -> dict[str, int]:
     code = "import torch, transformers, swift.train.run; from transformers import AutoTokenizer, Qwen3ForCausalLM"
     return {
         "TRL": run_child(trl, folder / "imports-trl.log").peak_rss_bytes,
-        "swift": run_child([sys.executable, "-c", code], folder / "imports.log", SOURCE).peak_rss_bytes,
+        "swift": run_child([sys.executable, "-c", code], folder / "imports.log").peak_rss_bytes,
     }
 
 
@@ -118,20 +58,10 @@ def large_vocabulary(model: Path, folder: Path) -> Path:
     return target
 
 
-SIDES = {"TRL": run_trl, "swift": run_swift}
-
-
-def measure(model: Path, data: Path, folder: Path, rounds: int, steps: int) -> dict[str, list[Run]]:
-    runs: dict[str, list[Run]] = {name: [] for name in SIDES}
-    folder.mkdir()
-    for number in range(rounds):
-        for name, run_side in SIDES.items():
-            run = run_side(model, data, folder / f"{name}-{number}", steps)
-            runs[name].append(run)
-            seconds = f"{run.step_seconds:.3f} CPU-s a step" if steps > MEMORY_STEPS else f"{steps} steps"
-            peak = run.child.peak_rss_bytes / 2**20
-            print(f"round {number + 1}: {name}: {seconds}, peak {peak:.0f} MiB", flush=True)
-    return runs
+def tell(run: Run) -> str:
+    steps = run.marks[-1].step
+    seconds = f"{run.step_seconds:.3f} CPU-s a step" if steps > MEMORY_STEPS else f"{steps} steps"
+    return f"{seconds}, peak {run.child.peak_rss_bytes / 2**20:.0f} MiB"
 
 
 def report(
@@ -158,7 +88,7 @@ def report(
             "share_of_trl": times,
             "peak_above_imports_bytes": above,
             "peak_share_of_trl": shares,
-            "losses": [run.losses for run in runs],
+            "losses": [run.logged("loss") for run in runs],
         }
         cells = [
             f"{median(above[kind]) / 2**20:.0f} MiB ({median(shares[kind]):.2f} of TRL)" for kind in above
@@ -174,9 +104,7 @@ def report(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
@@ -184,9 +112,12 @@ def main() -> None:
         folder = Path(temporary)
         model, data = make_work(folder)
         imports = import_bytes(folder)
-        speed = measure(model, data / "dpo.jsonl", folder / "speed", arguments.rounds, arguments.steps)
+        measure = partial(
+            in_turn, "trl_dpo.py", OPTIONS, data=data / "dpo.jsonl", rounds=arguments.rounds, tell=tell
+        )
+        speed = measure(model=model, folder=folder / "speed", steps=arguments.steps)
         large = large_vocabulary(model, folder)
-        memory = measure(large, data / "dpo.jsonl", folder / "memory", arguments.rounds, MEMORY_STEPS)
+        memory = measure(model=large, folder=folder / "memory", steps=MEMORY_STEPS)
         report(speed, memory, imports, arguments.steps)
 
 

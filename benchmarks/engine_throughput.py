@@ -12,7 +12,6 @@ ratios medians of the ratios within a round.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from make_work import make_work
-from measure import markdown_table, median, write_results
+from measure import described_parser, markdown_table, median, write_results
 
 NEW_TOKENS = 128
 
@@ -55,9 +54,7 @@ def tokens_per_cpu_second(work: Callable[[], int]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="write results/engine_throughput.{md,json}")
     arguments = parser.parse_args()

@@ -9,7 +9,6 @@ at equal threads, to the last digit.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,7 +20,8 @@ from typing import Any
 
 import yaml
 from make_work import make_work
-from measure import markdown_table, write_results
+from measure import described_parser, markdown_table, write_results
+from settings import option_words
 
 SWIFT = (sys.executable, "-m", "swift")
 
@@ -58,9 +58,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=8)
     arguments = parser.parse_args()
@@ -81,8 +79,7 @@ def main() -> None:
         alone = 0.0
         for number, rate in enumerate(rates):
             words = ["sft", "--learning_rate", str(rate), "--run_name", f"run{number}"]
-            for name, value in {**common, "output_dir": str(folder / "alone")}.items():
-                words += [f"--{name}", str(value)]
+            words += option_words({**common, "output_dir": folder / "alone"})
             alone += run(words, folder / "home-alone", 2)
         words[words.index("--run_name") + 1] = "one-thread"
         run(words, folder / "home-alone", 1)

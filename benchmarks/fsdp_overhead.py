@@ -11,7 +11,6 @@ figures are CPU-seconds of both ranks a step, and the median of the ratios of th
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from make_work import make_work
-from measure import markdown_table, write_results
+from measure import described_parser, markdown_table, write_results
 
 _TEXT = """# The engine beside a hand-written FSDP2 loop
 
@@ -166,9 +165,7 @@ def work(rank: int, folder: Path, model: Path, rounds: int, steps: int, results:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--write", action="store_true", help="write results/fsdp_overhead.md")

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from measure import describe_machine, markdown_table, write_results
+from measure import describe_machine, described_parser, markdown_table, write_results
 
 HIDDEN, LAYERS, VOCAB, RANK = 512, 8, 4096, 8
 WARM_UP = 1
@@ -236,9 +236,7 @@ def report(rows: list[dict[str, Any]], held: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, default=7)

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from make_work import make_tokenizer, tokenizer_corpus
-from measure import HERE, markdown_table, write_results
+from measure import HERE, described_parser, markdown_table, write_results
+from settings import option_words
 
 LENGTH = 4096
 NUM_DOCUMENTS = 64
@@ -127,31 +128,30 @@ def flops_per_token(shape: str, method: str) -> float:
 
 def swift_command(model: Path, data: Path, out: Path, shape: str, method: str, steps: int) -> list[str]:
     options: dict[str, Any] = {
-        "--model": model,
-        "--dataset": data,
-        "--output_dir": out.parent,
-        "--run_name": out.name,
-        "--tuner_type": method,
-        "--torch_dtype": "bfloat16",
-        "--attn_impl": "sdpa",
-        "--max_length": LENGTH,
-        "--truncation_strategy": "right",
-        "--per_device_train_batch_size": BATCH_SIZE[shape],
-        "--gradient_accumulation_steps": 1,
-        "--gradient_checkpointing": "false",
-        "--learning_rate": LEARNING_RATE[method],
-        "--lr_scheduler_type": "constant",
-        "--max_steps": steps,
-        "--seed": SEED,
-        "--logging_steps": steps,
-        "--save_strategy": "no",
-        "--save_only_model": "true",
-        "--callbacks": HERE / "record_gpu.py",
+        "model": model,
+        "dataset": data,
+        "output_dir": out.parent,
+        "run_name": out.name,
+        "tuner_type": method,
+        "torch_dtype": "bfloat16",
+        "attn_impl": "sdpa",
+        "max_length": LENGTH,
+        "truncation_strategy": "right",
+        "per_device_train_batch_size": BATCH_SIZE[shape],
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": "false",
+        "learning_rate": LEARNING_RATE[method],
+        "lr_scheduler_type": "constant",
+        "max_steps": steps,
+        "seed": SEED,
+        "logging_steps": steps,
+        "save_strategy": "no",
+        "save_only_model": "true",
+        "callbacks": HERE / "record_gpu.py",
     }
     if method == "lora":
-        options |= {"--lora_rank": LORA_RANK, "--lora_alpha": 2 * LORA_RANK, "--lora_dropout": 0}
-    words = [word for name, value in options.items() for word in (name, str(value))]
-    return [sys.executable, "-m", "swift.cli.main", "pt", *words]
+        options |= {"lora_rank": LORA_RANK, "lora_alpha": 2 * LORA_RANK, "lora_dropout": 0}
+    return [sys.executable, "-m", "swift.cli.main", "pt", *option_words(options)]
 
 
 def train_with_trl(model: str, data: str, out: Path, shape: str, method: str, steps: int) -> None:
@@ -263,9 +263,7 @@ def measure_all(shapes: list[str], methods: list[str], steps: int, rounds: int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--methods", nargs="+", choices=list(LEARNING_RATE), default=list(LEARNING_RATE))
     parser.add_argument("--steps", type=int, default=25)

@@ -10,12 +10,13 @@ reversals with answers of very different length). Everything comes from fixed se
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from measure import described_parser
 
 Message = dict[str, str]
 
@@ -258,9 +259,7 @@ def make_work(folder: Path) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("out", type=Path)
     for made in make_work(parser.parse_args().out):
         print(made)

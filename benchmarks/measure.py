@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,27 @@ class Child:
     peak_rss_bytes: int
 
 
+def described_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows the description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def write_mark(folder: Path, step: int, num_tokens: int) -> None:
+    """Append what `read_marks` reads to ``folder/marks.jsonl``."""
+    with (folder / "marks.jsonl").open("a") as file:
+        file.write(json.dumps(dataclasses.asdict(Mark(step, cpu_seconds(), num_tokens))) + "\n")
+
+
 def one_thread() -> dict[str, str]:
-    """The environment of a measured process: one thread, no network, a quiet tokenizer."""
+    """The environment of a measured process: one thread, no network, a quiet tokenizer, swift of this checkout."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -47,11 +68,11 @@ def one_thread() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": f"{HERE}:{HERE.parent / 'src'}",
     }
 
 
-def run_child(command: Sequence[str], log: Path, extra_env: Mapping[str, str] | None = None) -> Child:
+def run_child(command: Sequence[str], log: Path) -> Child:
     """Run a process to its end on one core (where ``taskset`` exists).
 
     Raises:
@@ -61,9 +82,7 @@ def run_child(command: Sequence[str], log: Path, extra_env: Mapping[str, str] | 
     if shutil.which("taskset"):
         command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *command]
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, env={**one_thread(), **(extra_env or {})}, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, env=one_thread(), stdout=file, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

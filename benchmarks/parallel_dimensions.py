@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import statistics
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from measure import markdown_table, write_results
+from measure import described_parser, markdown_table, write_results
 
 _TEXT = """# Dimensions inside a model
 
@@ -199,9 +198,7 @@ def on_ranks(function: Callable[..., Any], layout: Any, options: dict[str, Any],
 def main() -> None:
     from swift.parallel.layout import Layout
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--write", action="store_true", help="write results/parallel_dimensions.md")
     given = parser.parse_args()

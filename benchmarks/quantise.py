@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from measure import markdown_table, one_thread, write_results
+from settings import option_words
 
 METHODS = {
     "bnb-4": ("bnb", 4, None),
@@ -116,8 +117,7 @@ def train(folder: Path) -> Path:
             "warmup_ratio": 0.05,
             "min_lr_ratio": 0.1,
         }
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        if run(["pt", *words], folder, "train"):
+        if run(["pt", *option_words(options)], folder, "train"):
             raise SystemExit((folder / "train.log").read_text()[-2000:])
     return model
 

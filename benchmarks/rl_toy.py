@@ -10,13 +10,12 @@ the answers are right.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from measure import markdown_table, median, write_results
+from measure import described_parser, markdown_table, median, write_results
 
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "rloo", "cispo", "sapo", "gspo", "reinforce_pp_baseline")
 GOAL = 0.95
@@ -134,9 +133,7 @@ def start_of(folder: Path, model: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)

@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 from engine_throughput import write_adapters
 from make_work import make_work
-from measure import markdown_table, median, one_thread, write_results
+from measure import described_parser, markdown_table, median, one_thread, write_results
 
 NEW_TOKENS = 64
 START_SECONDS = 400.0
@@ -174,9 +174,7 @@ def p95(values: Sequence[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--requests", type=int, default=96, help="in each round")

@@ -15,7 +15,6 @@ runs of the same round disturbs less. Columns:
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -28,6 +27,7 @@ from measure import (
     HERE,
     Child,
     Mark,
+    described_parser,
     markdown_table,
     median,
     one_thread,
@@ -165,9 +165,7 @@ def report(speed: dict[str, list[Run]], losses: dict[str, list[float]], steps: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--no_losses", action="store_true", help="leave out the held-out losses")

@@ -81,7 +81,7 @@ def base(model_dir, dtype=torch.float64, **options):
     return load_model(model_dir, dtype=dtype, **options)
 
 
-def attach(model, kind, adapter, dtype=torch.float64):
+def attach(model, kind, adapter, dtype=torch.float64, **options):
     """A member on ``model``, its adapter moved away from the zero update."""
     tuned = apply_tuner(model, kind.tuner_section(), seed=kind.seed, param_dtype=dtype, adapter_name=adapter)
     for layer in tuned.named_trainable().values():
@@ -97,7 +97,9 @@ def attach(model, kind, adapter, dtype=torch.float64):
     make = NativeEngine
     if kind.loss == "dpo":
         make = partial(AnswerEngine, reference=tuned.adapter_disabled)
-    return Member(kind, adapter, make(model, sets, device=CPU, dtype=dtype, chunk_size=8), parameters)
+    return Member(
+        kind, adapter, make(model, sets, device=CPU, dtype=dtype, chunk_size=8, **options), parameters
+    )
 
 
 def alone(member, number=0):

@@ -186,17 +186,19 @@ def step_of(task, packed=True, rows=1):
     return [token_batch(part, packed=packed, seed=at) for at, part in enumerate(lengths)], SftObjective()
 
 
-def engine_of(model, task="sft", **options):
+def engine_of(model, task="sft", *, clip=0.0, **options):
     """An engine over what of the model is trained."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.SGD(list(parameters.values()), lr=0.1)
-    sets = [ParameterSet("default", parameters, optimizer, lambda step: 0.1, 0.0)]
+    sets = [ParameterSet("default", parameters, optimizer, lambda step: 0.2, clip)]
     kind = AnswerEngine if task == "dpo" else NativeEngine
     dtype = next(model.parameters()).dtype
     return kind(model, sets, device=torch.device("cpu"), dtype=dtype, chunk_size=8, **options)
 
 
-def distributed_engine(model, rank, layout, task="sft", ring=None, sequence=False, schedule="1f1b"):
+def distributed_engine(
+    model, rank, layout, task="sft", ring=None, sequence=False, schedule="1f1b", **options
+):
     """An engine over a model that the ranks of a layout share."""
     world = World(rank, layout, mesh_of(layout))
     method = "auto" if ring is None else "ring" if ring == layout.cp else "ulysses" if ring == 1 else "hybrid"
@@ -213,7 +215,7 @@ def distributed_engine(model, rank, layout, task="sft", ring=None, sequence=Fals
     divided = distribute(model, world, split_head(model), section, shards)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     ranks = Ranks(world, trained, **divided.parts)
-    return engine_of(model, task, ranks=ranks, split=lambda _: divided.split)
+    return engine_of(model, task, ranks=ranks, split=lambda _: divided.split, **options)
 
 
 def compare(rank, layout, family, task, packed, dtype, lora, ring, sequence, schedule, layers, rows, changes):
@@ -266,6 +268,38 @@ def check(
         for what in ("loss", "gradients", "norm"):
             assert result[what] < LIMITS[dtype], result
     return max(result["share"] for result in results)
+
+
+STEPS = 20
+
+
+def train(engine):
+    """Losses and norms of clipped steps; then every trained parameter as a whole."""
+    ranks, losses, norms = engine.ranks, [], []
+    for step in range(STEPS):
+        batches, objective = step_of("sft")
+        own = batches[ranks.world.data_rank :: ranks.world.layout.dp] if ranks else batches
+        loss = float(engine.forward_backward(own, objective).loss)
+        losses += ranks.world.sums([loss]) if ranks else [loss]
+        norms.append(float(engine.clip()["default"]))
+        engine.step(step)
+    parameters = engine.parameter_sets["default"].parameters
+    return losses, norms, {name: ranks.whole(p) if ranks else p for name, p in parameters.items()}
+
+
+def curve(rank, layout, family, lora, sequence, ring):
+    """In a rank: the same steps in one process and in the layout; how far the ends lie apart on this rank."""
+    with torch.no_grad():
+        before = {name: p.clone() for name, p in tiny(family, lora=lora).named_parameters()}
+    losses, norms, wanted = train(engine_of(tiny(family, lora=lora), clip=0.5))
+    model = tiny(family, lora=lora)
+    engine = distributed_engine(model, rank, layout, ring=ring, sequence=sequence, clip=0.5)
+    found_losses, found_norms, found = train(engine)
+    assert found.keys() == wanted.keys() or engine.ranks.pipeline
+    # A gradient that stayed that of one rank would have led its parameter elsewhere.
+    moved = min(float((wanted[name] - before[name]).abs().max()) for name in wanted)
+    error, name = worst(found, {name: wanted[name] for name in found})
+    return (losses, found_losses), (norms, found_norms), moved, error, name
 
 
 def expected(model, task="sft", packed=True, rows=1):

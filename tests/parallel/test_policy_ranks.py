@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -12,11 +13,11 @@ import torch
 from parallel_parity import exact_norm
 from worker_pool import pool
 
+from swift.core.errors import ConfigError, SwiftError
 from swift.rl.record import find_rollouts, read_trajectories
 from swift.runs.metrics import read_metrics
 
 REWARD = """
-import os, time
 def length(completions, **kwargs):
     return [len(text) / 10 for text in completions]
 """
@@ -39,6 +40,7 @@ COMMON = {
     "reward_num_proc": 1,
     "max_restarts": 0,
 }
+SLOW = [pytest.mark.slow]
 LAYOUTS = {"copies": {"nproc_per_node": 2}, "shards": {"fsdp": "full", "nproc_per_node": 2}}
 METRICS = ("loss", "reward", "reward_std", "grad_norm", "kl", "approx_kl", "entropy", "eval_reward", "num_tokens",
            "rewards/length/mean", "rewards/task/mean", "completions/mean_length", "ratio")  # fmt: skip
@@ -115,6 +117,11 @@ def alone(options, monkeypatch, exact=False):
     return train_on(0, single, exact)
 
 
+def on_two(function, *arguments):
+    """[result of rank 0, result of rank 1]; a busy machine may take its time."""
+    return pool(2).run(function, *arguments, seconds=400.0)
+
+
 @pytest.fixture
 def options(tiny_model_dir, tmp_path):
     file = tmp_path / "reward.py"
@@ -153,14 +160,137 @@ def same_gradients(found, expected):
             assert float((step[name] - gradient).abs().max()) < 1e-10 * scale, name
 
 
-@pytest.mark.parametrize("tuner", ["lora", "full"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+CASES = {
+    # Three micro-batches for two ranks; groups without a signal are sampled again.
+    "copies, dapo, uneven": {
+        "rlhf_type": "dapo",
+        "generation_batch_size": 12,
+        "global_batch_size": 12,
+        "per_device_train_batch_size": 4,
+        "soft_max_length": 6,
+        "overlong_filter": False,  # all are long
+    },
+    "shards, reference that moves": {
+        "tuner_type": "full",
+        "rlhf_type": "gspo",
+        "generation_batch_size": 8,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "top_entropy_quantile": 0.5,
+    },
+    "copies, padded": {"padding_free": False, "rlhf_type": "cispo", "generation_batch_size": 8},
+    "copies, loss by group": {"rlhf_type": "real", "per_device_train_batch_size": 4, "beta": 0.0},
+    "copies, loss by micro-batch": {"rlhf_type": "bnpo", "global_batch_size": 8, "num_iterations": 2},
+    "shards, penalty in the reward": {"rlhf_type": "reinforce_pp", "advantage_estimator": "reinforce_pp"},
+    "shards, expert": {
+        "rlhf_type": "chord",
+        "chord_sft_dataset": "task:reverse:seed=5#16",
+        "chord_sft_per_device_train_batch_size": 3,
+        "global_batch_size": 6,
+        "generation_batch_size": 12,
+    },
+}
+FAST = ("copies, dapo, uneven",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else SLOW) for n in CASES])
+def test_every_way_to_learn_is_that_of_one_process(options, tmp_path, monkeypatch, name):
+    options = {**options, "max_steps": 3, **CASES[name]}
+    expected, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
+    two = {**options, **LAYOUTS[name.split(",")[0]], "output_dir": str(tmp_path / "two")}
+    folder, gradients, _ = on_two(train_on, two, True)[0]
+    same_answers(folder, expected)
+    same_gradients(gradients, wanted)
+    for row, other in zip(measured(folder), measured(expected), strict=True):
+        assert row == pytest.approx(other, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("layout", [pytest.param("copies", marks=SLOW), "shards"])
+def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypatch, layout):
+    """Its steps keep their size, though the options speak of micro-batches of each process."""
+    del options["global_batch_size"]
+    options |= {"gradient_accumulation_steps": 2, "generation_batch_size": 16, "beta": 0.0}
+    two = {**options, **LAYOUTS[layout], "output_dir": str(tmp_path / "two")}
+    folder, _, _ = on_two(train_on, two)[0]
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut, symlinks=True)
+    alone(
+        {**options, "output_dir": str(tmp_path), "resume_from_checkpoint": str(cut / "checkpoint-3")},
+        monkeypatch,
+    )
+    same_answers(cut, folder)
+    for row, other in zip(measured(cut), measured(folder), strict=True):
+        assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_a_base_of_four_bits_in_shards(options, tmp_path, monkeypatch):
+    options |= {"quant_method": "bnb", "quant_bits": 4, "max_steps": 2, "save_steps": 2}
+    expected, _, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch)
+    two = {**options, **LAYOUTS["shards"], "output_dir": str(tmp_path / "two")}
+    folder, _, _ = on_two(train_on, two)[0]
+    same_answers(folder, expected)
+    for row, other in zip(measured(folder), measured(expected), strict=True):
+        assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_copies_learn_again_from_kept_answers(options, tmp_path, monkeypatch):
+    options |= {"beta": 0.0, "max_steps": 2}
+    first, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
+    del options["val_dataset"], options["eval_steps"]
+    again = {**options, "replay": str(first), "reward_funcs": [], "output_dir": str(tmp_path / "two")}
+    _, gradients, _ = on_two(train_on, {**again, **LAYOUTS["copies"]}, True)[0]
+    same_gradients(gradients, wanted)
+
+
+def refused_on(rank, options):
+    with pytest.raises(SwiftError) as caught:
+        train_on(rank, options)
+    return str(caught.value)
+
+
+def test_a_reward_that_dies_ends_all_ranks_with_the_name_of_the_answer(options, tmp_path):
+    file = tmp_path / "deadly.py"
+    file.write_text(
+        "import os\ndef deadly(completions, solution):\n"
+        "    return [os._exit(3) if text == solution[0] else 1.0 for text in solution]\n"
+    )
+    options |= {
+        "reward_funcs": [f"{file}:deadly"],
+        "on_reward_failure": "stop",
+        "output_dir": str(tmp_path / "two"),
+    }
+    texts = on_two(refused_on, {**options, **LAYOUTS["copies"]})
+    assert texts[0] == texts[1] and "the reward deadly died" in texts[0]
+    assert "of step 1" in texts[0] and "reverse-5-0-12" in texts[0]
+    states = [json.loads(path.read_text()) for path in (tmp_path / "two").glob("*/**/status.json")]
+    assert len(states) == 2 and all(state["state"] == "failed" for state in states)
+
+
+def test_what_samples_with_parts_of_a_model_is_refused(options, tmp_path):
+    from swift.config.bind import resolve
+
+    for size in ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"):
+        with pytest.raises(ConfigError, match="samples with whole models"):
+            resolve("rlhf", values={**options, "output_dir": str(tmp_path), size: 2})
+
+
+@pytest.mark.parametrize(
+    ("layout", "tuner"),
+    [
+        ("copies", "lora"),
+        ("shards", "full"),
+        pytest.param("copies", "full", marks=SLOW),
+        pytest.param("shards", "lora", marks=SLOW),
+    ],
+)
 def test_two_ranks_do_what_one_process_does(options, tmp_path, monkeypatch, layout, tuner):
     """Also from a checkpoint that lies within a batch of answers."""
     options = {**options, "tuner_type": tuner}
     expected, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
     two = {**options, **LAYOUTS[layout], "output_dir": str(tmp_path / "two")}
-    results = pool(2).run(train_on, two, True)
+    results = on_two(train_on, two, True)
     folder, gradients, started = results[0]
     assert started and not results[1][2], "rewards have processes on rank 0 only"
     same_answers(folder, expected)
@@ -169,7 +299,7 @@ def test_two_ranks_do_what_one_process_does(options, tmp_path, monkeypatch, layo
         assert row == pytest.approx(other, rel=1e-6, abs=1e-9)
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut, symlinks=True)
-    again, gradients, _ = pool(2).run(
+    again, gradients, _ = on_two(
         train_on, {**two, "resume_from_checkpoint": str(cut / "checkpoint-3")}, True
     )[0]
     assert again == cut

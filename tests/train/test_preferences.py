@@ -90,6 +90,12 @@ def last_evaluation(run):
         {"rlhf_type": "dpo", "tuner_type": "full", "learning_rate": 2e-3},
         {"rlhf_type": "dpo", "packing": True, "per_device_train_batch_size": 4},
         {"rlhf_type": "dpo", "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 0.1]},
+        {
+            "rlhf_type": "dpo",
+            "quant_method": "bnb",
+            "quant_bits": 4,
+        },  # the reference is the base of four bits
+        {"rlhf_type": "dpo", "streaming": True, "shuffle_buffer_size": 16},
         {"rlhf_type": "ipo", "group_by_length": True},
         {"rlhf_type": "simpo"},
         {"rlhf_type": "orpo", "beta": 1.0},
@@ -168,7 +174,14 @@ def test_the_adapter_that_training_goes_on_from_is_the_reference(prefer):
     assert training[0]["rewards/accuracies"] < 0.5
 
 
-@pytest.mark.parametrize("options", [{}, {"packing": True, "per_device_train_batch_size": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"packing": True, "per_device_train_batch_size": 2},
+        {"streaming": True, "shuffle_buffer_size": 16},
+    ],
+)
 def test_resumed_runs_are_bit_equal(run_training, tmp_path, pairs, options):
     common = {"command": "rlhf", "dataset": pairs, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
     train_and_resume(run_training, tmp_path, **{**common, **options})

@@ -1,8 +1,9 @@
-"""``swift fuse A.yaml B.yaml``: several LoRA runs beside each other on one base model, in this process."""
+"""``swift fuse A.yaml B.yaml``: several LoRA runs on one base model, in this process or as many as they name."""
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from swift.cli.arguments import ArgumentParser
 from swift.config.bind import command_of, resolve
+from swift.config.parallel_rules import processes_of_launcher
 from swift.config.schema import Resolved
 from swift.core.logging import quiet_libraries
 
@@ -43,13 +45,20 @@ def run(argv: list[str]) -> int:
 
 
 def _train(words: Sequence[Sequence[str]]) -> int:
+    from swift.parallel.launch import as_worker, launch
     from swift.runs.cards import print_end_card
     from swift.train.fused import train_fused
 
     read = [read_words(one) for one in words]
     extra = [{"arguments": ["swift", *one], **more} for one, (_, more) in zip(words, read, strict=True)]
-    members = train_fused([resolved for resolved, _ in read], options=extra)
-    for member in members:
+    parallel = read[0][0].config.parallel
+    if parallel.num_processes > 1 and processes_of_launcher() is None:
+        # Started again they would know of one run folder only.
+        return launch(["fuse", *(one[1] for one in words)], parallel.model_copy(update={"max_restarts": 0}))
+    with as_worker():
+        members = train_fused([resolved for resolved, _ in read], options=extra)
+    shown = members if int(os.environ.get("RANK", "0")) == 0 else []
+    for member in shown:
         if member.result is not None:
             print_end_card(member.result.folder, member.result.summary)
         else:

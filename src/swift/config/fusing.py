@@ -19,6 +19,7 @@ _OF_THE_MODEL = {
         "bnb_4bit_compute_dtype",
     ),
     "training": ("gradient_checkpointing", "recompute_num_layers", "use_liger_kernel"),
+    "parallel": ("data_parallel_size", "data_parallel_shard_size", "reshard_after_forward"),
 }
 """Options that change the model itself, so that runs on one model have them in common."""
 
@@ -33,6 +34,27 @@ def model_options(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=str))
 
 
+def _division_problems(config: Config) -> dict[str, tuple[Any, str]]:
+    """Copies and shards of the base are shared, by runs that have no parts of their own in it."""
+    parallel = config.parallel
+    sizes = (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "context_parallel_size",
+        "expert_parallel_size",
+    )
+    sharded = parallel.data_parallel_shard_size > 1
+    return {
+        **{
+            f"--{name}": (getattr(parallel, name) > 1, "the base is shared whole or in shards")
+            for name in sizes
+        },
+        "--offload": (parallel.offload, "adapters stay on the device"),
+        "--modules_to_save": (sharded and config.tuner.modules_to_save, "copies of shards are nobody's"),
+        "--nnodes": (parallel.nnodes > 1, "the group is one command on one machine"),
+    }
+
+
 def fusing_problem(config: Config) -> tuple[str, str] | None:
     """(option, why) that keeps a run from sharing its base model; None when it can."""
     tuner, training, quantization = config.tuner, config.training, config.quantization
@@ -42,7 +64,7 @@ def fusing_problem(config: Config) -> tuple[str, str] | None:
             tuner.tuner_type != "lora" or tuner.use_dora or tuner.target_parameters,
             "only LoRA adapters share a base model",
         ),
-        "--nproc_per_node": (config.parallel.num_processes > 1, "it has several processes of its own"),
+        **_division_problems(config),
         "--neftune_noise_alpha": (training.neftune_noise_alpha, "its noise would reach the rows of others"),
         "--torch_compile": (training.torch_compile, "runs come and go, which would compile again and again"),
         "--activation_cpu_offload": (training.activation_cpu_offload, "it is not built for several runs"),

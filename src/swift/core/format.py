@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtKMGT])(i?)[bB]?|[bB])?")
 
@@ -44,3 +45,15 @@ def parse_size(text: str) -> int | None:
         return round(float(number))
     base = 1024 if binary or not text.strip().lower().endswith("b") else 1000
     return round(float(number) * base ** (1 + "kmgt".index(unit.lower())))
+
+
+def aligned(rows: Sequence[Sequence[str]], numeric: Collection[int] = ()) -> list[str]:
+    """A line for each row, with columns under one another, those in ``numeric`` to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in numeric else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from swift.core.format import aligned
+
 __all__ = ["answer_table", "sparkline"]
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -43,10 +45,7 @@ def answer_table(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
         cells = (old["messages"][-1]["content"], old["reference"], old["response"], new["response"])
         right = "ok" if new["exact_match"] == 1.0 else "wrong"
         rows.append((*(_printable(cell) for cell in cells), right))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return aligned(rows)
 
 
 def _printable(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from swift.config.sections.evaluation import smaller_is_better
 from swift.core.errors import UsageError
+from swift.core.format import aligned
 from swift.evaluate.answers import intervals
 from swift.evaluate.results import SAMPLES, read_results, row_metrics
 from swift.evaluate.statistics import Interval, paired_bootstrap, sign_flip_p
@@ -46,7 +47,7 @@ def tables(results: Mapping[str, Any]) -> list[str]:
             shown = f"{interval['low']:.4g} to {interval['high']:.4g}" if interval else ""
             number = f"{value:.4g}" if isinstance(value, float) else str(value)
             rows.append([metric, number, shown, str(interval["num_rows"]) if interval else ""])
-        lines += [f"{name}: {task['num_rows']} rows", *(f"  {line}" for line in _aligned(rows))]
+        lines += [f"{name}: {task['num_rows']} rows", *(f"  {line}" for line in aligned(rows))]
     return lines
 
 
@@ -195,11 +196,4 @@ def comparison_lines(found: Sequence[Difference]) -> list[str]:
                 str(entry.first.num_rows),
             ]
         )
-    return _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return aligned(rows)

@@ -52,17 +52,11 @@ def build_launch(
         )
     if placement.fused:
         return _build_member(home, job, base_env, grace_seconds)
-    env = environment_for(placement, {**base_env, **spec.env}, home.job_dir(job.id))
-    env["PYTHONUNBUFFERED"] = "1"
-    if placement.kind != "cpu" and _is_shared(job, placement, inventory):
-        env["SWIFT_DEVICE_MEMORY_BYTES"] = str(placement.memory_bytes)
-    return Launch(
-        argv=[sys.executable, "-m", "swift", *_words(home, job)],
-        cwd=spec.cwd,
-        env=env,
-        log=OUTPUT_LOG,
-        threads=placement.threads,
-        memory_bytes=_host_limit(job, placement, inventory),
+    return _placed(
+        job,
+        _words(home, job),
+        environment_for(placement, {**base_env, **spec.env}, home.job_dir(job.id)),
+        inventory,
         time_limit_seconds=spec.needs.time_limit_seconds,
         grace_seconds=grace_seconds,
     )
@@ -98,17 +92,26 @@ def build_host(
     assert placement is not None and placement.fused
     folder = home.job_dir(placement.fused)
     env = environment_for(placement, {**base_env, **job.spec.env}, folder)
-    env["PYTHONUNBUFFERED"] = "1"
+    return _placed(job, ["fuse", "--group", str(folder)], env, inventory, grace_seconds=grace_seconds)
+
+
+def _placed(
+    job: Job, words: list[str], env: Mapping[str, str], inventory: Inventory | None, **limits: Any
+) -> Launch:
+    """``swift WORDS`` with the threads and the memory of the job's placement."""
+    placement = job.placement
+    assert placement is not None
+    env = {**env, "PYTHONUNBUFFERED": "1"}
     if placement.kind != "cpu" and _is_shared(job, placement, inventory):
         env["SWIFT_DEVICE_MEMORY_BYTES"] = str(placement.memory_bytes)
     return Launch(
-        argv=[sys.executable, "-m", "swift", "fuse", "--group", str(folder)],
+        argv=[sys.executable, "-m", "swift", *words],
         cwd=job.spec.cwd,
         env=env,
         log=OUTPUT_LOG,
         threads=placement.threads,
         memory_bytes=_host_limit(job, placement, inventory),
-        grace_seconds=grace_seconds,
+        **limits,
     )
 
 

@@ -49,6 +49,11 @@ def fuse_fields(resolved: Resolved, env: Mapping[str, str], estimate: Mapping[st
     if resolved.command not in TRAINING:
         return {}
     problem = fusing_problem(resolved.config)
+    if problem is None and resolved.config.parallel.num_processes > 1:
+        problem = (
+            "--nproc_per_node",
+            "a group of the service is one process; swift fuse FILES takes several",
+        )
     if problem is not None:
         return {"problem": f"{problem[0]}: {problem[1]}"}
     model = resolved.config.model.model

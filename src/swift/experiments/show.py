@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from swift.core.format import format_bytes, format_count, format_duration
+from swift.core.format import aligned, format_bytes, format_count, format_duration
 from swift.experiments.progress import last_metrics, seconds_of
 from swift.experiments.serving import SERVING
 from swift.experiments.types import ACTIVE, FINISHED, Job
@@ -30,16 +30,9 @@ def table_text(
     numeric: Collection[int] = (),
 ) -> str:
     """Columns under a header, those in ``numeric`` to the right; lines are cut at ``width`` (None: not cut)."""
-    sizes = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(size) if place in numeric else cell.ljust(size)
-            for place, (cell, size) in enumerate(zip(row, sizes, strict=True))
-        ]
-        line = "  ".join(cells).rstrip()
-        lines.append(line[: width - 1] + "…" if width is not None and len(line) > width else line)
-    return "\n".join(lines)
+    lines = aligned([header, *rows], numeric)
+    cut = [line[: width - 1] + "…" if width is not None and len(line) > width else line for line in lines]
+    return "\n".join(cut)
 
 
 def terminal_width(file: Any) -> int | None:

@@ -66,11 +66,13 @@ class ShardOptions:
         param_dtype: weights are gathered in this precision; None: as they are stored.
         reshard_after_forward: free a layer's weights between its passes.
         offload: keep shards, gradients and optimizer in host memory.
+        whole: parameters that stay whole on every rank.
     """
 
     param_dtype: torch.dtype | None = None
     reshard_after_forward: bool = True
     offload: bool = False
+    whole: frozenset[nn.Parameter] = frozenset()
 
 
 def shard_model(
@@ -100,7 +102,10 @@ def shard_model(
             cast_forward_inputs=False,  # autocast does what is left to do
         ),
         "offload_policy": CPUOffloadPolicy(pin_memory=pin) if options.offload else OffloadPolicy(),
+        "ignored_params": set(options.whole),
     }
+    for parameter in options.whole:
+        parameter.data = parameter.data.to(mesh.device_type)
     for module in experts.modules if experts else ():
         assert experts is not None
         fully_shard(
@@ -250,6 +255,7 @@ class Ranks:
         tensor: ranks that share every layer.
         pipeline: ranks that have the model's stages.
         experts: ranks that have the model's experts.
+        keeps_whole: what is trained of a sharded model is not sharded (adapters of runs that share it).
     """
 
     def __init__(
@@ -261,13 +267,14 @@ class Ranks:
         tensor: TensorParallel | None = None,
         pipeline: Pipeline | None = None,
         experts: ExpertParallel | None = None,
+        keeps_whole: bool = False,
     ) -> None:
         assert world.mesh is not None
         self.world, self.parameters = world, parameters
         self.context, self.tensor, self.pipeline = context, tensor, pipeline
         self.root = root if pipeline is None else None  # stages are roots of their own
         # With a root all must be its shards; without one, parameters that ranks of tp share have copies as well.
-        copies = {} if root is not None else dict(parameters)
+        copies = {} if root is not None and not keeps_whole else dict(parameters)
         other = [copies.pop(name) for name in sorted(experts.names & copies.keys())] if experts else []
         self._sums = [
             GradientSum(list(same), group)

@@ -50,6 +50,8 @@ def distribute(
     decoder = Decoder.of(model.config.to_dict())
     check_dimensions(section, decoder)
     _check_loaded(model, section, split)
+    if shards is not None:
+        unwrap_quantised(model)
     experts: ExpertParallel | None = None
     tensor: TensorParallel | None = None
     context: ContextParallel | None = None
@@ -69,7 +71,6 @@ def distribute(
         assert split is not None
         split = split if pipeline.has_last else (split[0], nn.Identity())
     if shards is not None:
-        unwrap_quantised(model)
         stages = list(pipeline.stages.values()) if pipeline else []
         root = shard_model(model, decoder_layers(model)[1], world, shards, stages, experts)
     parts = {"root": root, "context": context, "tensor": tensor, "pipeline": pipeline, "experts": experts}

@@ -5,6 +5,9 @@ right to the longest, and no row belongs to two members. The backbone runs once 
 member's low-rank part to its own rows (`swift.tuners.lora`). Then each member's objective gets its own targets with its
 own denominators. What is differentiated is the sum of the members' losses: nothing of one depends on parameters of
 another, so their gradients are those of separate runs.
+
+With several processes each has its own micro-batches of every member, on a copy of the base or in shards of it; the
+members' adapters are whole everywhere, and their gradients are added up one member after another.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch.nn import functional as F
 
 from swift.data.collate import Batch
 from swift.objectives.base import Denominators, Objective, TokenOutputs
-from swift.parallel.engine import StepOutput, add_sums, count_step
+from swift.parallel.engine import StepOutput, add_sums
 from swift.parallel.native import NativeEngine
 from swift.tuners.switch import AdapterSwitch, Draw
 
@@ -49,7 +52,7 @@ def fused_gradients(steps: Sequence[MemberStep], switch: AdapterSwitch) -> list[
     for step in steps:
         step.engine.average(False)
     steps[0].engine.model.train()
-    counts = [count_step(step.objective, step.batches) for step in steps]
+    counts = [step.engine.count(step.objective, step.batches) for step in steps]
     losses: list[list[Tensor]] = [[] for _ in steps]
     metrics: list[dict[str, Tensor]] = [{} for _ in steps]
     for number in range(max(len(step.batches) for step in steps)):
@@ -66,6 +69,9 @@ def fused_gradients(steps: Sequence[MemberStep], switch: AdapterSwitch) -> list[
                 losses[member].append(loss.detach())
                 add_sums(metrics[member], sums)
             torch.autograd.backward(scaled)
+    for step in steps:
+        if step.engine.ranks is not None:
+            step.engine.ranks.finish()
     return [
         StepOutput(torch.stack(parts).sum(), sums, count)
         for parts, sums, count in zip(losses, metrics, counts, strict=True)
@@ -86,7 +92,11 @@ def _acting(
     """Each member's adapter and dropout on its rows, in the forward pass, the backward pass and what it recomputes."""
     rows = [(step.adapter, batch.input_ids.shape[0]) for step, batch in zip(steps, batches, strict=True)]
     draws = {
-        step.adapter: Draw(step.seed, number, (batch.input_ids.shape[1], width))
+        step.adapter: Draw(
+            step.seed,
+            step.engine.ranks.number(number) if step.engine.ranks else number,
+            (batch.input_ids.shape[1], width),
+        )
         for step, batch in zip(steps, batches, strict=True)
         if step.seed is not None
     }
@@ -97,7 +107,23 @@ def _acting(
 def _outputs(
     switch: AdapterSwitch, steps: Sequence[MemberStep], batches: Sequence[Batch], joined: Batch
 ) -> list[TokenOutputs]:
-    """What the model says of each member's targets. Heads without an adapter are run once for all."""
+    """What the model says of each member's targets."""
+    ranks = steps[0].engine.ranks
+    if ranks is None:
+        return _computed(switch, steps, batches, joined)
+
+    def work() -> tuple[Tensor, ...]:
+        found = _computed(switch, steps, batches, joined)
+        return tuple(field for one in found for field in (one.logprobs, one.is_argmax))
+
+    fields = ranks.compute(work)
+    return [TokenOutputs(*pair) for pair in zip(fields[::2], fields[1::2], strict=True)]
+
+
+def _computed(
+    switch: AdapterSwitch, steps: Sequence[MemberStep], batches: Sequence[Batch], joined: Batch
+) -> list[TokenOutputs]:
+    """Heads without an adapter are run once for all."""
     first = steps[0].engine
     with first.precision():
         states = first.states(joined)

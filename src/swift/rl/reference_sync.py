@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from swift.models.sharded import local
-from swift.parallel.states import shared
 from swift.train.weights import Collect
 
 __all__ = ["ReferenceSync"]
@@ -56,6 +55,8 @@ class ReferenceSync:
             save_file(found, folder / FILE)
 
     def load(self, folder: Path) -> None:
+        from swift.parallel.states import shared
+
         found = load_file(folder / FILE)
         for name, weight in self.weights.items():
             weight.copy_(shared(found[name], weight))

@@ -136,12 +136,14 @@ def make_engine(
     tokenizer: Any,
     world: World | None = None,
     weights: Path | None = None,
+    shared: dict[str, Any] | None = None,
     **options: Any,
 ) -> NativeEngine:
     """The engine of the task, with an optimizer for each parameter set; ``options`` go to the engine.
 
     With several processes the model is divided here: all its parts have to be there, and have their values. A model
-    without weights gets them from the folder ``weights`` when it is divided.
+    without weights gets them from the folder ``weights`` when it is divided. ``shared``: how a model that other runs
+    use too is divided; the first one divides it, and adapters stay whole.
     """
     training = resolved.config.training
     make = engine_of(resolved.config, tuned.model, tokenizer)
@@ -150,18 +152,16 @@ def make_engine(
         split = options.get("split") or getattr(make, "keywords", {}).get("split", split_head)
         if world.layout.dp_shard > 1 and resolved.config.rlhf.is_policy:
             options["gathered"] = _gathered(tuned, resolved, device, dtype)
-        autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
-        if weights is not None and has_no_weights(tuned.model):
-            _, divided = _divide(tuned, resolved, dtype, world, None)
-            offloaded = resolved.config.parallel.offload
-            fill(tuned.model, weights, torch.device("cpu") if offloaded else device)
-            with torch.no_grad(), autocast:
-                (parts,) = divided["root"](lambda: (split(tuned.model),))
-                divided["root"].free()
+        if shared:
+            parts, divided = _with_own_head(tuned.model, shared["parts"], shared["head"]), shared["divided"]
         else:
-            with autocast:
-                parts = split(tuned.model)  # tries the model, which in parts works as a whole only
-            parts, divided = _divide(tuned, resolved, dtype, world, parts)
+            whole = frozenset(tuned.named_trainable().values()) if shared is not None else frozenset()
+            parts, divided = _divided_once(tuned, resolved, device, dtype, world, weights, split, whole)
+        if shared is not None and not shared:
+            head = next(
+                (name for name, module in tuned.model.named_modules() if parts and module is parts[1]), None
+            )
+            shared.update(parts=parts, divided=divided, head=head)
         options["split"] = lambda _: parts
     assert training.learning_rate is not None
     warmup = training.warmup_steps
@@ -190,7 +190,7 @@ def make_engine(
         from swift.parallel.data_parallel import Ranks
 
         trained = {name: parameter for group in sets for name, parameter in group.parameters.items()}
-        options["ranks"] = Ranks(world, trained, **divided)
+        options["ranks"] = Ranks(world, trained, keeps_whole=shared is not None, **divided)
     return make(
         tuned.model,
         sets,
@@ -204,8 +204,43 @@ def make_engine(
     )
 
 
+def _with_own_head(model: Any, parts: Any, head: str | None) -> Any:
+    """Backbone and head of a divided model, whose head may have got an adapter meanwhile."""
+    return parts if parts is None or head is None else (parts[0], model.get_submodule(head))
+
+
+def _divided_once(
+    tuned: TunedModel,
+    resolved: Resolved,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World,
+    weights: Path | None,
+    split: Callable[[Any], Any],
+    whole: frozenset[torch.nn.Parameter],
+) -> tuple[Any, dict[str, Any]]:
+    """Backbone and head of this rank's part of the model, which has its weights then, and what `Ranks` is told."""
+    autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    if weights is None or not has_no_weights(tuned.model):
+        with autocast:
+            parts = split(tuned.model)  # tries the model, which in parts works as a whole only
+        return _divide(tuned, resolved, dtype, world, parts, whole)
+    _, divided = _divide(tuned, resolved, dtype, world, None, whole)
+    offloaded = resolved.config.parallel.offload
+    fill(tuned.model, weights, torch.device("cpu") if offloaded else device)
+    with torch.no_grad(), autocast:
+        (parts,) = divided["root"](lambda: (split(tuned.model),))
+        divided["root"].free()
+    return parts, divided
+
+
 def _divide(
-    tuned: TunedModel, resolved: Resolved, dtype: torch.dtype, world: World, split: Any
+    tuned: TunedModel,
+    resolved: Resolved,
+    dtype: torch.dtype,
+    world: World,
+    split: Any,
+    whole: frozenset[torch.nn.Parameter],
 ) -> tuple[Any, dict[str, Any]]:
     """Backbone and head of this rank's part of the model, and what `Ranks` is told of it."""
     from swift.parallel.data_parallel import ShardOptions
@@ -216,6 +251,7 @@ def _divide(
         param_dtype=_gathered_dtype(tuned, resolved, dtype),
         reshard_after_forward=section.reshard_after_forward,
         offload=section.offload,
+        whole=whole,
     )
     shards = options if world.layout.dp_shard > 1 else None
     found = distribute(tuned.model, world, split, section, shards)
@@ -229,8 +265,10 @@ def _gathered_dtype(tuned: TunedModel, resolved: Resolved, dtype: torch.dtype) -
 
 def _gathered(tuned: TunedModel, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:
     """What answers are sampled with."""
+    from swift.models.quantised_shards import unwrap_quantised
     from swift.parallel.gathered import GatheredModel
 
+    unwrap_quantised(tuned.model)  # as it is divided
     return GatheredModel(tuned.model, device, _gathered_dtype(tuned, resolved, dtype))
 
 

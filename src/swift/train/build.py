@@ -137,6 +137,7 @@ def build(
         tokenizer=tokenizer,
         world=prepared.world,
         weights=_weights_folder(prepared),
+        shared=base.division if base is not None else None,
         **reference,
     )
     if prepared.schedule.mode != "padded":

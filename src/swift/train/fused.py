@@ -132,6 +132,8 @@ class FusedGroup:
         try:
             outputs = self._gradients(steps, self.base.switch)
         except Exception as error:  # of a member alone, it ends that run and no other
+            if steps[0].engine.ranks is not None:  # other processes know nothing of it, and wait
+                raise
             clear_gradients(steps)
             self._recover(parts, error)
             return

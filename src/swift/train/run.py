@@ -127,7 +127,7 @@ def run_steps(
         )
     own_callbacks = load_callbacks(resolved.config.report.callbacks)
     world = _meet(resolved)
-    restart = world.from_main(restart_folder())
+    restart = world.from_main(restart_folder() if base is None else None)
     prepared = world.main_first(partial(prepare, resolved, world, restart))
     if not world.is_main:
         callbacks, own_callbacks, say, announce = (), [], _say_nothing, None

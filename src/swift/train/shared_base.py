@@ -55,10 +55,12 @@ class SharedBase:
 
     Attributes:
         model: None until then.
+        division: how it is divided among processes, for `swift.train.assemble.make_engine`.
     """
 
     def __init__(self) -> None:
         self.model: Any = None
+        self.division: dict[str, Any] = {}
         self._key: _Key | None = None
         self._numbers = itertools.count(1)
 
