@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from swift.config.bind import resolve
 from swift.config.schema import Resolved
+from swift.config.sections.tuner import TunerSection
 from swift.core.errors import ConfigError, SwiftError
 from swift.evaluate.backends import backend_of, evaluate_with, payload_of, served
 from swift.evaluate.endpoint import Endpoint
 from swift.evaluate.suites import evalscope, lm_eval
+from swift.models.load import load_model
+from swift.tuners.apply import apply_tuner
+from swift.tuners.peft_format import save_adapter
 
 URL = "http://127.0.0.1:1/v1"
 
@@ -80,6 +85,21 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(SwiftError, match="did not start") as caught, served(asked, print):
         pass
     assert "fix:" in (caught.value.why or "")
+
+
+def test_the_adapter_is_asked_and_not_its_base(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tuned"
+    tuned = apply_tuner(load_model(tiny_model_dir, dtype=torch.float32), TunerSection(lora_rank=2))
+    with torch.no_grad():
+        for parameter in tuned.named_trainable().values():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    save_adapter(tuned.model, folder, tiny_model_dir)
+    asked = resolve("eval", ["--adapters", str(folder), "--device", "cpu", "--eval_dataset", "gsm8k"])
+    with served(asked, print) as endpoint:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 8}
+        assert endpoint.model == "tuned"
+        own, base = endpoint.chat([body, {**body, "model": tiny_model_dir.name}])
+    assert own["choices"][0]["message"] != base["choices"][0]["message"]
 
 
 def test_figures_of_lm_eval() -> None:

@@ -189,7 +189,7 @@ def served(resolved: Resolved, say: Callable[[str], None]) -> Iterator[Endpoint]
         with Child(command, environment=os.environ, log=log) as server:
             url = _wait_until_ready(server, ready)
             endpoint = Endpoint(url, "", suite.eval_num_proc)
-            endpoint.find_model()
+            endpoint.find_adapter()
             yield endpoint
 
 

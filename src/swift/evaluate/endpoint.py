@@ -60,12 +60,22 @@ class Endpoint:
     def find_model(self) -> str:
         """The model's name; asks the server when none was given. Raises EndpointError."""
         if not self.model:
-            (listed,) = self._all([("GET", "/models", None)])
-            names = [entry.get("id") for entry in listed.get("data") or () if isinstance(entry, dict)]
-            if not names:
-                raise EndpointError("the server lists no models", where=self.url, fix="--eval_model NAME")
-            self.model = str(names[0])
+            self.model = str(self._listed()[0].get("id"))
         return self.model
+
+    def find_adapter(self) -> str:
+        """The name of the adapter that a server of ours has beside its base, else that of its first model."""
+        adapters = [entry for entry in self._listed() if entry.get("parent")]
+        if adapters:
+            self.model = str(adapters[0].get("id"))
+        return self.find_model()
+
+    def _listed(self) -> list[dict[str, Any]]:
+        (listed,) = self._all([("GET", "/models", None)])
+        entries = [entry for entry in listed.get("data") or () if isinstance(entry, dict)]
+        if not entries:
+            raise EndpointError("the server lists no models", where=self.url, fix="--eval_model NAME")
+        return entries
 
     def chat(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The response to each ``/chat/completions`` body. Raises EndpointError with the first failure."""
