@@ -147,4 +147,10 @@ def test_no_path_of_one_machine_is_in_the_repository() -> None:
     assert found == []
 
 
+def test_test_modules_have_names_of_their_own() -> None:
+    """The folders are no packages: of two modules with one name the second is not collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 TEXT_SUFFIXES = (".py", ".md", ".yaml", ".json", ".toml")
