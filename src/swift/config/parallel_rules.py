@@ -233,12 +233,6 @@ def _check_training(resolved: Resolved) -> None:
             "of quantised bases only those of 4 bits by bitsandbytes can be sharded",
             fix="--quant_method bnb --quant_bits 4, or --data_parallel_shard_size 1: every process has the base whole",
         )
-    if quantised.is_active and config.rlhf.is_policy:
-        resolved.refuse(
-            "quant_bits",
-            "sampling with a quantised base in shards is not tested",
-            fix="--data_parallel_shard_size 1: every process has the base whole",
-        )
     if quantised.is_active and {*divided} - {"context_parallel_size"}:
         resolved.refuse(
             divided[0],
