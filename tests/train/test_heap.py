@@ -10,16 +10,17 @@ import pytest
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's memory")
 
 FAULTS = """
-import resource, torch
+import resource, statistics, torch
 from swift.core.heap import keep_freed_memory
 kept = keep_freed_memory()
 x = torch.ones(12 * 2**20)  # 48 MiB: more than glibc keeps of itself
-for step in range(20):
-    if step == 15:  # an aligned block needs a little more room than it has left behind: the first ones move on
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = []
+for step in range(31):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     y = x + 1
     del y
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, int(statistics.median(faults)))
 """
 
 
@@ -36,4 +37,6 @@ def test_freed_memory_is_used_again(chosen, is_kept):
     )
     kept, faults = process.stdout.split()
     assert kept == str(is_kept)
-    assert (int(faults) < 100) == is_kept  # 5 x 12,288 pages of 4 KiB otherwise (fewer where pages are huge)
+    # Now and then a block moves on to fresh pages, so the median of the steps is what counts: 12,288 pages of
+    # 4 KiB, or 24 of 2 MiB, where memory goes back to the kernel.
+    assert (int(faults) < 10) == is_kept
