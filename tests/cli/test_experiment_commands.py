@@ -176,7 +176,7 @@ def test_run_inline_needs_no_service(home, swift, tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_inline_run_is_ended_or_killed(home, tmp_path, sent):
-    """Ctrl-C: nothing outlives the process, all is paused for ``swift resume``. kill -9: what is left can be cancelled."""
+    """Ctrl-C: nothing outlives the process, all is paused for ``swift resume``. Killed: the rest can be cancelled."""
     waits = {"command": "data", "words": ["show", str(tmp_path / "pipe")]}
     os.mkfifo(tmp_path / "pipe")  # reading it takes for ever
     path = tmp_path / "pair.yaml"
