@@ -234,6 +234,13 @@ def test_resources_of_experiments_stand_in_their_file(home, swift, tmp_path):
     assert not home.store.exists()
 
 
+@pytest.mark.parametrize("command", ["stop", "pause", "retry", "clone", "resume", "logs"])
+def test_no_service_is_started_for_a_job_that_is_not_there(home, swift, command):
+    code, _, err = swift(command, "j1")
+    assert code == 2 and ("there is no job 'j1'" in err or "no job of this name" in err)
+    assert find_service(home) is None and not home.store.exists()
+
+
 def test_what_this_machine_cannot_run_is_refused_unless_it_may_wait(home, swift, tmp_path):
     file = tmp_path / "big.yaml"
     job = {"command": "config", "words": ["alias", "x"], "resources": {"devices": 4096}}
