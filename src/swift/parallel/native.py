@@ -50,7 +50,7 @@ class NativeEngine:
         offload_activations: keep what the backward pass needs in host memory.
         split: tells backbone and head apart.
         ranks: the other processes of the run.
-        gathered: of a model in shards, the whole for `evaluating`.
+        gathered: of a model in parts, the whole for `evaluating`.
     """
 
     def __init__(
@@ -170,8 +170,8 @@ class NativeEngine:
         self.model.eval()
         self.settle()
         found: contextlib.AbstractContextManager[nn.Module] = contextlib.nullcontext(self.model)
-        if self.gathered is not None and self.ranks is not None and self.ranks.root is not None:
-            found = self.gathered.filled(self.ranks.root)
+        if self.gathered is not None:
+            found = self.gathered.filled(self.model, self.ranks.root if self.ranks else None)
         with self.precision(), found as model:
             yield model
 
@@ -363,13 +363,20 @@ class NativeEngine:
         return found
 
     def _token_entropies(self, batch: Batch) -> Tensor:
+        cut = self.ranks.cut(batch) if self.ranks else Shard(batch)
         with self.precision():
             head = self._split[1] if self._split else nn.Identity()
             parts = [
                 torch.distributions.Categorical(logits=head(part).float() / batch.temperature).entropy()
-                for part in self.states(batch).split(self.chunk_size)
+                for part in self.states(cut.batch, cut.attention).split(self.chunk_size)
             ]
-        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        found = torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        return self.of_batch(found, cut)
+
+    def of_batch(self, values: Tensor, cut: Shard) -> Tensor:
+        """``[targets, ...]`` of the whole batch, by this rank's part of it."""
+        context = self.ranks.context if self.ranks else None
+        return values if context is None else context.gather(values, cut)
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
