@@ -178,7 +178,8 @@ class _Server(uvicorn.Server):
 
     def _drop_idle(self) -> None:
         for connection in list(self.server_state.connections):
-            if connection.cycle is None or connection.cycle.response_complete:
+            answer = getattr(connection, "cycle", None)  # websockets have none
+            if connection.transport and (answer is None or answer.response_complete):
                 connection.transport.abort()
 
 
