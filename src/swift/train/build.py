@@ -282,15 +282,24 @@ def _weights_folder(prepared: Prepared) -> Path:
 
 def _without_weights(prepared: Prepared, folder: Path, dtype: torch.dtype) -> Any:
     """The model before its weights, when every rank can read its own shards of them later; None when it cannot."""
-    config, layout = prepared.resolved.config, prepared.world.layout
-    plain = config.task.task_type == "causal_lm" and config.rlhf.rlhf_type is None
-    plain = plain and not config.quantization.is_active
-    whole = layout.tp * layout.pp > 1 or config.tuner.modules_to_save or config.model.adapters
-    if layout.dp_shard == 1 or not plain or whole or config.model.trust_remote_code:
+    config, layout, tuner = prepared.resolved.config, prepared.world.layout, prepared.resolved.config.tuner
+    if layout.dp_shard * layout.tp * layout.pp == 1 or config.model.trust_remote_code:
         return None
+    if tuner.modules_to_save or config.model.adapters or tuner.init_weights not in ("default", "gaussian"):
+        return None
+    if config.task.task_type != "causal_lm" or config.task.has_score_head or config.rlhf.rlhf_type == "rm":
+        return None
+    if config.rlhf.rlhf_type is not None and tuner.trains_whole_model and not config.rlhf.reference_free:
+        return None  # the reference may be a copy of the weights, made before the model is divided
     if (folder / MASTER_FILE).is_file():  # what one process has saved beside the rounded weights
         return None
-    return empty_model(folder, dtype=dtype, attention=config.model.attn_impl)
+    return empty_model(
+        folder,
+        dtype=dtype,
+        attention=config.model.attn_impl,
+        device=str(prepared.device),
+        quantization=config.quantization,
+    )
 
 
 def load_weights(prepared: Prepared) -> Any:
