@@ -152,6 +152,8 @@ def test_run_follows_to_the_end_and_tells_failures(home, swift, tmp_path):
     service = json.loads(swift("service", "status", "--json")[1])
     assert service["pid"] == find_service(home)["pid"]
     assert service["jobs"]["failed"] == 1
+    code, _, err = swift("logs", "pair")
+    assert code == 2 and "pair is a submission of several jobs\n  fix: swift logs j1 or j2" in err
     _, out, _ = swift("logs", "good", "-n", "1")
     assert out.strip() == "also written: lora_r, adapter_rank"
     assert "also written" in swift("logs", "good", "-f")[1]

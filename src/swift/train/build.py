@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -425,4 +427,4 @@ def _check_disk(folder: Path, tuned: TunedModel, only_model: bool) -> None:
             f"a checkpoint needs about {format_bytes(needed)}, {format_bytes(free)} are free",
             where=str(folder),
             fix="free some space, choose another --output_dir, or --save_only_model",
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
