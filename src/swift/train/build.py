@@ -58,7 +58,7 @@ from swift.train.tasks import classifier_head
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.starts import needs_data
 
-__all__ = ["PolicyFactory", "PolicyParts", "build", "load_weights"]
+__all__ = ["PolicyFactory", "PolicyParts", "build", "check_place_in_data", "load_weights"]
 
 
 class PolicyParts(Protocol):
@@ -194,24 +194,13 @@ def build(
 
 
 def _restored(prepared: Prepared, engine: NativeEngine) -> TrainState:
-    """The state of the checkpoint (its optimizer is loaded), or of a beginning.
-
-    Raises SwiftError when the checkpoint's place in the data means another one by now.
-    """
+    """The state of the checkpoint (its optimizer is loaded), or of a beginning."""
     checkpoint = prepared.checkpoint
     state = TrainState()
     if checkpoint is not None:
         state = read_state(checkpoint)
         engine.load(checkpoint)
-    cursor = _cursor_fingerprint(prepared)
-    if state.cursor_fingerprint not in ("", cursor):
-        raise SwiftError(
-            "the data or its batching changed since the checkpoint, so the run cannot go on exactly",
-            where=str(checkpoint),
-            why="data rows, max_length, batch size, accumulation, packing, seed or grouping differ",
-            fix="restore them, or start a new run from these weights with --adapters or --model",
-        )
-    state.cursor_fingerprint = cursor
+    state.cursor_fingerprint = _cursor_fingerprint(prepared)
     state.order_batch_size = prepared.schedule.batch_size
     state.step_size = prepared.plan.accumulation // prepared.schedule.split
     state.data_ranks = prepared.world.layout.dp
@@ -380,6 +369,19 @@ def _metric_names(prepared: Prepared, objective: Objective) -> tuple[str, ...]:
     if isinstance(objective, PooledObjective | PolicyObjective):
         return objective.metric_names
     return tuple(f"loss_{name}" for name in prepared.data.channels[0].names) if prepared.data.channels else ()
+
+
+def check_place_in_data(prepared: Prepared) -> None:
+    """Raise SwiftError when the checkpoint's place in the data means another one by now."""
+    checkpoint = prepared.checkpoint
+    if checkpoint is None or read_state(checkpoint).cursor_fingerprint in ("", _cursor_fingerprint(prepared)):
+        return
+    raise SwiftError(
+        "the data or its batching changed since the checkpoint, so the run cannot go on exactly",
+        where=str(checkpoint),
+        why="data rows, max_length, batch size, accumulation, packing, seed or grouping differ",
+        fix="restore them, or start a new run from these weights with --adapters or --model",
+    )
 
 
 def _cursor_fingerprint(prepared: Prepared) -> str:
