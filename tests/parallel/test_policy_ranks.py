@@ -14,6 +14,7 @@ from parallel_parity import exact_norm
 from worker_pool import pool
 
 from swift.core.errors import ConfigError, SwiftError
+from swift.models.tiny import make_tiny_model
 from swift.rl.record import find_rollouts, read_trajectories
 from swift.runs.metrics import read_metrics
 
@@ -51,7 +52,7 @@ LAYOUTS = {
     "sequence in shards": {"context_parallel_size": 2, "fsdp": "full", "nproc_per_node": 4},
     "layers in shards": {"tensor_parallel_size": 2, "fsdp": "full", "nproc_per_node": 4},
 }
-SIZES = {name for layout in LAYOUTS.values() for name in layout}
+SIZES = {"expert_parallel_size", *(name for layout in LAYOUTS.values() for name in layout)}
 METRICS = ("loss", "reward", "reward_std", "grad_norm", "kl", "approx_kl", "entropy", "eval_reward", "num_tokens",
            "rewards/length/mean", "rewards/task/mean", "completions/mean_length", "ratio")  # fmt: skip
 
@@ -209,7 +210,7 @@ CASES = {
 CASES |= {
     "sequence shared, entropies": {"top_entropy_quantile": 0.5, "generation_batch_size": 8},
     "sequence in a ring, padded, full": {"tuner_type": "full", "padding_free": False, "max_steps": 2},
-    "layers shared": {"rlhf_type": "dapo", "beta": 0.0},
+    "layers shared": {"rlhf_type": "cispo", "beta": 0.0},
     "layers and sequence shared, full": {"tuner_type": "full", "top_entropy_quantile": 0.5},
     "sequence in shards, reference that moves": {
         "tuner_type": "full",
@@ -253,8 +254,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_base_of_four_bits_in_shards(options, tmp_path, monkeypatch):
-    options |= {"quant_method": "bnb", "quant_bits": 4, "max_steps": 2, "save_steps": 2}
+@pytest.mark.parametrize("what", ["a base of four bits", "experts of several ranks"])
+def test_what_is_not_computed_in_double_precision(options, tmp_path, monkeypatch, what):
+    options |= {"max_steps": 2, "save_steps": 2}
+    if what == "a base of four bits":
+        options |= {"quant_method": "bnb", "quant_bits": 4}
+    else:
+        model = make_tiny_model(tmp_path / "moe", architecture="qwen3_moe", texts=["a b c 1 2 3"] * 5)
+        options |= {"model": str(model), "expert_parallel_size": 2}
     expected, _, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch)
     two = {**options, **LAYOUTS["shards"], "output_dir": str(tmp_path / "two")}
     folder, _, _ = on_ranks(train_on, two)[0]
