@@ -14,7 +14,10 @@ from parallel_parity import exact_norm
 from worker_pool import pool
 
 from swift.core.errors import ConfigError, SwiftError
+from swift.models.facts import ModelFacts
 from swift.models.tiny import make_tiny_model
+from swift.plan.analytic import whole_bytes
+from swift.plan.sampling import cache_bytes_per_token
 from swift.rl.record import find_rollouts, read_trajectories
 from swift.runs.metrics import read_metrics
 
@@ -139,6 +142,33 @@ def on_ranks(function, options, *arguments):
     return pool(options.get("nproc_per_node", 2)).run(function, options, *arguments, seconds=400.0)
 
 
+def sampled_on(rank, options):
+    """Train on as one of several ranks; (run folder, most bytes of the model that samples, of keys and values)."""
+    from swift.inference.engines.embedded_core import EmbeddedCore
+
+    seen, step = [(0, 0)], EmbeddedCore.step
+
+    def note(self):
+        found = step(self)
+        storages = {part.untyped_storage() for part in self.model.parameters()}
+        seen.append((sum(one.nbytes() for one in storages), self.cache.num_bytes))
+        return found
+
+    with mock.patch.object(EmbeddedCore, "step", note):
+        folder, _, _ = train_on(rank, options)
+    return folder, *map(max, zip(*seen, strict=True))
+
+
+def planned_setup(options):
+    """What the plan of a run says decides its memory."""
+    from swift.config.bind import resolve
+    from swift.plan import plan
+
+    with mock.patch.object(plan, "memory_of", wraps=plan.memory_of) as memory:
+        plan.make_plan(resolve("rlhf", values=options, planning=True))
+    return memory.call_args.args[2]
+
+
 @pytest.fixture
 def options(tiny_model_dir, tmp_path):
     file = tmp_path / "reward.py"
@@ -241,7 +271,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypat
     del options["global_batch_size"]
     options |= {"gradient_accumulation_steps": 2, "generation_batch_size": 16, "beta": 0.0}
     two = {**options, **LAYOUTS[layout], "output_dir": str(tmp_path / "two")}
-    folder, _, _ = on_ranks(train_on, two)[0]
+    results = on_ranks(sampled_on, two)
+    folder = results[0][0]
+    setup, facts = planned_setup(two), ModelFacts.read(Path(two["model"]))
+    for _, weights, cache in results:  # of each rank, against what the plan says
+        assert weights == pytest.approx(whole_bytes(facts, setup), rel=0.02)
+        assert setup.sampling.gathered == (whole_bytes(facts, setup) if layout == "shards" else 0)
+        wanted = setup.sampling.cache_tokens * cache_bytes_per_token(facts, 4)
+        assert 0.8 * wanted < cache <= wanted
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut, symlinks=True)
     alone(
