@@ -20,7 +20,7 @@ from swift.models.sharded import local
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import Vocabulary, entropies, linear_logprobs, module_logprobs
 from swift.parallel.collectives import enter
-from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, add_sums, count_step
+from swift.parallel.engine import RANKS_FOLDER, ParameterSet, StepCounts, StepOutput, add_sums, count_step
 from swift.parallel.offload import OffloadedActivations
 from swift.parallel.pipelined import pipelined_outputs, pipelined_step
 from swift.parallel.sequence.context import Shard
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["NativeEngine"]
 
 OPTIMIZER_FILE = "optimizer.pt"
-RANKS_FOLDER = "ranks"
-"""What several ranks save instead."""
 
 
 class NativeEngine:
