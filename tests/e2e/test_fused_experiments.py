@@ -11,6 +11,7 @@ import pytest
 
 from swift.experiments.fuse_choice import PLANS, measure_in_process
 from swift.experiments.submission import from_file
+from swift.runs.metrics import read_metrics
 from swift.runs.status import read_status
 
 ROWS = 24
@@ -95,6 +96,44 @@ def test_when_the_common_process_is_killed_every_member_goes_on_alone_from_its_c
         assert (status["state"], status["step"]) == ("succeeded", 150)
         log = (tmp_path / "home" / "jobs" / job / "output.log").read_text()
         assert "the process of the fused group died" in log and f"swift resume {out / name}" in log
+
+
+@pytest.mark.slow
+def test_a_run_that_is_submitted_later_joins_the_group_that_runs(experiments, tmp_path):
+    """Through the service; its curve is the one that it has alone."""
+    path, env = experiments
+    lines = [line for line in path.read_text().splitlines() if "broken" not in line]
+    path.write_text("\n".join(lines).replace("max_steps: 6", "max_steps: 100000"))
+    late, out = tmp_path / "late.yaml", tmp_path / "out"
+    common = "\n".join(line for line in lines if "small:" not in line and "fast:" not in line)
+    late.write_text(common.replace("name: fused", "name: late") + "\n  third: {lora_rank: 4}\n")
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(late.read_text().replace("name: late", "name: alone").replace("third:", "same:"))
+    try:
+        first = subprocess.Popen(
+            [sys.executable, "-m", "swift", "run", str(path), "--fuse", "always"],
+            env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 240
+        while not all((out / name / "metrics.jsonl").is_file() for name in ("small", "fast")):
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.1)
+        done = swift(env, "run", late, "--fuse", "always")
+        assert done.returncode == 0, done.stderr + done.stdout
+        states = {name: read_status(out / name) for name in ("small", "fast", "third")}
+        assert len({status["pid"] for status in states.values()}) == 1
+        assert [status["state"] for status in states.values()] == ["running", "running", "succeeded"]
+        swift(env, "stop", "fused")
+        assert first.wait(timeout=240) == 1
+        assert list((out / "small").glob("checkpoint-*")), "it was stopped with a checkpoint"
+        assert swift(env, "run", alone, "--fuse", "never").returncode == 0
+    finally:
+        swift(env, "service", "stop")
+    curves = [
+        [row["loss"] for row in read_metrics(out / name / "metrics.jsonl") if "loss" in row]
+        for name in ("third", "same")
+    ]
+    assert len(curves[0]) == 3 and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from swift.config.bind import load_run_config, resolve
-from swift.core.errors import SwiftError
+from swift.core.errors import ConfigError, SwiftError
 from swift.runs.metrics import read_metrics
 from swift.train.callbacks.base import Callback
 from swift.train.checkpoints import read_state
@@ -95,13 +95,19 @@ def test_resumed_equals_uninterrupted(run_training, name):
                 assert torch.equal(value, second["optimizers"][name_]["state"][index][key])
 
 
-def test_changed_data_is_refused(run_training, chat_file, tmp_path):
+def test_changed_data_and_tuners_are_refused_and_leave_the_run_as_it_was(run_training, chat_file, tmp_path):
     options = {"save_steps": 2, "max_steps": 4, "run_name": "first"}
-    run_training(**options)
+    folder = run_training(**options).folder
+    before = {name: (folder / name).read_text() for name in ("config.yaml", "status.json", "metrics.jsonl")}
     shorter = tmp_path / "shorter.jsonl"
     shorter.write_text("".join(chat_file.read_text().splitlines(keepends=True)[:40]))
     with pytest.raises(SwiftError, match="changed since the checkpoint"):
         run_training(**{**options, "dataset": str(shorter), "resume_from_checkpoint": "last", "max_steps": 8})
+    for changed in ({"lora_rank": 5}, {"tuner_type": "full"}, {"target_modules": ["q_proj"]}):
+        name = next(iter(changed))
+        with pytest.raises(ConfigError, match=f"was begun with {name} .* and cannot go on with"):
+            run_training(**options, **changed, resume_from_checkpoint=str(folder))
+    assert before == {name: (folder / name).read_text() for name in before}
 
 
 def test_a_stream_from_a_relative_path_is_resumed_and_a_change_behind_the_first_window_is_refused(
@@ -180,6 +186,30 @@ def test_going_on_longer_continues_the_same_run(run_training):
     whole = run_training(max_steps=8, lr_scheduler_type="constant", run_name="whole")
     assert second.folder == first.folder
     assert metric_lines(second.folder) == metric_lines(whole.folder)
+
+
+def test_steps_keep_the_size_that_two_processes_gave_them_through_every_part(run_training):
+    """One process that goes on for two, twice: the options say two micro-batches, for each of two processes."""
+    common = {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant", "save_steps": 2}
+    whole = run_training(
+        run_name="whole", max_steps=6, gradient_accumulation_steps=4, num_train_epochs=3, **common
+    )
+    run_training(run_name="cut", max_steps=2, gradient_accumulation_steps=4, num_train_epochs=3, **common)
+    state_file = whole.folder.parent / "cut" / "checkpoint-2" / "state.json"
+    state = json.loads(state_file.read_text())
+    assert (state["step_size"], state["data_ranks"]) == (4, 1)
+    state_file.write_text(json.dumps({**state, "data_ranks": 2}))
+    for steps in (4, 6):
+        part = run_training(
+            run_name="cut",
+            max_steps=steps,
+            gradient_accumulation_steps=2,
+            num_train_epochs=3,
+            resume_from_checkpoint=str(whole.folder.parent / "cut"),
+            **common,
+        )
+        assert json.loads((part.folder / f"checkpoint-{steps}" / "state.json").read_text())["data_ranks"] == 2
+    assert metric_lines(part.folder) == metric_lines(whole.folder)
 
 
 def test_a_run_can_be_resumed_from_anywhere_with_other_options_and_remembers_them(

@@ -30,6 +30,7 @@ from swift.plan.solve import Situation, solve
 from swift.plan.speed import measure_pace, read_pace, remember, run_key, time_of
 from swift.plan.steps import Epoch, plan_epoch, step_counts
 from swift.plan.verdict import TIGHT_SHARE, fits
+from swift.rl.sizes import answers_in_step, derive_sizes
 
 __all__ = ["Plan", "make_plan", "remember_run"]
 
@@ -230,6 +231,11 @@ def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts, w
         )
     if "gradient_checkpointing" in taken:
         resolved.derive("gradient_checkpointing", device.kind != "cpu", "device")
+    if resolved.config.rlhf.is_policy:
+        try:
+            derive_sizes(resolved, answers_in_step(resolved))
+        except ConfigError as error:
+            warnings.append(_one_line(error))
 
 
 def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
@@ -326,10 +332,12 @@ def _steps(
     if not section.val_dataset and section.split_dataset_ratio > 0 and rows.rows > 1:
         train_share = 1 - _count_validation(resolved, rows, []) / rows.rows
     num_samples = round(rows.rows * len(lengths) / len(rows.lengths) * train_share)
+    longest = rows.longest or (max(lengths) if rows.sequences == 1 else None)
     if (
         resolved.config.rlhf.is_policy
     ):  # the rows are prompts: each gets several answers, as long as they may be
-        lengths = [length + resolved.config.generation.max_new_tokens for length in lengths]
+        prompts, answer = _answers(resolved)
+        lengths = [-(-length // prompts) + answer for length in lengths]
         num_samples *= resolved.config.policy.num_generations
     epoch = plan_epoch(
         lengths,
@@ -366,7 +374,7 @@ def _steps(
         "largest_micro_batch_tokens": epoch.widest,
         "padding": round(epoch.padding, 4),
         "samples_per_row": round(epoch.samples_per_row, 2),
-    }, _widest(resolved, rows.sequences, rows.longest, epoch)
+    }, _widest(resolved, rows.sequences, longest, epoch)
 
 
 def _widest(
@@ -381,15 +389,34 @@ def _widest(
     mode, batch = batch_mode(resolved.config.data), resolved.config.training.per_device_train_batch_size
     if mode == "packed":
         count = round(batch * (epoch.samples_per_row if epoch else 1) * sequences)
-        return Widest(batch, _row_length(resolved), count)
+        length = _row_length(resolved)
+        return Widest(batch, length, count, length, batch * length - count)
     count = batch * sequences
     limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
-    answer = resolved.config.generation.max_new_tokens if resolved.config.rlhf.is_policy else 0
-    tokens = count * (min(limit, longest or limit) + answer)
+    prompts, answer = _answers(resolved)
+    longest_prompt = min(limit, longest or limit)
+    tokens = count * (-(-longest_prompt // prompts) + answer)
     if epoch is not None and (mode == "padding_free" or sequences == 1 or longest is None):
         tokens = epoch.widest
     rows = 1 if mode == "padding_free" else min(count, tokens)
-    return Widest(rows, -(-tokens // rows), count)
+    targets = count * answer or tokens - count
+    if resolved.config.task.task_type != "causal_lm":  # their ends are read
+        targets = count
+    return Widest(rows, -(-tokens // rows), count, longest_prompt + answer, min(targets, tokens))
+
+
+def _answers(resolved: Resolved) -> tuple[int, int]:
+    """(answers for which a prompt is computed once, tokens of the longest answer); 1 and 0 where nothing is sampled.
+
+    Answers to one prompt share it in joined rows, where our attention computes them; see `swift.rl.parts`.
+    """
+    config = resolved.config
+    if not config.rlhf.is_policy:
+        return 1, 0
+    joined = batch_mode(config.data) != "padded" and config.model.attn_impl in ("auto", "varlen")
+    shared = joined and config.policy.share_prompts and not config.tuner.longlora_group_size
+    each = min(config.training.per_device_train_batch_size, config.policy.num_generations) if shared else 1
+    return each, config.generation.max_new_tokens
 
 
 def _row_length(resolved: Resolved) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ from swift.tuners.apply import TunedModel
 from swift.tuners.llamapro import grow_config, new_positions
 from swift.tuners.targets import decoder_layers
 
-__all__ = ["BatchShape", "trace_memory"]
+__all__ = ["Afterwards", "BatchShape", "trace_memory"]
+
+Afterwards = Callable[[NativeEngine, LiveBytes], None]
+"""What a run does between steps, which is traced after them."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,16 @@ class BatchShape:
 
 
 def trace_memory(
-    resolved: Resolved, facts: ModelFacts, folder: Path | None, shape: BatchShape, *, device: str, dtype: str
-) -> dict[str, int]:
-    """Bytes by part at the peak of a step, without what the process and the allocator need.
+    resolved: Resolved,
+    facts: ModelFacts,
+    folder: Path | None,
+    shape: BatchShape,
+    *,
+    device: str,
+    dtype: str,
+    afterwards: Afterwards | None = None,
+) -> dict[str, dict[str, int]]:
+    """Phase -> bytes by part at its peak, of one process, without what the process and the allocator need.
 
     Args:
         resolved: with the options that a plan derives.
@@ -64,6 +74,7 @@ def trace_memory(
         shape: of the largest micro-batch.
         device: kind of device that the run is for.
         dtype: computing precision.
+        afterwards: traced after a step; enters phases of its own.
 
     Raises:
         ConfigError, ModelError: what the run would refuse too, and stored quantised weights, which are not traced.
@@ -85,7 +96,7 @@ def trace_memory(
     model_class, config = _class_of(resolved, facts, folder)
     kinds = _kinds(config.get_text_config())
     traced = _picked(kinds, resolved)
-    trace = _Trace(resolved, model_class, config, shape, device, getattr(torch, dtype))
+    trace = _Trace(resolved, model_class, config, shape, device, getattr(torch, dtype), afterwards)
     try:
         base = _continued(trace, kinds, traced)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
@@ -95,7 +106,7 @@ def trace_memory(
             why=str(error).split("\n", 1)[0],
             fix="leave out --exact: formulas",
         ) from error
-    return max((dict(parts) for parts in base.values()), key=lambda parts: sum(parts.values()))
+    return {phase: dict(parts) for phase, parts in base.items()}
 
 
 def _continued(trace: _Trace, kinds: Sequence[str], traced: Sequence[int]) -> dict[str, Counter[str]]:
@@ -198,9 +209,10 @@ class _Trace:
         shape: BatchShape,
         device: str,
         dtype: torch.dtype,
+        afterwards: Afterwards | None,
     ) -> None:
         self.resolved, self.model_class, self.config = resolved, model_class, config
-        self.shape, self.device, self.dtype = shape, device, dtype
+        self.shape, self.device, self.dtype, self.afterwards = shape, device, dtype, afterwards
         self._splits: bool | None = None
 
     def run(self, picked: Sequence[int]) -> dict[str, Counter[str]]:
@@ -223,6 +235,8 @@ class _Trace:
             engine = self._engine(tuned)
             _watch(tuned, engine, live)
             self._steps(engine, live)
+            if self.afterwards is not None:
+                self.afterwards(engine, live)
         return live.peaks
 
     def _build(self, config: Any) -> TunedModel:
@@ -282,6 +296,7 @@ class _Trace:
         parameters = [parameter for group in sets for parameter in group.parameters.values()]
         self._draw_layers(engine, optimizers[0])
         _give_gradients(parameters, live)
+        engine.scaler = None  # of float16: one number, and it wants to see whether gradients are finite
         live.enter("first update", "temporary")
         engine.clip()
         engine.step(0)

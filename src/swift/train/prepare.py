@@ -28,11 +28,11 @@ from swift.train.callbacks.trackers import check_trackers
 from swift.train.checkpoints import read_state
 from swift.train.loop import StepPlan
 from swift.train.precision import check_precision, export_dtype
-from swift.train.preflight import find_checkpoint, preflight
+from swift.train.preflight import check_goes_on, find_checkpoint, preflight
 from swift.train.state import TrainState
 from swift.train.tasks import check_negatives
 
-__all__ = ["Prepared", "data_order", "prepare"]
+__all__ = ["Prepared", "data_order", "pieces_asked", "prepare"]
 
 
 @dataclass
@@ -71,6 +71,8 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
     check_trackers(config.report.report_to)
     checkpoint = RunFolder(restart).latest_checkpoint() if restart else None
     checkpoint = checkpoint or find_checkpoint(resolved)
+    if checkpoint is not None:
+        check_goes_on(resolved, checkpoint)
     facts = ModelFacts.read(model_path)
     derive_max_length(resolved, facts)
     check_dimensions(config.parallel, Decoder.of(facts.config), config.data.max_length)
@@ -177,6 +179,14 @@ def _limit_device_memory(device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, int(share) / total), device)
 
 
+def pieces_asked(config: Config) -> int:
+    """Micro-batches of an optimizer step over all processes, as the options have it."""
+    training = config.training
+    if training.global_batch_size is not None:
+        return training.global_batch_size // training.per_device_train_batch_size
+    return (training.gradient_accumulation_steps or 1) * config.parallel.data_parallel_size
+
+
 def data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, int]:
     """(micro-batch by which the order of the data is made, pieces that each is cut into, pieces of a step in all).
 
@@ -186,10 +196,7 @@ def data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, i
     optimisation follow one another, whatever the micro-batches of their answers are.
     """
     batch = resolved.config.training.per_device_train_batch_size
-    ranks = resolved.config.parallel.data_parallel_size
-    in_step = (resolved.config.training.gradient_accumulation_steps or 1) * ranks
-    if resolved.config.training.global_batch_size is not None:
-        in_step = resolved.config.training.global_batch_size // batch
+    ranks, in_step = resolved.config.parallel.data_parallel_size, pieces_asked(resolved.config)
     state = read_state(checkpoint) if checkpoint else TrainState()
     began, split = state.order_batch_size, 1
     if began > batch and began % batch == 0 and in_step % (began // batch) == 0:

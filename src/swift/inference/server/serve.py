@@ -180,7 +180,7 @@ class _Server(uvicorn.Server):
     def _drop_idle(self) -> None:
         for connection in list(self.server_state.connections):
             cycle = getattr(connection, "cycle", self)  # HTTP/1's; what has none is left alone
-            if cycle is None or getattr(cycle, "response_complete", False):
+            if connection.transport and (cycle is None or getattr(cycle, "response_complete", False)):
                 connection.transport.abort()
 
 
