@@ -76,6 +76,10 @@ def test_the_rest_of_the_processes_is_for_data() -> None:
 
 
 def test_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPROC_PER_NODE", "two")
+    with pytest.raises(ConfigError, match="'two' is no number") as caught:
+        resolve("sft", ["--model", "m", "--dataset", "d.jsonl"])
+    assert caught.value.where == "NPROC_PER_NODE of the environment"
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     assert sizes(resolve("sft", NEEDED)) == (2, 1, 2, 2)
     assert sizes(resolve("sft", [*NEEDED, "--nproc_per_node", "4"])) == (4, 1, 4, 4)
