@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""What each way of quantising costs, on a small model trained here on real text.
+"""What each way of quantising costs, on two small models trained here on real text.
 
-    python benchmarks/quantise.py [--work FOLDER] [--methods bnb-4 gptq-4 ...]
+    python benchmarks/quantise.py [--work FOLDER] [--models small wide] [--methods bnb-4 gptq-4 ...]
 
-The text is the documentation and the sources of Python's standard library. `swift pt` trains a Llama of 0.7M parameters
-on it (a few CPU-minutes; kept in the work folder), `swift export` quantises it with each method, calibrated on training
-rows, and the perplexity of held-out text, which neither saw, is that of the parity reports. Plain rounding to nearest
-(4 bits, groups of 128, no data) is the reference: symmetric as GPTQ stores it here, with zero points as AWQ does. The
-methods whose toolchains are not installed are left out, by name. Writes ``results/quantise.json`` and ``.md``.
+The text is the documentation and the sources of Python's standard library. `swift pt` trains a Llama of 0.7M and one
+of 3.6M parameters on it (two and seven CPU-minutes; kept in the work folder), `swift export` quantises them with each
+method, calibrated on training rows, and the perplexity of held-out text, which neither saw, is that of the parity
+reports. Plain rounding to nearest (4 bits, groups of 128, no data) is the reference: symmetric as GPTQ stores it here,
+with zero points as AWQ does. The methods whose toolchains are not installed are left out, by name. Writes
+``results/quantise.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,39 @@ METHODS = {
     "fp8": ("fp8", 8, "llmcompressor"),
     "w8a8": ("w8a8", 8, "llmcompressor"),
 }
-NAMES = {"bnb-4": "bitsandbytes NF4", "bnb-8": "bitsandbytes int8", "gptq-4": "GPTQ, 4 bits", "awq-4": "AWQ, 4 bits",
-         "fp8": "FP8 (W8A8, dynamic)", "w8a8": "W8A8 int8"}  # fmt: skip
+REFERENCE = {"gptq-4": "rtn", "awq-4": "rtn-zero"}
+NAMES = {
+    "rtn": "round to nearest, symmetric",
+    "rtn-zero": "round to nearest, zero points",
+    "bnb-4": "bitsandbytes NF4",
+    "bnb-8": "bitsandbytes int8",
+    "gptq-4": "GPTQ, 4 bits",
+    "awq-4": "AWQ, 4 bits",
+    "fp8": "FP8 (W8A8, dynamic)",
+    "w8a8": "W8A8 int8",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One of the models, and how long it is trained."""
+
+    width: int
+    layers: int
+    inner: int
+    heads: int
+    key_value_heads: int
+    steps: int
+    learning_rate: float
+
+
+MODELS = {
+    "small": Size(128, 3, 384, 4, 2, steps=1000, learning_rate=4e-3),
+    # As in the models of AWQ's paper each head has keys and values of its own, so that o_proj is scaled, too.
+    "wide": Size(256, 4, 768, 8, 8, steps=500, learning_rate=3e-3),
+}
 GROUP, PARITY_TOKENS, CHUNK, EVERY = 128, 32_768, 1500, 12
 AWQ_ROWS = 32
-FORMS = ("{:.4f}", "{:+.3%}", "{:.2e}", "{:.2%}")
 MODULES = (
     "argparse asyncio.events collections datetime decimal difflib email.message functools inspect json.decoder logging"
     " pathlib pickle random shutil socket statistics string subprocess tarfile textwrap threading typing unittest.case"
@@ -84,21 +114,26 @@ def environment() -> dict[str, str]:
     return variables
 
 
-def train(folder: Path) -> Path:
-    """The trained model; what an earlier call left is taken."""
+def train(folder: Path, data: Path, size: Size) -> Path:
+    """The trained model in ``folder``, on the texts in ``data``; what an earlier call left is taken."""
     from swift.models.tiny import make_tiny_model
 
     model = folder / "run" / "model" / "last"
     if not model.exists():
-        make_data(folder)
-        sizes = {"intermediate_size": 384, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+        folder.mkdir(exist_ok=True)
+        config = {
+            "intermediate_size": size.inner,
+            "head_dim": 32,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.key_value_heads,
+        }
         make_tiny_model(
-            folder / "start", texts=texts(), vocab_size=384, hidden_size=128, num_layers=3, architecture="llama",
-            max_position_embeddings=512, config=sizes,
+            folder / "start", texts=texts(), vocab_size=384, hidden_size=size.width, num_layers=size.layers,
+            architecture="llama", max_position_embeddings=512, config=config,
         )  # fmt: skip
         options = {
             "model": folder / "start",
-            "dataset": folder / "train.jsonl",
+            "dataset": data / "train.jsonl",
             "device": "cpu",
             "tuner_type": "full",
             "output_dir": folder / "run",
@@ -108,10 +143,10 @@ def train(folder: Path) -> Path:
             "max_length": 256,
             "truncation_strategy": "split",
             "packing": "true",
-            "max_steps": 1000,
+            "max_steps": size.steps,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 1,
-            "learning_rate": 4e-3,
+            "learning_rate": size.learning_rate,
             "weight_decay": 0.1,
             "adam_beta2": 0.95,
             "warmup_ratio": 0.05,
@@ -122,7 +157,7 @@ def train(folder: Path) -> Path:
     return model
 
 
-def export(model: Path, folder: Path, name: str) -> dict[str, Any]:
+def export(model: Path, folder: Path, held_out: Path, name: str) -> dict[str, Any]:
     """The parity report of a method."""
     method, bits, _ = METHODS[name]
     output = folder / name
@@ -140,7 +175,7 @@ def export(model: Path, folder: Path, name: str) -> dict[str, Any]:
         ]
         words += [
             "--parity_dataset",
-            folder / "heldout.jsonl",
+            held_out,
             "--parity_tokens",
             PARITY_TOKENS,
             "--device",
@@ -168,7 +203,7 @@ def round_to_nearest(weight: torch.Tensor, symmetric: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reference(model_folder: Path, folder: Path, symmetric: bool) -> dict[str, Any]:
+def reference(model_folder: Path, held_out: Path, symmetric: bool) -> dict[str, Any]:
     """The same report of rounding to nearest, on the same held-out tokens."""
     from swift.config.bind import resolve
     from swift.inference.context import find_context
@@ -180,7 +215,7 @@ def reference(model_folder: Path, folder: Path, symmetric: bool) -> dict[str, An
         "--model",
         str(model_folder),
         "--parity_dataset",
-        str(folder / "heldout.jsonl"),
+        str(held_out),
         "--quant_method",
         "bnb",
     ]
@@ -228,86 +263,111 @@ def installed(name: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--work", type=Path, help="keeps model and exports; default: a temporary folder")
+    parser.add_argument("--work", type=Path, help="keeps models and exports; default: a temporary folder")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    missing = [name for name in arguments.methods if not installed(name)]
+    methods = [name for name in arguments.methods if name not in missing]
     with tempfile.TemporaryDirectory() as text:
-        folder = (arguments.work or Path(text)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        model = train(folder)
-        reports = {
-            "rtn": reference(model, folder, True),
-            "rtn-zero": reference(model, folder, False),
-        }
-        missing = [name for name in arguments.methods if not installed(name)]
-        for name in arguments.methods:
-            if name not in missing:
-                reports[name] = export(model, folder, name)
-                print(name, reports[name]["difference"]["perplexity_increase"], flush=True)
-        write(reports, missing)
+        work = (arguments.work or Path(text)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        if not (work / "heldout.jsonl").exists():
+            make_data(work)
+        measured = {name: measure(work, name, methods) for name in arguments.models}
+    write(measured, missing)
 
 
-def write(reports: dict[str, dict[str, Any]], missing: list[str]) -> None:
-    names = {"rtn": "round to nearest, symmetric", "rtn-zero": "round to nearest, zero points", **NAMES}
-    increase = {name: report["difference"]["perplexity_increase"] for name, report in reports.items()}
-    share = {"gptq-4": "rtn", "awq-4": "rtn-zero"}
-    shares = {name: increase[name] / increase[of] for name, of in share.items() if name in increase}
-    kl = {name: report["difference"]["kl"] for name, report in reports.items()}
-    kl_shares = {name: kl[name] / kl[of] for name, of in share.items() if name in kl}
-    rows = []
-    for name, report in reports.items():
-        found = report["difference"]
-        size = f"{report['bytes_before'] / report['bytes_after']:.2f}x" if "bytes_after" in report else "-"
-        of = (
-            f"{shares[name]:.0%} (KL: {kl_shares[name]:.0%}) of {names[share[name]]}"
-            if name in shares
-            else "-"
-        )
-        figures = (found["perplexity_after"], found["perplexity_increase"], found["kl"], found["same_choice"])
-        after, more, nats, same = (form.format(value) for form, value in zip(FORMS, figures, strict=True))
-        rows.append([names[name], after, more, of, nats, same, size])
-    before = reports["rtn"]["difference"]
+def measure(work: Path, name: str, methods: list[str]) -> dict[str, Any]:
+    """All of one model: its size and the report of each method."""
+    from swift.models.facts import ModelFacts
+
+    folder, held_out = work / name, work / "heldout.jsonl"
+    model = train(folder, work, MODELS[name])
+    reports = {"rtn": reference(model, held_out, True), "rtn-zero": reference(model, held_out, False)}
+    for method in methods:
+        reports[method] = export(model, folder, held_out, method)
+        print(name, method, reports[method]["difference"]["perplexity_increase"], flush=True)
+    reports = json.loads(json.dumps(reports).replace(f"{work}/", ""))
+    return {"parameters": ModelFacts.read(model).num_parameters, "reports": reports, **_shares(reports)}
+
+
+def _shares(reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What a method loses as a share of what rounding in its form loses."""
+    found: dict[str, dict[str, float]] = {}
+    for key, figure in (("shares", "perplexity_increase"), ("kl_shares", "kl")):
+        lost = {name: report["difference"][figure] for name, report in reports.items()}
+        found[key] = {name: lost[name] / lost[of] for name, of in REFERENCE.items() if name in lost}
+    return found
+
+
+def write(measured: dict[str, dict[str, Any]], missing: list[str]) -> None:
+    """The tables: the models beside each other."""
     lines = [
         "# What quantising costs\n",
-        f"A Llama of 0.7M parameters, trained by `swift pt` on the standard library's documentation and sources;"
-        f" held-out text of {before['num_positions']:,} tokens; perplexity before: {before['perplexity_before']:.4f}."
-        f" Groups of {GROUP}; embedding and head in full precision (so a model this small shrinks little).\n",
-        markdown_table(
-            ["method", "perplexity", "increase", "share of the loss", "KL (nats)", "same choice", "smaller"],
-            rows,
-        ),
-        *_goals(shares, increase),
-        _channels(reports["rtn"]["largest_to_median_channel"]),
+        "Llamas trained by `swift pt` on the standard library's documentation and sources, and how much perplexity each"
+        " method adds on held-out text. In brackets for 4 bits with data: the share of what rounding to nearest in the"
+        f" same form adds, and of its KL divergence. Groups of {GROUP}; embedding and head in full precision.\n",
     ]
+    rows = []
+    for method, name in NAMES.items():
+        cells = [_cells(method, entry) for entry in measured.values()]
+        if any(cells):
+            rows.append([name, *(cell for one in cells for cell in (one or ["-"] * 3))])
+    titles = [_title(name, entry) for name, entry in measured.items()]
+    heads = [f"{title}{part}" for title in titles for part in (": increase", ", KL (nats)", ", same choice")]
+    lines += [markdown_table(["method", *heads], rows), *_goals(measured)]
+    lines += [_channels(titles, measured)]
     if missing:
         lines.append(f"Left out, their toolchains are not installed: {', '.join(missing)}.\n")
-    write_results(
-        "quantise",
-        "\n".join(lines),
-        {"reports": reports, "shares": shares, "kl_shares": kl_shares, "missing": missing},
-    )
+    write_results("quantise", "\n".join(lines), {"models": measured, "missing": missing})
 
 
-def _goals(shares: dict[str, float], increase: dict[str, float]) -> Iterator[str]:
+def _title(name: str, entry: dict[str, Any]) -> str:
+    before = entry["reports"]["rtn"]["difference"]["perplexity_before"]
+    return f"{entry['parameters'] / 1e6:.1f}M (width {MODELS[name].width}, perplexity {before:.2f})"
+
+
+def _cells(method: str, entry: dict[str, Any]) -> list[str] | None:
+    """Increase of perplexity with its share of rounding's, KL divergence, same choice; None: not measured."""
+    if method not in entry["reports"]:
+        return None
+    found = entry["reports"][method]["difference"]
+    increase = f"{found['perplexity_increase']:+.3%}"
+    if method in entry["shares"]:
+        increase += f" ({entry['shares'][method]:.0%}; KL {entry['kl_shares'][method]:.0%})"
+    return [increase, f"{found['kl']:.2e}", f"{found['same_choice']:.2%}"]
+
+
+def _goals(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Each aim and whether it is reached, one sentence a line."""
-    eight = {name: increase[name] for name in ("fp8", "w8a8") if name in increase}
-    for aim, found, limit, form in (
-        ("lose at most 60 % of what rounding to nearest loses", shares, 0.6, "{:.0%}"),
-        ("add at most 0.5 % of perplexity", eight, 0.005, "{:+.3%}"),
-    ):
-        for name, value in found.items():
-            verdict = "reached" if value <= limit else "NOT reached"
-            yield f"- {NAMES[name]}: the aim is to {aim}: {form.format(value)}, {verdict}."
+    for method in ("gptq-4", "awq-4", "fp8", "w8a8"):
+        aim, limit, form = (
+            ("lose at most 60 % of what rounding to nearest loses", 0.6, "{:.0%}")
+            if method in REFERENCE
+            else ("add at most 0.5 % of perplexity", 0.005, "{:+.3%}")
+        )
+        said = []
+        for name, entry in measured.items():
+            increase = entry["reports"].get(method, {}).get("difference", {}).get("perplexity_increase")
+            if increase is not None:
+                value = entry["shares"].get(method, increase)
+                said.append(f"{name} {form.format(value)}, {'reached' if value <= limit else 'NOT reached'}")
+        if said:
+            yield f"- {NAMES[method]}: the aim is to {aim}: {'; '.join(said)}."
     yield ""
 
 
-def _channels(uneven: dict[str, float]) -> str:
-    """Why AWQ has little to win here."""
+def _channels(titles: list[str], measured: dict[str, dict[str, Any]]) -> str:
+    """What AWQ has to win."""
+    spans = []
+    for title, entry in zip(titles, measured.values(), strict=True):
+        uneven = entry["reports"]["rtn"]["largest_to_median_channel"].values()
+        spans.append(f"{min(uneven):.1f} to {max(uneven):.1f} in the model of {title.partition(' ')[0]}")
     return (
         "AWQ (arXiv 2306.00978) protects the input channels that are far larger than the others. Here the largest is"
-        f" {min(uneven.values()):.1f} to {max(uneven.values()):.1f} times the median of its layer: there is little to"
-        " protect.\n"
+        f" so many times the median of its layer: {', '.join(spans)}.\n"
     )
 
 

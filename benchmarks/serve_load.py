@@ -89,6 +89,12 @@ class Server:
         times = self.process.cpu_times()
         return times.user + times.system
 
+    def first_answer(self, body: dict[str, Any]) -> float:
+        """CPU seconds from launch to the first token answered: some load their model only then."""
+        with self.measured():
+            asyncio.run(ask(self.port, {**body, "max_tokens": 1}))
+            return self.cpu_seconds()
+
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
         self.process.resume()
@@ -135,7 +141,7 @@ async def ask(port: int, body: dict[str, Any]) -> tuple[int, float]:
         writer.close()
     if reason != b"length":
         raise SystemExit(f"error: an answer of port {port} ended before its length: {line!r}")
-    return NEW_TOKENS, first
+    return body["max_tokens"], first
 
 
 async def load(server: Server, bodies: Sequence[dict[str, Any]], clients: int) -> Load:
@@ -209,10 +215,10 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
         ours_port, scratch / "ours.log", "/health",
     )  # fmt: skip
     alone = Server(
-        [*python, "swift", "deploy", "--model", str(model), "--port", str(free := free_port())],
+        [*python, "swift", "deploy", "--model", str(model), "--served_model_name", str(model), "--port",
+         str(free := free_port())],
         free, scratch / "alone.log", "/health",
     )  # fmt: skip
-    alone.stop()
     peer = Server(
         [str(Path(sys.executable).with_name("transformers")), "serve", "--continuous-batching", "--attn-implementation",
          "sdpa", "--device", "cpu", "--port", str(peer_port), "--host", "127.0.0.1"],
@@ -248,6 +254,11 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
         "swift deploy, whole answers": (ours, bodies(base, stream=False, ignore_eos=True)),
     }
     loads: dict[str, list[Load]] = {}
+    servers = {"swift deploy": alone, "transformers serve": peer, **others}
+    started = {
+        name: (one.ready_cpu_seconds, one.first_answer(works[name][1][0])) for name, one in servers.items()
+    }
+    alone.stop()
     try:
         for number in range(arguments.rounds + 1):
             for clients in arguments.clients:
@@ -258,14 +269,11 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
     finally:
         for server in (ours, peer, *others.values()):
             server.stop()
-    ready = {"transformers serve, without its model": peer.ready_cpu_seconds} | {
-        name: server.ready_cpu_seconds for name, server in others.items()
-    }
-    return report(loads, arguments.clients, alone.ready_cpu_seconds, ready)
+    return report(loads, arguments.clients, started)
 
 
 def report(
-    loads: dict[str, list[Load]], clients: Sequence[int], ready: float, others_ready: dict[str, float]
+    loads: dict[str, list[Load]], clients: Sequence[int], started: dict[str, tuple[float, float]]
 ) -> tuple[str, dict[str, Any]]:
     table = [
         (
@@ -296,11 +304,14 @@ def report(
     text += "\n" + markdown_table(
         ("ratio of tokens per CPU second", "median"), [(n, f"{v:.2f}") for n, v in ratios.items()]
     )
-    peers = ", ".join(f"{name}: {seconds:.1f}" for name, seconds in others_ready.items())
-    text += f"\nReady after {ready:.1f} CPU seconds ({peers}).\n"
+    text += "\n" + markdown_table(
+        ("server", "CPU seconds until /health answers", "until the first token is answered"),
+        [(name, f"{ready:.1f}", f"{answered:.1f}") for name, (ready, answered) in started.items()],
+    )
     values = {
         "ratios": ratios,
-        "ready_cpu_seconds": {"swift deploy": ready, **others_ready},
+        "ready_cpu_seconds": {name: ready for name, (ready, _) in started.items()},
+        "first_answer_cpu_seconds": {name: answered for name, (_, answered) in started.items()},
         "table": [dict(zip(header, row, strict=True)) for row in table],
     }
     return text, values

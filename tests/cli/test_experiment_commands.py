@@ -16,6 +16,7 @@ from swift.cli.main import main
 from swift.experiments.client import find_service, stop_service
 from swift.experiments.follow import live_table
 from swift.experiments.home import Home
+from swift.experiments.inline import end_left_jobs
 from swift.experiments.store import Store
 from swift.experiments.types import FINISHED, Dependency, JobSpec, Placement
 
@@ -151,6 +152,8 @@ def test_run_follows_to_the_end_and_tells_failures(home, swift, tmp_path):
     service = json.loads(swift("service", "status", "--json")[1])
     assert service["pid"] == find_service(home)["pid"]
     assert service["jobs"]["failed"] == 1
+    code, _, err = swift("logs", "pair")
+    assert code == 2 and "pair is a submission of several jobs\n  fix: swift logs j1 or j2" in err
     _, out, _ = swift("logs", "good", "-n", "1")
     assert out.strip() == "also written: lora_r, adapter_rank"
     assert "also written" in swift("logs", "good", "-f")[1]
@@ -173,15 +176,16 @@ def test_run_inline_needs_no_service(home, swift, tmp_path):
     assert find_service(home) is None
 
 
-def test_ctrl_c_pauses_what_runs_inline(home, tmp_path):
-    """Nothing outlives the process: the running job is stopped, all are paused for ``swift resume``."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_inline_run_is_ended_or_killed(home, tmp_path, sent):
+    """Ctrl-C: nothing outlives the process, all is paused for ``swift resume``. Killed: the rest can be cancelled."""
     waits = {"command": "data", "words": ["show", str(tmp_path / "pipe")]}
     os.mkfifo(tmp_path / "pipe")  # reading it takes for ever
     path = tmp_path / "pair.yaml"
     content = {
         "name": "pair",
         "experiments": {"one": waits, "two": waits},
-        "resources": {"max_parallel": 1, "cold": True},
+        "resources": {"max_parallel": 1, "cold": True, "memory": "500MiB"},
     }
     path.write_text(yaml.safe_dump(content))
     home.root.mkdir(parents=True, exist_ok=True)
@@ -192,10 +196,15 @@ def test_ctrl_c_pauses_what_runs_inline(home, tmp_path):
     ) as process:
         store = Store(home.store)
         wait_for(lambda: any(job.state == "running" for job in store.jobs()), "a job to run")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "swift resume pair" in errors
-    assert [job.state for job in store.jobs()] == ["paused", "paused"]
+    if sent == signal.SIGINT:
+        assert process.returncode == 130 and "swift resume pair" in errors
+        assert [job.state for job in store.jobs()] == ["paused", "paused"]
+        return
+    assert end_left_jobs(home) == 2
+    assert [job.state for job in store.jobs()] == ["cancelled", "cancelled"]
+    assert end_left_jobs(home) == 0
 
 
 def test_submit_pause_resume_stop(home, swift, tmp_path):
@@ -225,6 +234,13 @@ def test_resources_of_experiments_stand_in_their_file(home, swift, tmp_path):
     code, _, err = swift("submit", file, "--", "config", "alias", "x")
     assert (code, "what shall be queued?" in err) == (2, True)
     assert not home.store.exists()
+
+
+@pytest.mark.parametrize("command", ["stop", "pause", "retry", "clone", "resume", "logs"])
+def test_no_service_is_started_for_a_job_that_is_not_there(home, swift, command):
+    code, _, err = swift(command, "j1")
+    assert code == 2 and ("there is no job 'j1'" in err or "no job of this name" in err)
+    assert find_service(home) is None and not home.store.exists()
 
 
 def test_what_this_machine_cannot_run_is_refused_unless_it_may_wait(home, swift, tmp_path):

@@ -421,7 +421,8 @@ def test_all_unknown_options_are_told_at_once(write) -> None:
         (
             "stage: sft\n",
             "run.yaml:1: stage: the command says what is done\n"
-            "  fix: leave it out: stage sft is swift sft, stage pt is swift pt",
+            "  fix: leave it out: stage sft is swift sft, "
+            "stage pt is swift pt; dpo, kto, rm are swift rlhf --rlhf_type",
         ),
     ],
 )

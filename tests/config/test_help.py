@@ -22,7 +22,9 @@ def flags(text: str) -> list[str]:
 
 def test_bare_help_lists_about_25_essential_options() -> None:
     listed = flags(command_help(SFT))
-    assert 22 <= len(listed) <= 30
+    assert 22 <= len(listed) <= 32
+    for name in ("infer", "deploy", "merge-lora", "export", "eval"):
+        assert "--adapters" in flags(command_help(COMMANDS[name]))
     assert {"--model", "--dataset", "--lora_rank", "--learning_rate", "--output_dir", "--dry_run"} <= set(
         listed
     )

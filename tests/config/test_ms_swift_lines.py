@@ -218,7 +218,7 @@ def test_the_roles_of_a_ray_file(tmp_path: Path) -> None:
     assert (resolved.value("lora_rank"), resolved.value("tensor_parallel_size")) == (16, 2)
     assert (
         f"{file}:5: colocate_groups, {file}:6: train, {file}:11: rollout, --use_ray: not in this version: Ray comes "
-        "with a later version; this one trains on one device; a run refuses them" in resolved.warnings
+        "with a later version; a run refuses them" in resolved.warnings
     )
 
 

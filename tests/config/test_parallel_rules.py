@@ -117,8 +117,8 @@ def test_a_started_process_believes_its_launcher(monkeypatch: pytest.MonkeyPatch
         ("--fsdp full --dp_size 2 --quant_bits 8", "--quant_bits: of quantised bases only those of 4 bits"),
         ("--tp_size 2 --quant_bits 4", "--tp_size: the layers of a quantised base are not divided"),
         (
-            "--dp_size 2 --val_dataset v --eval_tasks s.yaml",
-            "--eval_tasks: tasks are measured by one process",
+            "--pp_size 2 --val_dataset v --eval_tasks s.yaml",
+            "--pp_size: eval_tasks are answered with whole models, and no process has all layers",
         ),
     ],
 )

@@ -1,4 +1,7 @@
-"""Real services with shell scripts as jobs. ``python -m tests.experiments.services HOME`` is such a service."""
+"""Real services with shell scripts as jobs. ``python -m tests.experiments.services HOME`` is such a service.
+
+With ``COMMANDS`` in its environment jobs are the commands of swift that they say they are.
+"""
 
 import os
 import subprocess
@@ -129,11 +132,12 @@ def main():
     from swift.experiments.types import Device, Inventory
 
     count = int(os.environ.get("SLOTS", "4"))
+    commands = {} if os.environ.get("COMMANDS") else {"build": build}
     slots = tuple(Device("cpu", number, "cpu", 2**34, 2**34) for number in range(count))
     sys.exit(
         serve(
             Home.find(sys.argv[1]),
-            build=build,
+            **commands,
             take=lambda *_: Inventory(slots, count, 2**36),
             schedule=Policy(preempt_after_seconds=float(os.environ.get("PREEMPT_AFTER", "300"))),
             warm=False,

@@ -107,7 +107,8 @@ def test_everything_about_a_finished_experiment(make_run: MakeRun) -> None:
     )
     sorry = job("a/sorry", run, command="doctor", run_dir=None, state="cancelled",
                 after=[Dependency("a", "failure")])  # fmt: skip
-    comparison = collect([training, evaluation, sorry], now=1000.0)
+    server = job("a/deploy", run, command="deploy", run_dir=None, state="running", started=136.0)
+    comparison = collect([training, evaluation, sorry, server], now=1000.0)
     (row,) = comparison.to_dict()["rows"]
     assert row["parameters"] == {"lora_rank": 8}
     assert (row["last_loss"], row["best_loss"], row["best_loss_step"]) == (2.0, 1.5, 20)

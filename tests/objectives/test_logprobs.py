@@ -1,9 +1,11 @@
 """Chunked log-probabilities against the plain log_softmax, values and gradients."""
 
+import math
+
 import pytest
 import torch
 
-from swift.objectives.logprobs import linear_logprobs, module_logprobs
+from swift.objectives.logprobs import entropies, linear_logprobs, module_logprobs
 
 ROWS, WIDTH, VOCAB = 50, 16, 33
 
@@ -105,3 +107,12 @@ def test_bfloat16_autocast_is_as_close_as_plain_autocast(trained):
     ):
         assert gradient.dtype == torch.float32
         assert (gradient - true).norm() / true.norm() < 0.01
+
+
+def test_entropies_are_those_of_the_distributions():
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 4
+    logits[0] = 0  # log(7)
+    logits[1, 1:] = -torch.inf  # certain
+    found = entropies(logits)
+    assert found[:2].tolist() == pytest.approx([math.log(7), 0], abs=1e-6)
+    torch.testing.assert_close(found[2:], torch.distributions.Categorical(logits=logits[2:]).entropy())

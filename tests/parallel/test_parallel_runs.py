@@ -31,13 +31,18 @@ def _sentence(generator, longest):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """60 conversations; 40 with a worse answer beside."""
+    """60 conversations, called good or bad; 40 with a worse answer beside."""
     folder, generator = tmp_path_factory.mktemp("rows"), random.Random(3)
-    with (folder / "chat.jsonl").open("w") as chat, (folder / "pairs.jsonl").open("w") as pairs:
+    with (
+        (folder / "chat.jsonl").open("w") as chat,
+        (folder / "pairs.jsonl").open("w") as pairs,
+        (folder / "judged.jsonl").open("w") as judged,
+    ):
         for number in range(60):
             question, answer = (_sentence(generator, longest) for longest in (8, 16))
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             chat.write(json.dumps({"messages": messages}) + "\n")
+            judged.write(json.dumps({"messages": messages, "label": number % 3 > 0}) + "\n")
             if number < 40:
                 pairs.write(
                     json.dumps({"messages": messages, "rejected_response": _sentence(generator, 16)}) + "\n"
@@ -138,7 +143,25 @@ CASES = {
 }
 
 
+FULL_DPO = {"rlhf_type": "dpo", "tuner_type": "full", "learning_rate": 1e-3}
+CASES |= {
+    "layers shared, dpo, full": ("rlhf", {"tp_size": 2, **FULL_DPO}),
+    "sequence shared, dpo, full": ("rlhf", {"context_parallel_size": 2, **FULL_DPO}),
+    "stages, dpo, full": ("rlhf", {"pp_size": 2, **FULL_DPO}),
+    "layers shared, rewards": ("rlhf", {"rlhf_type": "rm", "tp_size": 2, "sequence_parallel": True, **DRY}),
+    "sequence shared, rewards": ("rlhf", {"rlhf_type": "rm", "context_parallel_size": 2, **DRY}),
+    "sequence in a ring, rewards, full": (
+        "rlhf",
+        {**FULL_DPO, "rlhf_type": "rm", "use_ring_attention": True, "split_dataset_ratio": 0.2},
+    ),
+    "layers shared, kto": ("rlhf", {"rlhf_type": "kto", "tp_size": 2, **DRY}),
+    "sequence shared, kto": ("rlhf", {"rlhf_type": "kto", "context_parallel_size": 2, **DRY}),
+    "stages, kto": ("rlhf", {"rlhf_type": "kto", "pp_size": 2, "split_dataset_ratio": 0.2, **DRY}),
+}
+
+
 SLOW = (
+    *(name for name in CASES if name.endswith(("dpo, full", "kto", "rewards", "rewards, full"))),
     "lora, shards",
     "dpo, copies",
     "full, grads, evaluated",
@@ -156,7 +179,7 @@ SLOW = (
 )
 def test_two_ranks_report_what_one_process_does(tiny_model_dir, data, tmp_path, monkeypatch, name):
     command, special = CASES[name]
-    file = "pairs.jsonl" if command == "rlhf" else "chat.jsonl"
+    file = "judged.jsonl" if "kto" in name else "pairs.jsonl" if command == "rlhf" else "chat.jsonl"
     options = {**COMMON, "model": str(tiny_model_dir), "dataset": str(data / file), **special}
     if command == "pt":
         options["loss_scale"] = "all"

@@ -15,6 +15,7 @@ from worker_pool import pool
 
 from swift.core.errors import ConfigError, SwiftError
 from swift.models.facts import ModelFacts
+from swift.models.tiny import make_tiny_model
 from swift.plan.analytic import whole_bytes
 from swift.plan.sampling import cache_bytes_per_token
 from swift.rl.record import find_rollouts, read_trajectories
@@ -44,7 +45,17 @@ COMMON = {
     "max_restarts": 0,
 }
 SLOW = [pytest.mark.slow]
-LAYOUTS = {"copies": {"nproc_per_node": 2}, "shards": {"fsdp": "full", "nproc_per_node": 2}}
+LAYOUTS = {
+    "copies": {"nproc_per_node": 2},
+    "shards": {"fsdp": "full", "nproc_per_node": 2},
+    "sequence shared": {"context_parallel_size": 2},
+    "sequence in a ring": {"context_parallel_size": 2, "sequence_parallel_method": "ring"},
+    "layers shared": {"tensor_parallel_size": 2},
+    "layers and sequence shared": {"tensor_parallel_size": 2, "sequence_parallel": True},
+    "sequence in shards": {"context_parallel_size": 2, "fsdp": "full", "nproc_per_node": 4},
+    "layers in shards": {"tensor_parallel_size": 2, "fsdp": "full", "nproc_per_node": 4},
+}
+SIZES = {"expert_parallel_size", *(name for layout in LAYOUTS.values() for name in layout)}
 METRICS = ("loss", "reward", "reward_std", "grad_norm", "kl", "approx_kl", "entropy", "eval_reward", "num_tokens",
            "rewards/length/mean", "rewards/task/mean", "completions/mean_length", "ratio")  # fmt: skip
 
@@ -53,17 +64,20 @@ METRICS = ("loss", "reward", "reward_std", "grad_norm", "kl", "approx_kl", "entr
 def exactly(gradients):
     """Compute in float64, and keep the gradients of every step."""
     from swift.models.load import load_model
+    from swift.models.streamed import empty_model
     from swift.parallel.data_parallel import whole
     from swift.parallel.native import NativeEngine
 
     clip = NativeEngine.clip
 
-    def load(*args, **options):
-        model = load_model(*args, **{**options, "dtype": torch.float64})
+    def exact(make, *args, **options):
+        model = make(*args, **{**options, "dtype": torch.float64})
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = functools.partial(exact_norm, module)
         return model
+
+    load = functools.partial(exact, load_model)
 
     def keep(self):
         parameters = self.parameter_sets["default"].parameters
@@ -77,6 +91,9 @@ def exactly(gradients):
             )
         for place in ("build", "reference"):
             stack.enter_context(mock.patch(f"swift.train.{place}.load_model", load))
+        stack.enter_context(
+            mock.patch("swift.train.build.empty_model", functools.partial(exact, empty_model))
+        )
         stack.enter_context(mock.patch.object(NativeEngine, "clip", keep))
         yield
 
@@ -116,8 +133,13 @@ def alone(options, monkeypatch, exact=False):
     monkeypatch.setenv("SWIFT_HOME", str(Path(options["output_dir"]) / "home"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    single = {key: value for key, value in options.items() if key not in ("nproc_per_node", "fsdp")}
+    single = {key: value for key, value in options.items() if key not in SIZES}
     return train_on(0, single, exact)
+
+
+def on_ranks(function, options, *arguments):
+    """The results of all ranks; a busy machine may take its time."""
+    return pool(options.get("nproc_per_node", 2)).run(function, options, *arguments, seconds=400.0)
 
 
 def sampled_on(rank, options):
@@ -145,11 +167,6 @@ def planned_setup(options):
     with mock.patch.object(plan, "memory_of", wraps=plan.memory_of) as memory:
         plan.make_plan(resolve("rlhf", values=options, planning=True))
     return memory.call_args.args[2]
-
-
-def on_two(function, *arguments):
-    """[result of rank 0, result of rank 1]; a busy machine may take its time."""
-    return pool(2).run(function, *arguments, seconds=400.0)
 
 
 @pytest.fixture
@@ -220,7 +237,20 @@ CASES = {
         "generation_batch_size": 12,
     },
 }
-FAST = ("copies, dapo, uneven",)
+CASES |= {
+    "sequence shared, entropies": {"top_entropy_quantile": 0.5, "generation_batch_size": 8},
+    "sequence in a ring, padded, full": {"tuner_type": "full", "padding_free": False, "max_steps": 2},
+    "layers shared": {"rlhf_type": "cispo", "beta": 0.0},
+    "layers and sequence shared, full": {"tuner_type": "full", "top_entropy_quantile": 0.5},
+    "sequence in shards, reference that moves": {
+        "tuner_type": "full",
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "generation_batch_size": 8,
+    },
+    "layers in shards, penalty in the reward": {"rlhf_type": "reinforce_pp", "beta": 0.05},
+}
+FAST = ("copies, dapo, uneven", "sequence shared, entropies")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else SLOW) for n in CASES])
@@ -228,7 +258,7 @@ def test_every_way_to_learn_is_that_of_one_process(options, tmp_path, monkeypatc
     options = {**options, "max_steps": 3, **CASES[name]}
     expected, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
     two = {**options, **LAYOUTS[name.split(",")[0]], "output_dir": str(tmp_path / "two")}
-    folder, gradients, _ = on_two(train_on, two, True)[0]
+    folder, gradients, _ = on_ranks(train_on, two, True)[0]
     same_answers(folder, expected)
     same_gradients(gradients, wanted)
     for row, other in zip(measured(folder), measured(expected), strict=True):
@@ -241,7 +271,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypat
     del options["global_batch_size"]
     options |= {"gradient_accumulation_steps": 2, "generation_batch_size": 16, "beta": 0.0}
     two = {**options, **LAYOUTS[layout], "output_dir": str(tmp_path / "two")}
-    results = on_two(sampled_on, two)
+    results = on_ranks(sampled_on, two)
     folder = results[0][0]
     setup, facts = planned_setup(two), ModelFacts.read(Path(two["model"]))
     for _, weights, cache in results:  # of each rank, against what the plan says
@@ -261,11 +291,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_base_of_four_bits_in_shards(options, tmp_path, monkeypatch):
-    options |= {"quant_method": "bnb", "quant_bits": 4, "max_steps": 2, "save_steps": 2}
+@pytest.mark.parametrize("what", ["a base of four bits", "experts of several ranks"])
+def test_what_is_not_computed_in_double_precision(options, tmp_path, monkeypatch, what):
+    options |= {"max_steps": 2, "save_steps": 2}
+    if what == "a base of four bits":
+        options |= {"quant_method": "bnb", "quant_bits": 4}
+    else:
+        model = make_tiny_model(tmp_path / "moe", architecture="qwen3_moe", texts=["a b c 1 2 3"] * 5)
+        options |= {"model": str(model), "expert_parallel_size": 2}
     expected, _, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch)
     two = {**options, **LAYOUTS["shards"], "output_dir": str(tmp_path / "two")}
-    folder, _, _ = on_two(train_on, two)[0]
+    folder, _, _ = on_ranks(train_on, two)[0]
     same_answers(folder, expected)
     for row, other in zip(measured(folder), measured(expected), strict=True):
         assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
@@ -277,7 +313,7 @@ def test_copies_learn_again_from_kept_answers(options, tmp_path, monkeypatch):
     first, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
     del options["val_dataset"], options["eval_steps"]
     again = {**options, "replay": str(first), "reward_funcs": [], "output_dir": str(tmp_path / "two")}
-    _, gradients, _ = on_two(train_on, {**again, **LAYOUTS["copies"]}, True)[0]
+    _, gradients, _ = on_ranks(train_on, {**again, **LAYOUTS["copies"]}, True)[0]
     same_gradients(gradients, wanted)
 
 
@@ -298,19 +334,18 @@ def test_a_reward_that_dies_ends_all_ranks_with_the_name_of_the_answer(options, 
         "on_reward_failure": "stop",
         "output_dir": str(tmp_path / "two"),
     }
-    texts = on_two(refused_on, {**options, **LAYOUTS["copies"]})
+    texts = on_ranks(refused_on, {**options, **LAYOUTS["copies"]})
     assert texts[0] == texts[1] and "the reward deadly died" in texts[0]
     assert "of step 1" in texts[0] and "reverse-5-0-12" in texts[0]
     states = [json.loads(path.read_text()) for path in (tmp_path / "two").glob("*/**/status.json")]
     assert len(states) == 2 and all(state["state"] == "failed" for state in states)
 
 
-def test_what_samples_with_parts_of_a_model_is_refused(options, tmp_path):
+def test_stages_do_not_sample(options, tmp_path):
     from swift.config.bind import resolve
 
-    for size in ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"):
-        with pytest.raises(ConfigError, match="samples with whole models"):
-            resolve("rlhf", values={**options, "output_dir": str(tmp_path), size: 2})
+    with pytest.raises(ConfigError, match="samples with whole models, and no process has all layers"):
+        resolve("rlhf", values={**options, "output_dir": str(tmp_path), "pipeline_parallel_size": 2})
 
 
 @pytest.mark.parametrize(
@@ -327,7 +362,7 @@ def test_two_ranks_do_what_one_process_does(options, tmp_path, monkeypatch, layo
     options = {**options, "tuner_type": tuner}
     expected, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
     two = {**options, **LAYOUTS[layout], "output_dir": str(tmp_path / "two")}
-    results = on_two(train_on, two, True)
+    results = on_ranks(train_on, two, True)
     folder, gradients, started = results[0]
     assert started and not results[1][2], "rewards have processes on rank 0 only"
     same_answers(folder, expected)
@@ -336,7 +371,7 @@ def test_two_ranks_do_what_one_process_does(options, tmp_path, monkeypatch, layo
         assert row == pytest.approx(other, rel=1e-6, abs=1e-9)
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut, symlinks=True)
-    again, gradients, _ = on_two(
+    again, gradients, _ = on_ranks(
         train_on, {**two, "resume_from_checkpoint": str(cut / "checkpoint-3")}, True
     )[0]
     assert again == cut

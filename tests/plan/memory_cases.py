@@ -42,6 +42,7 @@ CASES = {
     "lora, small chunks": (VOCAB, 250, f"{FOUR} --logits_chunk_size 128"),
     "full, many logits": (VOCAB, 250, f"{FOUR} {FULL}"),
     "full": (WIDE, 200, f"{FOUR} {FULL}"),
+    "lora in float16": (WIDE, 100, f"{FOUR} --torch_dtype float16"),
     "full in bfloat16": (WIDE, 200, f"{FOUR} {FULL} {BF16}"),
     "full, recomputed in bfloat16": (WIDE, 200, f"{FOUR} {FULL} {BF16} {RECOMPUTED}"),
     "llama": ({**WIDE, "architecture": "llama"}, 100, FOUR),

@@ -28,7 +28,7 @@ def test_median_and_tail_of_the_errors(monkeypatch, tmp_path):
         assert sizes[int(0.95 * len(sizes))] <= 0.08, errors
 
 
-@pytest.mark.parametrize("name", ["lora, packed", "full, short rows", "DPO"])
+@pytest.mark.parametrize("name", ["lora, packed", "lora in float16", "full, short rows", "DPO"])
 def test_a_few_of_them(name, monkeypatch, tmp_path):
     monkeypatch.setenv("SWIFT_HOME", str(tmp_path))
     counted, *estimates = compare(name, tmp_path)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from swift.core.errors import ConfigError, DataError, ModelError, SwiftError
 from swift.data.batching import BatchSchedule
@@ -36,6 +37,7 @@ def caused(cause):
         (ModelError("incomplete"), "config"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk"),
         (caused(OSError(errno.ENOSPC, "No space left on device")), "disk"),
+        (caused(SafetensorError("I/O error: No space left on device (os error 28)")), "disk"),
         (caused(OSError(errno.EIO, "I/O error")), "crash"),
         (ValueError("anything"), "crash"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from swift.config.bind import load_run_config, resolve
-from swift.core.errors import SwiftError
+from swift.core.errors import ConfigError, SwiftError
 from swift.runs.metrics import read_metrics
 from swift.train.callbacks.base import Callback
 from swift.train.checkpoints import read_state
@@ -95,13 +95,19 @@ def test_resumed_equals_uninterrupted(run_training, name):
                 assert torch.equal(value, second["optimizers"][name_]["state"][index][key])
 
 
-def test_changed_data_is_refused(run_training, chat_file, tmp_path):
+def test_changed_data_and_tuners_are_refused_and_leave_the_run_as_it_was(run_training, chat_file, tmp_path):
     options = {"save_steps": 2, "max_steps": 4, "run_name": "first"}
-    run_training(**options)
+    folder = run_training(**options).folder
+    before = {name: (folder / name).read_text() for name in ("config.yaml", "status.json", "metrics.jsonl")}
     shorter = tmp_path / "shorter.jsonl"
     shorter.write_text("".join(chat_file.read_text().splitlines(keepends=True)[:40]))
     with pytest.raises(SwiftError, match="changed since the checkpoint"):
         run_training(**{**options, "dataset": str(shorter), "resume_from_checkpoint": "last", "max_steps": 8})
+    for changed in ({"lora_rank": 5}, {"tuner_type": "full"}, {"target_modules": ["q_proj"]}):
+        name = next(iter(changed))
+        with pytest.raises(ConfigError, match=f"was begun with {name} .* and cannot go on with"):
+            run_training(**options, **changed, resume_from_checkpoint=str(folder))
+    assert before == {name: (folder / name).read_text() for name in before}
 
 
 def test_a_stream_from_a_relative_path_is_resumed_and_a_change_behind_the_first_window_is_refused(

@@ -13,8 +13,11 @@ def run(argv: list[str]) -> int:
     options = parser.parse(argv)
     from swift.experiments.client import Client
     from swift.experiments.home import Home
+    from swift.experiments.lookup import find_jobs
 
-    answer = Client(Home.find()).clone(options.job, options.name)
+    home = Home.find()
+    find_jobs(home, [options.job])
+    answer = Client(home).clone(options.job, options.name)
     for job in answer["jobs"]:
         print(f"{job['id']}  {job['name']}" + (f"  {job['run_dir']}" if job["run_dir"] else ""))
     return 0

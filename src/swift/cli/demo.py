@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--single",
         action="store_true",
-        help="only the first run, without the experiments and the service after it",
+        help="only the first run, without what follows it",
     )
     arguments = parser.parse(argv)
     os.environ.setdefault(
@@ -37,17 +37,22 @@ def run(argv: list[str]) -> int:
     )  # read when torch loads; more threads slow so small a model down
     quiet_libraries()
     from swift.demo.run import GOAL, run_demo
+    from swift.experiments.home import Home
+    from swift.experiments.inline import end_left_jobs
     from swift.train.callbacks.progress import ProgressLine
 
-    result = run_demo(Path(arguments.output_dir), seed=arguments.seed, callbacks=[ProgressLine()])
+    folder = Path(arguments.output_dir)
+    if (folder / "service").is_dir() and (left := end_left_jobs(Home(folder / "service"))):
+        print(f"an earlier demo was killed here: {left} of its experiments are cancelled", file=sys.stderr)
+    result = run_demo(folder, seed=arguments.seed, callbacks=[ProgressLine()])
     _show(result)
     if result.accuracy_after < GOAL:
         print(f"the goal is {GOAL:.0%}: this seed did not get there", file=sys.stderr)
         return 1
     if arguments.single:
         return 0
-    _learn_from_a_reward(Path(arguments.output_dir), arguments.seed)
-    return _experiments(Path(arguments.output_dir), result.run / "last", arguments.seed)
+    _learn_from_a_reward(folder, arguments.seed)
+    return _experiments(folder, result.run / "last", arguments.seed)
 
 
 def _learn_from_a_reward(folder: Path, seed: int) -> None:
@@ -75,8 +80,11 @@ def _learn_from_a_reward(folder: Path, seed: int) -> None:
 
 
 def _experiments(folder: Path, model: Path, seed: int) -> int:
-    """Four adapters at once, their evaluation and report, with a service of their own; then the winner's use."""
-    from swift.cli import compare, report, service
+    """Four adapters at once, their evaluation and report, in a home of their own; then the winner's use.
+
+    Inline, so that no service outlives a demo that is killed.
+    """
+    from swift.cli import compare, report
     from swift.cli import run as run_command
     from swift.demo.experiments import LEARNING_RATES, write_experiments
     from swift.demo.winner import ask_the_winner
@@ -89,13 +97,9 @@ def _experiments(folder: Path, model: Path, seed: int) -> int:
     path = write_experiments(folder, model, seed=seed)
     print(
         f"\n{len(LEARNING_RATES)} experiments at once teach this model a second task with LoRA: "
-        f"which learning rate learns it best?\n\n$ swift run {path}"
+        f"which learning rate learns it best?\n\n$ swift run {path} --inline"
     )
-    try:
-        code = run_command.run([str(path)])
-    finally:
-        service.run(["stop"])
-    if code:
+    if code := run_command.run([str(path), "--inline"]):
         return code
     group = Store(home.store).groups(limit=1)[-1].name
     judged = [group, "--metric", "exact_match"]

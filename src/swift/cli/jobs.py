@@ -22,9 +22,12 @@ def control(action: str, description: str, argv: list[str], *, grace: bool = Tru
     options = parser.parse(argv)
     from swift.experiments.client import Client
     from swift.experiments.home import Home
+    from swift.experiments.lookup import find_jobs
 
+    home = Home.find()
+    find_jobs(home, options.jobs)
     fields = {"grace_seconds": options.grace} if grace else {}
-    return report(Client(Home.find()).control(action, options.jobs, **fields))
+    return report(Client(home).control(action, options.jobs, **fields))
 
 
 stop = partial(
@@ -46,16 +49,12 @@ def report(answer: dict[str, Any]) -> int:
 
 
 def has_job(word: str) -> bool:
-    """Whether the store knows a job or group of this name; nothing is created to find out."""
+    """Whether the store knows a job or group of this name."""
     from swift.core.errors import UsageError
     from swift.experiments.home import Home
-    from swift.experiments.lookup import select_jobs
-    from swift.experiments.store import Store
+    from swift.experiments.lookup import find_jobs
 
-    home = Home.find()
-    if not home.store.exists():
-        return False
     try:
-        return bool(select_jobs(Store(home.store), [word]))
+        return bool(find_jobs(Home.find(), [word]))
     except UsageError:
         return False

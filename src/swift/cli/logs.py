@@ -28,7 +28,13 @@ def run(argv: list[str]) -> int:
     if not home.store.exists():
         raise UsageError(f"there is no job {options.job!r}", fix="swift ps")
     store = Store(home.store)
-    job = store.job(options.job)
+    try:
+        job = store.job(options.job)
+    except UsageError as error:
+        if (group := store.group(options.job)) is None:
+            raise
+        fix = f"swift logs {' or '.join(group.jobs)}"
+        raise UsageError(f"{options.job} is a submission of several jobs", fix=fix) from error
     path = home.job_dir(job.id) / OUTPUT_LOG
     if not path.exists() and not options.follow:
         print(f"{job.id} has printed nothing yet: it is {job.state} ({job.reason})", file=sys.stderr)

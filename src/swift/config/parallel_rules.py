@@ -173,18 +173,15 @@ def _check_training(resolved: Resolved) -> None:
     if divided:
         _check_divided(resolved, divided)
     place = f"{config.parallel.num_processes} processes"
-    if config.rlhf.is_policy and divided:
+    whole = {f"rlhf_type {config.rlhf.rlhf_type} samples": config.rlhf.is_policy}
+    whole["eval_tasks are answered"] = config.evaluation.eval_tasks is not None
+    for what in (what for what, wanted in whole.items() if wanted and "pipeline_parallel_size" in divided):
         resolved.refuse(
-            divided[0],
-            f"rlhf_type {config.rlhf.rlhf_type} samples with whole models",
-            why="ranks sample at their own pace, which ranks that share a layer or a sequence cannot",
-            fix="--data_parallel_shard_size: shards are gathered for the time of sampling",
-        )
-    if config.evaluation.eval_tasks is not None:
-        resolved.refuse(
-            "eval_tasks",
-            "tasks are measured by one process",
-            fix="swift eval after training, or validation data (--val_dataset)",
+            "pipeline_parallel_size",
+            f"{what} with whole models, and no process has all layers",
+            why="weights of other processes are gathered for that time where layers, experts or weights are shared, "
+            "not where whole layers lie elsewhere",
+            fix="--tensor_parallel_size or --data_parallel_shard_size",
         )
     if config.rlhf.precompute_ref_log_probs:
         resolved.refuse("precompute_ref_log_probs", "one process does that", fix="leave it out")
@@ -262,17 +259,17 @@ def _check_divided(resolved: Resolved, divided: list[str]) -> None:
     """What has no parity test in a divided model. ``divided``: by which sizes it is."""
     config, section = resolved.config, resolved.config.parallel
     place = resolved.place(divided[0])
-    if config.task.task_type != "causal_lm" or config.rlhf.rlhf_type in ("rm", "kto"):
-        what = config.rlhf.rlhf_type if config.rlhf.rlhf_type in ("rm", "kto") else config.task.task_type
-        resolved.refuse(
-            place, f"{what} is for whole models", fix="--data_parallel_shard_size, or sft, pt and dpo"
-        )
-    copies = config.rlhf.rlhf_type in ("dpo", "ipo") and config.tuner.trains_whole_model
-    if copies and config.rlhf.ref_model is None and not config.rlhf.reference_free:
+    if config.task.task_type != "causal_lm" and config.rlhf.rlhf_type != "rm":
         resolved.refuse(
             place,
-            "the reference would be a second copy of weights that are divided",
-            fix=f"--ref_model {config.model.model}, which every process holds whole, or --tuner_type lora",
+            f"{config.task.task_type} is for whole models",
+            fix="--data_parallel_shard_size, or language modelling and reward models",
+        )
+    if config.rlhf.rlhf_type == "rm" and section.pipeline_parallel_size > 1:
+        resolved.refuse(
+            "pipeline_parallel_size",
+            "the score head of a reward model is not kept by a stage",
+            fix="--tensor_parallel_size, --context_parallel_size or --data_parallel_shard_size",
         )
     if config.model.torch_dtype == "float16":
         resolved.refuse("torch_dtype", "float16 is for whole models", fix="--torch_dtype bfloat16")

@@ -35,6 +35,7 @@ class Batch:
         target_counts: of such a task, how many targets each sequence has.
         reference: [sequences] float32, log-probabilities of the answers under a reference, where they are known.
         mismatched: the questions with answers to other ones (KTO).
+        mismatched_ratios: [sequences] log-ratios of these, where they are known.
         document_continues: for each document whether its tokens also see all of the last document that does not
             continue another: one prompt for several answers. None: none does.
         temperature: log-probabilities are those of logits divided by it.
@@ -54,6 +55,7 @@ class Batch:
     target_counts: list[int] | None = None
     reference: torch.Tensor | None = None
     mismatched: Batch | None = None
+    mismatched_ratios: torch.Tensor | None = None
     document_continues: list[list[bool]] | None = None
     temperature: float = 1.0
 

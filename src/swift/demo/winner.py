@@ -13,12 +13,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from swift.config.bind import resolve
 from swift.core.errors import SwiftError
+from swift.core.process import die_with_parent
 from swift.quantize.export import export
 
 __all__ = ["ask_the_winner"]
@@ -64,7 +66,13 @@ def _serve_and_ask(folder: Path, model: Path, heldout: Path, say: Callable[[str]
     argv = ["deploy", "--model", str(model), "--device", "cpu", "--port", "0", "--ready_file", str(ready)]
     say(f"\n$ swift {' '.join(argv)} &")
     with log.open("wb") as output:
-        server = subprocess.Popen([sys.executable, "-m", "swift", *argv], stdout=output, stderr=output)
+        # It ends with the demo, also with one that is killed.
+        server = subprocess.Popen(
+            [sys.executable, "-m", "swift", *argv],
+            stdout=output,
+            stderr=output,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
     try:
         url = _wait_until_ready(server, ready, log)
         say(f"$ curl {url}/v1/chat/completions -d '{{\"messages\": [...]}}'    # {question}")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["SuiteEvaluator", "suite_evaluators"]
 
 _AT_ONCE = 16
+_LATE_SECONDS = 24 * 3600.0
+"""By how much a rank may be behind others: answers differ in length, and judges take their time."""
+
 _COUNTS = ("num_rows", "num_references")
 
 
@@ -58,7 +61,7 @@ class _GivenUp(Exception):
 
 
 class SuiteEvaluator:
-    """Answers the tasks with the model in training.
+    """Answers the tasks with the model in training; of several ranks each answers its share of the rows.
 
     Args:
         tasks: what is measured.
@@ -86,9 +89,16 @@ class SuiteEvaluator:
             with _randomness_kept(), engine.evaluating() as model:
                 generator = Generator(self._bundle(model), options=self._limits)
                 with contextlib.closing(generator.engine):
-                    for task in self.tasks:
-                        rows = self._rows(LocalModel(generator, []), task, given_up)
-                        summary = summarize(rows, task.evaluators)
+                    found = self.prepared.world.together(
+                        lambda: [
+                            self._rows(LocalModel(generator, []), task, given_up) for task in self.tasks
+                        ],
+                        stage="eval_tasks",
+                        seconds=_LATE_SECONDS,
+                    )
+                    for number, task in enumerate(self.tasks):
+                        rows = sorted((row for rank in found for row in rank[number]), key=lambda row: row[0])
+                        summary = summarize([row for _, row in rows], task.evaluators)
                         metrics |= {
                             f"eval_{task.name}_{k}": v for k, v in summary.items() if k not in _COUNTS
                         }
@@ -106,7 +116,10 @@ class SuiteEvaluator:
         )
         return EngineSection(max_num_seqs=_AT_ONCE, max_cache_tokens=max(16, _AT_ONCE * (longest + 1)))
 
-    def _rows(self, subject: LocalModel, task: Task, given_up: Callable[[], bool]) -> list[dict[str, Any]]:
+    def _rows(
+        self, subject: LocalModel, task: Task, given_up: Callable[[], bool]
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """(number, result) of this rank's rows."""
         rows: list[tuple[int, dict[str, Any]]] = []
 
         def keep(found: list[tuple[int, dict[str, Any]]]) -> None:
@@ -115,8 +128,9 @@ class SuiteEvaluator:
                 raise _GivenUp
 
         seed = self._seed if task.options.temperature > 0 else None
-        score_rows(subject, task, list(enumerate(task.questions.good)), seed, keep)
-        return [row for _, row in sorted(rows, key=lambda row: row[0])]
+        world = self.prepared.world
+        score_rows(subject, task, list(enumerate(task.questions.good))[world.rank :: world.size], seed, keep)
+        return rows
 
     def _bundle(self, model: Any) -> ModelBundle:
         folder, template = self.prepared.model_path, self.prepared.template

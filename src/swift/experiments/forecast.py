@@ -249,7 +249,7 @@ def forecast_text(result: dict[str, Any]) -> str:
     lines += result.get("fused", [])
     total = result["seconds"]
     known = f"about {format_duration(total)} in all" if total is not None else None
-    lines += ["", known or "no time is shown: no job like these has run here yet"]
+    lines += ["", known or "no time in all: of some no job like them has run here yet"]
     for job in result["jobs"]:
         lines += [f"problem: {job['name']}: {text}" for text in job["problems"]]
         lines += [f"warning: {job['name']}: {text}" for text in job["warnings"]]

@@ -16,9 +16,9 @@ from swift.experiments.service import ServiceLock
 from swift.experiments.serving import SERVING
 from swift.experiments.store import Store
 from swift.experiments.submission import Submission
-from swift.experiments.types import ACTIVE, Job
+from swift.experiments.types import ACTIVE, FINISHED, Job
 
-__all__ = ["run_inline"]
+__all__ = ["end_left_jobs", "run_inline"]
 
 _LEAVE_SECONDS = 15.0
 """Beyond the grace period: for the supervisors to write how the jobs ended."""
@@ -66,6 +66,26 @@ def run_inline(
         lock.release()
 
 
+def end_left_jobs(home: Home) -> int:
+    """Cancel what a killed inline run has left in this home; returns how many jobs that were.
+
+    Raises SwiftError when another engine runs the jobs of this home.
+    """
+    if not home.store.exists():
+        return 0
+    lock = ServiceLock(home)
+    engine = Engine(home, Store(home.store))
+    try:
+        left = [job for job in engine.store.jobs() if job.state not in FINISHED]
+        for job in left:
+            engine.stop(job.id, "its run was killed", 0)
+        _wait_for_ends(engine, None)
+        return len(left)
+    finally:
+        engine.close()
+        lock.release()
+
+
 def _pause(engine: Engine, group: str) -> None:
     """Set the jobs of a group aside, and wait until those that ran have saved and ended."""
     print(f"pausing; go on later: swift resume {group}", file=sys.stderr, flush=True)
@@ -73,6 +93,10 @@ def _pause(engine: Engine, group: str) -> None:
     for job in engine.store.jobs(group=group):
         with contextlib.suppress(UsageError):  # it has ended, or is paused
             engine.pause(job.id)
+    _wait_for_ends(engine, group)
+
+
+def _wait_for_ends(engine: Engine, group: str | None) -> None:
     deadline = time.monotonic() + engine.grace_seconds + _LEAVE_SECONDS
     while time.monotonic() < deadline and any(job.state in ACTIVE for job in engine.store.jobs(group=group)):
         engine.wait(min(0.2, engine.tick()))

@@ -12,7 +12,7 @@ from swift.experiments.home import Home
 from swift.experiments.store import Group, Store
 from swift.experiments.types import Job
 
-__all__ = ["Selection", "select_experiments", "select_jobs"]
+__all__ = ["Selection", "find_jobs", "select_experiments", "select_jobs"]
 
 
 def select_jobs(store: Store, words: Iterable[str]) -> list[Job]:
@@ -26,6 +26,17 @@ def select_jobs(store: Store, words: Iterable[str]) -> list[Job]:
         for job in jobs:
             found.setdefault(job.id, job)
     return list(found.values())
+
+
+def find_jobs(home: Home, words: Sequence[str]) -> list[Job]:
+    """`select_jobs` for commands that look before they ask the service: nothing is made or started to find out."""
+    if not home.store.exists():
+        raise UsageError(f"there is no job {words[0]!r}", fix="swift ps")
+    store = Store(home.store)
+    try:
+        return select_jobs(store, words)
+    finally:
+        store.close()
 
 
 def _job(store: Store, word: str) -> Job:

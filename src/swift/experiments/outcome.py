@@ -81,7 +81,7 @@ class Outcome:
         evaluation: means over the answered rows; ``intervals``: how sure they are.
         against_best: metric -> difference to the winner's on the same rows.
         seconds: of training steps; ``wall_seconds`` of the training's processes, all attempts, where known.
-        device_seconds: over all jobs of the experiment: its stages cost, too.
+        device_seconds: over all jobs of the experiment: its stages cost, too (not how long its model is served).
         retries: what was changed for each relaunch of the training; ``stage_retries``: of its stages.
         failures: job, state and reason of what did not succeed.
         problems: files that could not be read.
@@ -188,7 +188,7 @@ def read_outcome(jobs: Sequence[Job], home: Home | None, now: float) -> Outcome:
         for job in jobs
         if job.state in ("failed", "cancelled") and not _was_not_needed(job)
     ]
-    _read_attempts(outcome, main, jobs, home, now)
+    _read_attempts(outcome, main, measured, home, now)
     if spec.run_dir is not None and spec.command in TRAINING:
         _read_run(outcome, Path(spec.cwd) / spec.run_dir)
     for path in _evaluation_files(main, jobs):

@@ -80,7 +80,9 @@ class Failure:
 
     def __str__(self) -> str:
         words = _WORDS[self.kind]
-        return f"{words}: {self.message}" if self.message and self.message != words else words
+        if words in self.message:
+            return self.message
+        return f"{words}: {self.message}" if self.message else words
 
 
 @dataclass(frozen=True)

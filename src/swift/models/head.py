@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swift.models.classifier import SCORE
 
-__all__ = ["answer_difference", "split_backbone", "split_head", "split_score"]
+__all__ = ["answer_difference", "split_backbone", "split_head", "split_like_small", "split_score"]
 
 
 def split_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
@@ -44,6 +44,18 @@ def split_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
     if not same or not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max())):
         return None
     return backbone, head
+
+
+def split_like_small(model: Any) -> tuple[nn.Module, nn.Module] | None:
+    """`split_head` of a model without weights, tried on a small one of random weights with the same configuration."""
+    from swift.models.shrink import TinySizes, shrunk_copy
+
+    embedding = model.get_input_embeddings().weight
+    with torch.random.fork_rng(devices=[]):
+        small = type(model)._from_config(shrunk_copy(model.config, TinySizes()), dtype=embedding.dtype)
+    if split_head(small.eval()) is None:
+        return None
+    return getattr(model, model.base_model_prefix), model.get_output_embeddings()
 
 
 def split_score(model: Any) -> tuple[nn.Module, nn.Module]:

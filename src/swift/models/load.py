@@ -37,6 +37,7 @@ __all__ = [
     "load_template",
     "load_tokenizer",
     "load_unloaded",
+    "loading_options",
 ]
 
 logger = get_logger(__name__)
@@ -186,7 +187,7 @@ def load_model(
     folder = Path(path)
     check_model_folder(folder, need_tokenizer=False)
     model_class, config = find_class(folder, trust_remote_code)
-    options = _loading_options(attention, config, folder, dtype=dtype, device=str(device))
+    options = loading_options(attention, config, folder, dtype=dtype, device=str(device))
     if head is not None:
         model_class = classifier_of(model_class, config, head, folder)
     elif model_class.__name__.endswith("ForSequenceClassification"):
@@ -237,7 +238,7 @@ def load_model(
     return model.eval()
 
 
-def _loading_options(
+def loading_options(
     attention: str, config: Any, folder: Path, *, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     """Which functions of transformers compute attention and experts."""

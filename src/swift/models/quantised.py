@@ -228,8 +228,8 @@ def is_quantised_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return True
-    # A FakeTensor stands for a plain one while memory is estimated (`swift.train.memory`).
-    is_plain = type(weight.data).__name__ in ("Tensor", "FakeTensor")
+    # A FakeTensor stands for a plain one while memory is estimated (`swift.train.memory`), a DTensor for a rank's part.
+    is_plain = type(weight.data).__name__ in ("Tensor", "FakeTensor", "DTensor")
     if not is_plain or not weight.is_floating_point() or weight.element_size() == 1:
         return True
     return tuple(weight.shape) != (outputs, inputs)

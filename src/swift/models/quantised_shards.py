@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swift.core.errors import ConfigError
 from swift.models.quantised import is_quantised_linear
 
-__all__ = ["PackedLinear", "unwrap_quantised"]
+__all__ = ["PackedLinear", "quantise", "unwrap_quantised"]
 
 
 class PackedLinear(nn.Module):
@@ -24,31 +24,40 @@ class PackedLinear(nn.Module):
     Attributes:
         packed: uint8, two weights in each.
         scales: of each block of weights; of double quantisation uint8, with scales of their own.
+        code: the values that four bits stand for; ``nested_code``, ``nested_scales``, ``offset``: of the scales.
     """
+
+    packed: Tensor
+    scales: Tensor
+    code: Tensor
+    nested_code: Tensor
+    nested_scales: Tensor
+    offset: Tensor
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        state = layer.weight.quant_state
+        packed, state = layer.weight.data, layer.weight.quant_state
+        if state is None:
+            packed, state = _quantised(layer.weight.data, layer.weight)
         self.in_features, self.out_features = int(layer.in_features), int(layer.out_features)
         self.compute_dtype: torch.dtype | None = layer.compute_dtype
         self.shape, self.dtype = torch.Size(state.shape), state.dtype
         self.blocksize, self.quant_type = int(state.blocksize), str(state.quant_type)
-        self.packed = nn.Parameter(_plain(layer.weight.data), requires_grad=False)
-        self.scales = nn.Parameter(_plain(state.absmax), requires_grad=False)
         self.bias = layer.bias
-        self.nested = bool(state.nested)
-        self.register_buffer("code", _plain(state.code), persistent=False)
-        if self.nested:
+        self.compress_statistics = bool(state.nested)
+        if self.compress_statistics:
             self.nested_blocksize, self.nested_dtype = int(state.state2.blocksize), state.state2.dtype
-            self.register_buffer("nested_scales", _plain(state.state2.absmax), persistent=False)
-            self.register_buffer("nested_code", _plain(state.state2.code), persistent=False)
-            self.register_buffer("offset", _plain(torch.as_tensor(state.offset)), persistent=False)
+        for name, tensor in _tensors(packed, state).items():
+            if name in ("packed", "scales"):
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
 
     def _state(self) -> Any:
         from bitsandbytes.functional import QuantState
 
         inner = None
-        if self.nested:
+        if self.compress_statistics:
             inner = QuantState(
                 absmax=self.nested_scales,
                 code=self.nested_code,
@@ -62,7 +71,7 @@ class PackedLinear(nn.Module):
             blocksize=self.blocksize,
             quant_type=self.quant_type,
             dtype=self.dtype,
-            offset=self.offset if self.nested else None,
+            offset=self.offset if self.compress_statistics else None,
             state2=inner,
         )
 
@@ -77,6 +86,33 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.quant_type}"
+
+
+def quantise(layer: PackedLinear, matrix: Tensor) -> dict[str, Tensor]:
+    """The tensors of the layer, by name, for the weights ``matrix [out, in]``."""
+    return _tensors(*_quantised(matrix, layer))
+
+
+def _quantised(matrix: Tensor, like: Any) -> tuple[Tensor, Any]:
+    """Bytes and what they mean; of a meta tensor their shapes."""
+    from bitsandbytes.functional import quantize_4bit
+
+    if matrix.is_meta:  # the code of scales is made once, where the first matrix is
+        quantize_4bit(torch.zeros(like.blocksize, 1), compress_statistics=True)
+    return quantize_4bit(
+        matrix.contiguous(),
+        blocksize=like.blocksize,
+        compress_statistics=like.compress_statistics,
+        quant_type=like.quant_type,
+    )
+
+
+def _tensors(packed: Tensor, state: Any) -> dict[str, Tensor]:
+    found = {"packed": packed, "scales": state.absmax, "code": state.code}
+    if state.nested:
+        found |= {"nested_scales": state.state2.absmax, "nested_code": state.state2.code}
+        found["offset"] = torch.as_tensor(state.offset)
+    return {name: _plain(tensor) for name, tensor in found.items()}
 
 
 def _plain(tensor: Tensor) -> Tensor:

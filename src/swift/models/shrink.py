@@ -7,6 +7,7 @@ kind; nested configurations (text, vision, audio) are shrunk the same way. What 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from swift.core.errors import UsageError
 from swift.core.registry import closest
 
-__all__ = ["TinySizes", "find_architecture", "shrink_config"]
+__all__ = ["TinySizes", "find_architecture", "shrink_config", "shrunk_copy"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,14 @@ def shrink_config(model_type: str, class_name: str, sizes: TinySizes, **override
     if "is_decoder" in default.to_dict():
         values["is_decoder"] = True  # encoders that can be told to look back only
     return config_class(**_merge(_merge(values, EXCEPTIONS.get(model_type, {})), overrides))
+
+
+def shrunk_copy(config: Any, sizes: TinySizes) -> Any:
+    """A configuration like this one in everything but its sizes."""
+    other = copy.deepcopy(config)
+    for key, value in _shrunk(config, sizes).items():
+        setattr(other, key, value)
+    return other
 
 
 def _merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

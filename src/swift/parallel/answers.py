@@ -47,13 +47,12 @@ class AnswerEngine(NativeEngine):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.reference, self.reference_engine = self._of_shards(reference), reference_engine
+        self.reference, self.reference_engine = self._of_parts(reference), reference_engine
         self.ld_alpha, self.mismatched = ld_alpha, mismatched
 
-    def _of_shards(self, reference: Reference | None) -> Reference | None:
+    def _of_parts(self, reference: Reference | None) -> Reference | None:
         """Where the model has been divided since: this rank's parts of the other weights, for its own parts."""
-        root = self.ranks.root if self.ranks is not None else None
-        if root is None or not isinstance(reference, partial) or reference.func is not other_weights:
+        if self.ranks is None or not isinstance(reference, partial) or reference.func is not other_weights:
             return reference
         from swift.parallel.states import shared
 
@@ -63,8 +62,10 @@ class AnswerEngine(NativeEngine):
             for one in self.parameter_sets.values()
             for name, parameter in one.parameters.items()
         }
-        parts = {name: shared(weights[name], trained[name]) for name in parameters}
-        return partial(other_weights, trained, parts, root.free)
+        if parameters.keys() == trained.keys() and not any(map(_is_part, trained.values())):
+            return reference
+        parts = {name: shared(weights[name], trained[name]) for name in parameters if name in trained}
+        return partial(other_weights, trained, parts, self.ranks.free)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> PooledOutputs:
@@ -99,7 +100,14 @@ class AnswerEngine(NativeEngine):
         return self._sums(logprobs, batch, self.ld_alpha)
 
     def before_step(self, batches: Sequence[Batch]) -> list[Batch]:
-        return [replace(batch, reference=self.reference_sums(batch)) for batch in batches]
+        return [
+            replace(
+                batch,
+                reference=self.reference_sums(batch),
+                mismatched_ratios=self._mismatched_ratios(batch) if self.mismatched else None,
+            )
+            for batch in batches
+        ]
 
     def objective_inputs(self, batch: Batch, tokens: TokenOutputs | None = None) -> PooledOutputs:
         mismatched = self._mismatched_ratios(batch) if self.mismatched else None
@@ -116,6 +124,8 @@ class AnswerEngine(NativeEngine):
     @torch.no_grad()
     def _mismatched_ratios(self, batch: Batch) -> Tensor:
         """Log-ratios of questions with answers to others, ``[num_sequences]``; 0 where a batch has one sequence."""
+        if batch.mismatched_ratios is not None:
+            return batch.mismatched_ratios
         other = batch.mismatched
         if other is None:
             return torch.zeros(len(batch.target_counts or []), device=self.device)
@@ -154,6 +164,10 @@ class PolicyEngine(AnswerEngine):
             return self.token_outputs(batch.to(self.device)).logprobs
         finally:
             self.model.train(before)
+
+
+def _is_part(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "placements")
 
 
 @contextlib.contextmanager

@@ -291,6 +291,11 @@ class Ranks:
         """What the width of a rank's part of a batch has to be a multiple of."""
         return self.tensor.multiple if self.tensor else 1
 
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether rows are filled up or cut for the ranks that share them."""
+        return self.context is not None or self.multiple > 1
+
     def compute(self, work: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
         """``work(*args)`` while the weights it needs are there."""
         if self.root is None:
@@ -299,6 +304,13 @@ class Ranks:
         if not torch.is_grad_enabled():
             self.root.free()  # no backward pass will do so
         return result
+
+    def free(self) -> None:
+        """Let go of all weights that have been gathered."""
+        if self.root is not None:
+            self.root.free()
+        elif self.pipeline is not None:
+            self.pipeline.free()
 
     def number(self, place: int) -> int:
         """The number among all micro-batches of the step of the one that is our number ``place``: of its dropout.

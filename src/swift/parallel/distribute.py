@@ -16,7 +16,7 @@ from swift.parallel.data_parallel import ShardedRoot, ShardOptions, shard_model
 from swift.parallel.experts import ExpertParallel, apply_expert_parallel
 from swift.parallel.pipeline import Pipeline
 from swift.parallel.sequence.context import ContextParallel
-from swift.parallel.tensor import TensorParallel, apply_tensor_parallel
+from swift.parallel.tensor import TensorParallel, apply_tensor_parallel, split_output_matrix
 from swift.parallel.world import World
 from swift.tuners.targets import decoder_layers
 
@@ -61,6 +61,8 @@ def distribute(
         experts = apply_expert_parallel(model, layout, mesh.device_type)
     if layout.tp > 1:
         tensor = apply_tensor_parallel(model, mesh["tp"], sequence=section.sequence_parallel)
+        if split is not None:
+            split_output_matrix(model, split[1], mesh["tp"], tensor, layout.dp_shard * layout.cp)
     if layout.cp > 1:
         heads, shared = decoder.heads // layout.tp, max(1, decoder.key_value_heads // layout.tp)
         ring, _ = split_degree(section.sequence_parallel_method, layout.cp, heads, shared)

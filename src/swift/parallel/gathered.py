@@ -1,4 +1,4 @@
-"""A model in shards, whole for a while: for those who use it as a model, each rank at its own pace (sampling).
+"""A model in parts, whole for a while: for those who use it as a model, each rank at its own pace (sampling).
 
 FSDP's own way of keeping weights gathered hangs on the forward of every layer, where ranks have to come together, and
 counts the passes for the backward to come. So there is a second model without weights, made before the first was
@@ -38,19 +38,28 @@ class GatheredModel:
             )
             for parameter in model.parameters()
         }
+        # Buffers of a model that has no weights yet are filled with its own.
+        memory |= {id(one): torch.empty_like(one, device=device) for one in model.buffers() if one.is_meta}
         self.model = copy.deepcopy(model, memory).to(device)
 
     @contextlib.contextmanager
-    def filled(self, root: ShardedRoot) -> Iterator[nn.Module]:
-        """The model with the weights of ``root`` as they are now; all ranks have to begin this together."""
-        root.free()
+    def filled(self, model: nn.Module, root: ShardedRoot | None) -> Iterator[nn.Module]:
+        """The model with the weights of ``model`` as they are now; all ranks have to begin this together.
+
+        Args:
+            root: of a model in shards.
+        """
+        if root is not None:
+            root.free()
         room = dict(self.model.named_parameters())
         try:
             with torch.no_grad():
-                for name, parameter in root.model.named_parameters():
+                for name, parameter in model.named_parameters():
                     part = parameter.detach()
                     part = part if self.dtype is None else part.to(self.dtype)
                     room[name].data = whole(part).to(self.device)
+                for buffer, own in zip(self.model.buffers(), model.buffers(), strict=True):
+                    buffer.copy_(own)
             yield self.model.eval()
         finally:
             for parameter in room.values():

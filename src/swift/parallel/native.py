@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from swift.data.collate import Batch
 from swift.models.attention import VARLEN
 from swift.models.head import split_head
 from swift.models.quantised import is_quantised_linear
+from swift.models.sharded import local
 from swift.objectives.base import Objective, TokenOutputs
-from swift.objectives.logprobs import linear_logprobs, module_logprobs
-from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, add_sums, count_step
+from swift.objectives.logprobs import Vocabulary, entropies, linear_logprobs, module_logprobs
+from swift.parallel.collectives import enter
+from swift.parallel.engine import RANKS_FOLDER, ParameterSet, StepCounts, StepOutput, add_sums, count_step
 from swift.parallel.offload import OffloadedActivations
 from swift.parallel.pipelined import pipelined_outputs, pipelined_step
 from swift.parallel.sequence.context import Shard
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["NativeEngine"]
 
 OPTIMIZER_FILE = "optimizer.pt"
-RANKS_FOLDER = "ranks"
-"""What several ranks save instead."""
 
 
 class NativeEngine:
@@ -50,7 +51,7 @@ class NativeEngine:
         offload_activations: keep what the backward pass needs in host memory.
         split: tells backbone and head apart.
         ranks: the other processes of the run.
-        gathered: of a model in shards, the whole for `evaluating`.
+        gathered: of a model in parts, the whole for `evaluating`.
     """
 
     def __init__(
@@ -172,8 +173,8 @@ class NativeEngine:
         self.model.eval()
         self.settle()
         found: contextlib.AbstractContextManager[nn.Module] = contextlib.nullcontext(self.model)
-        if self.gathered is not None and self.ranks is not None and self.ranks.root is not None:
-            found = self.gathered.filled(self.ranks.root)
+        if self.gathered is not None:
+            found = self.gathered.filled(self.model, self.ranks.root if self.ranks else None)
         with self.precision(), found as model:
             yield model
 
@@ -344,12 +345,23 @@ class NativeEngine:
         weight = _output_matrix(head)
         if weight is not None:
             states = states if temperature == 1 else states / temperature
-            return TokenOutputs(*linear_logprobs(states, weight, targets, chunk_size=self.chunk_size))
+            vocabulary = self._vocabulary()
+            if vocabulary.group is not None:
+                states = enter(states, vocabulary.group, False)
+            size = {"chunk_size": self.chunk_size}
+            return TokenOutputs(
+                *linear_logprobs(states, local(weight), targets, vocabulary=vocabulary, **size)
+            )
         if self.has_own_head and self._switch is not None:
             head = self._switch.bound(head)  # it is run again by the backward pass, when others may act
         return TokenOutputs(
             *module_logprobs(states, _tempered(head, temperature), targets, chunk_size=self.chunk_size)
         )
+
+    def _vocabulary(self) -> Vocabulary:
+        """Which part of it this rank has an output matrix for."""
+        tensor = self.ranks.tensor if self.ranks else None
+        return Vocabulary() if tensor is None else tensor.vocabulary
 
     @property
     def has_own_head(self) -> bool:
@@ -365,13 +377,23 @@ class NativeEngine:
         return found
 
     def _token_entropies(self, batch: Batch) -> Tensor:
+        cut = self.ranks.cut(batch) if self.ranks else Shard(batch)
         with self.precision():
-            head = self._split[1] if self._split else nn.Identity()
+            head: Callable[..., Any] = self._split[1] if self._split else nn.Identity()
+            vocabulary, weight = self._vocabulary(), _output_matrix(head)
+            if vocabulary.group is not None and weight is not None:
+                head = partial(nn.functional.linear, weight=local(weight))
             parts = [
-                torch.distributions.Categorical(logits=head(part).float() / batch.temperature).entropy()
-                for part in self.states(batch).split(self.chunk_size)
+                entropies(head(part).float() / batch.temperature, vocabulary)
+                for part in self.states(cut.batch, cut.attention).split(self.chunk_size)
             ]
-        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        found = torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        return self.of_batch(found, cut)
+
+    def of_batch(self, values: Tensor, cut: Shard) -> Tensor:
+        """``[targets, ...]`` of the whole batch, by this rank's part of it."""
+        context = self.ranks.context if self.ranks else None
+        return values if context is None else context.gather(values, cut)
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:

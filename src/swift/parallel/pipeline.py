@@ -158,8 +158,7 @@ class Pipeline:
         mine = [stage for stage, rank in enumerate(self.holders) if rank == group.rank()]
         last = len(parts) - 1
         self.stages = {stage: Stage(model, parts[stage], stage == 0, stage == last, self) for stage in mine}
-        weight = model.get_input_embeddings().weight
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype = model.get_input_embeddings().weight.dtype
         self.size = model.config.get_text_config().hidden_size
         self.batches: Sequence[MicroBatch] = ()
         self.around: Callable[[int], Any] = lambda number: torch.enable_grad()
@@ -167,6 +166,11 @@ class Pipeline:
         self.tied = self._tied_group(model)
         self._prune(model, {number for stage in mine for number in parts[stage]})
         self._schedules: dict[tuple[int, ...], Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's layers are."""
+        return next(parameter.device for stage in self.stages.values() for parameter in stage.parameters())
 
     @property
     def has_last(self) -> bool:
@@ -250,10 +254,15 @@ class Pipeline:
                 states = module(states, torch.tensor([number])).contiguous()
                 if stage + 1 < len(self.holders) and self.holders[stage + 1] != rank:
                     dist.send(states, ranks[self.holders[stage + 1]], group=self.group)
-        for module in self.stages.values():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # no backward pass will do so
+        self.free()  # no backward pass will do so
         self.batches = ()
+
+    def free(self) -> None:
+        """Let go of all weights of stages in shards that have been gathered."""
+        for stage in self.stages.values():
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def collect(
         self, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]

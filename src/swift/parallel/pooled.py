@@ -12,6 +12,7 @@ from swift.data.collate import Batch
 from swift.models.head import split_head
 from swift.objectives.base import PooledOutputs
 from swift.parallel.native import NativeEngine
+from swift.parallel.sequence.context import Shard
 
 __all__ = ["PooledEngine", "last_token", "mean_of_tokens"]
 
@@ -55,13 +56,14 @@ class PooledEngine(NativeEngine):
         return PooledOutputs(*self.ranks.compute(lambda: (self._values(batch),)))
 
     def _values(self, batch: Batch) -> Tensor:
+        cut = self.ranks.cut(batch) if self.ranks else Shard(batch)
         with self.precision():
-            outputs = self._run(batch)
-            states = self._pool(outputs.last_hidden_state if self._split else outputs.logits, batch)
+            outputs = self._run(cut.batch, cut.attention)
+            states = self._pool(outputs.last_hidden_state if self._split else outputs.logits, cut.batch)
             values = self._split[1](states) if self._split else states
         if self._readout is not None:
             values = self._readout(values)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        return self.of_batch(values.to(torch.promote_types(values.dtype, torch.float32)), cut)
 
 
 def last_token(states: Tensor, batch: Batch) -> Tensor:

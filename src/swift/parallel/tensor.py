@@ -27,12 +27,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from swift.core.errors import ConfigError
 from swift.models.sharded import ShardedLinear, Share, local
+from swift.objectives.logprobs import Vocabulary
 from swift.parallel.collectives import add_up, enter, gather, keep_own, leave
 from swift.tuners.lora import LoraLinear
 from swift.tuners.lora_function import mixed_seed
 from swift.tuners.targets import decoder_layers
 
-__all__ = ["TensorParallel", "apply_tensor_parallel", "final_norms"]
+__all__ = ["TensorParallel", "apply_tensor_parallel", "final_norms", "split_output_matrix"]
 
 
 @dataclass
@@ -43,12 +44,14 @@ class TensorParallel:
         sequence: hidden states between the regions are split along the sequence.
         splits_tokens: some blocks compute a share of the tokens.
         partial: names of the parameters whose gradients are shares, to be added up (`sum_gradients`).
+        vocabulary: whose logits this rank computes.
     """
 
     group: dist.ProcessGroup
     sequence: bool
     splits_tokens: bool = False
     partial: set[str] = field(default_factory=set)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
     @property
     def multiple(self) -> int:
@@ -112,6 +115,23 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool = Fals
                 f"{model.base_model_prefix}.{norm}.{key}" for key, _ in module.named_parameters()
             )
     return state
+
+
+def split_output_matrix(
+    model: Any, head: nn.Module, mesh: DeviceMesh, state: TensorParallel, shards: int = 1
+) -> None:
+    """Let every rank have some rows of the output matrix, where it is nothing else (the embedding, an adapter's base)
+    and the parts, each in ``shards``, are alike.
+
+    What reads it has to know that (`TensorParallel.vocabulary`): the module itself no longer works.
+    """
+    if type(head) is not nn.Linear or head is not model.get_output_embeddings() or head.bias is not None:
+        return
+    if head.weight is model.get_input_embeddings().weight or head.out_features % (mesh.size() * shards):
+        return
+    _shard(head, "weight", 0, mesh)
+    first = head.out_features // mesh.size() * mesh.get_local_rank()
+    state.vocabulary = Vocabulary(first, mesh.get_group())
 
 
 def final_norms(model: Any) -> list[str]:

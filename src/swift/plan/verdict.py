@@ -19,7 +19,7 @@ TIGHT_SHARE = 0.95
 
 
 def fits(plan: Plan, device: DeviceFacts) -> bool | None:
-    """Whether it fits; adds the warnings that say why not."""
+    """Whether it fits (``plan.memory["fits"]``: whether its memory does); adds the warnings that say why not."""
     verdict: bool | None = None
     if "least" in plan.memory:
         verdict = serving_fits(plan.memory, TIGHT_SHARE, plan.warnings)
@@ -30,11 +30,17 @@ def fits(plan: Plan, device: DeviceFacts) -> bool | None:
                 f"memory: about {format_bytes(plan.memory['total'])} on a {device.kind} device of"
                 f" {format_bytes(device.memory_bytes)}; "
                 + (
-                    "another machine, or --device cpu"
+                    (
+                        "a machine with more memory"
+                        if device.kind == "cpu"
+                        else "another machine, or --device cpu"
+                    )
                     if plan.export
                     else f"swift plan {plan.command} ... --solve says what makes it fit"
                 )
             )
+    if plan.memory:
+        plan.memory["fits"] = verdict
     if "disk" in plan.memory:
         disk = plan.memory["disk"]
         if disk["total_bytes"] > disk["free_bytes"]:

@@ -109,7 +109,7 @@ def policy_parts(
         steps_per_epoch=prepared.plan.steps_per_epoch,
         layout=AnswerLayout(
             mode,
-            share_prompts=_shares_prompts(resolved, engine.model, mode),
+            share_prompts=_shares_prompts(resolved, engine, mode),
             pad_token_id=prepared.template.tokenizer.pad_token_id,
             temperature=config.generation.temperature,
         ),
@@ -124,18 +124,26 @@ def policy_parts(
     return _Parts(objective, source, evaluator, [_Measured(source)], source.save)
 
 
-def _shares_prompts(resolved: Resolved, model: Any, mode: Mode) -> bool:
-    """Whether a prompt may be computed once for its answers: our attention can, but for shifted groups."""
+def _shares_prompts(resolved: Resolved, engine: PolicyEngine, mode: Mode) -> bool:
+    """Whether a prompt may be computed once for its answers: our attention can, but for shifted groups and for rows
+    that ranks share.
+    """
     if not resolved.config.policy.share_prompts:
         return False
+    model: Any = engine.model
     takes = model.config._attn_implementation == VARLEN and not resolved.config.tuner.longlora_group_size
-    if mode != "padded" and takes:
+    cuts = engine.ranks is not None and engine.ranks.cuts_rows
+    if mode != "padded" and takes and not cuts:
         return True
     if resolved.is_explicit("share_prompts"):
         raise ConfigError(
             "answers cannot share the computation of their prompt here",
             where="--share_prompts true",
-            why="rows are padded" if mode == "padded" else "the attention in use does not know how",
+            why="rows are padded"
+            if mode == "padded"
+            else "processes share every row"
+            if cuts
+            else "the attention in use does not know how",
             fix="leave it out, or --padding_free true with --attn_impl auto",
         )
     return False

@@ -69,8 +69,8 @@ def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
         lines.append(
             (
                 "model",
-                f"{model['path']}  ({model['architecture']}, {format_count(model['parameters'])}"
-                f" parameters{share}, {model['dtype']}{stored})",
+                f"{model['path'] or plan['config']['model']['model']}  ({model['architecture']},"
+                f" {format_count(model['parameters'])} parameters{share}, {model['dtype']}{stored})",
             )
         )
     if data:
@@ -82,7 +82,7 @@ def plan_card_lines(plan: Mapping[str, Any]) -> Lines:
     if plan.get("time"):
         lines.append(("time", _time_text(plan["time"])))
     if memory:
-        lines.append(("memory", _memory_text(memory, plan["fits"])))
+        lines.append(("memory", _memory_text(memory)))
         cache = memory.get("cache")
         if cache:
             lines.append(
@@ -180,11 +180,11 @@ def _step_lines(steps: Mapping[str, Any]) -> Lines:
     ]
 
 
-def _memory_text(memory: Mapping[str, Any], fits: bool | None) -> str:
+def _memory_text(memory: Mapping[str, Any]) -> str:
     parts = sorted(memory["parts"].items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} {format_bytes(value)}" for name, value in parts if value)
     device = memory.get("device_bytes")
-    verdict = {True: "fits", False: "does NOT fit", None: "not compared with a device"}[fits]
+    verdict = {True: "fits", False: "does NOT fit", None: "not compared with a device"}[memory["fits"]]
     room = f" of {format_bytes(device)}" if device else ""
     traced = " (traced)" if memory.get("method") == "traced" else ""
     return f"about {format_bytes(memory['total'])}{room}{traced}, {verdict}: {shown}"

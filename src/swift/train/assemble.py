@@ -15,9 +15,11 @@ import torch
 
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
+from swift.core.format import format_bytes
+from swift.core.logging import get_logger
 from swift.data.channels import Channels
 from swift.models.classifier import SCORE
-from swift.models.head import split_head
+from swift.models.head import split_head, split_like_small
 from swift.models.quantised import stored_weights
 from swift.models.streamed import fill, has_no_weights
 from swift.objectives.base import Objective
@@ -38,6 +40,8 @@ from swift.tuners.peft_format import adapter_folder, load_adapter
 from swift.tuners.starts import start_from_rounding
 from swift.tuners.switch import AdapterSwitch
 from swift.tuners.targets import decoder_layers, output_head_name
+
+logger = get_logger(__name__)
 
 __all__ = ["make_engine", "make_objective", "tune_model"]
 
@@ -150,7 +154,8 @@ def make_engine(
     divided: dict[str, Any] = {}
     if world is not None and world.size > 1:
         split = options.get("split") or getattr(make, "keywords", {}).get("split", split_head)
-        if world.layout.dp_shard > 1 and resolved.config.rlhf.is_policy:
+        used_whole = resolved.config.rlhf.is_policy or resolved.config.evaluation.eval_tasks is not None
+        if used_whole and world.layout.dp_shard * world.layout.tp > 1:
             options["gathered"] = _gathered(tuned, resolved, device, dtype)
         if shared:
             parts, divided = _with_own_head(tuned.model, shared["parts"], shared["head"]), shared["divided"]
@@ -221,16 +226,21 @@ def _divided_once(
 ) -> tuple[Any, dict[str, Any]]:
     """Backbone and head of this rank's part of the model, which has its weights then, and what `Ranks` is told."""
     autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
-    if weights is None or not has_no_weights(tuned.model):
-        with autocast:
-            parts = split(tuned.model)  # tries the model, which in parts works as a whole only
-        return _divide(tuned, resolved, dtype, world, parts, whole)
-    _, divided = _divide(tuned, resolved, dtype, world, None, whole)
-    offloaded = resolved.config.parallel.offload
-    fill(tuned.model, weights, torch.device("cpu") if offloaded else device)
-    with torch.no_grad(), autocast:
-        (parts,) = divided["root"](lambda: (split(tuned.model),))
-        divided["root"].free()
+    streams, layout = weights is not None and has_no_weights(tuned.model), world.layout
+    parts = None
+    if not streams or layout.tp * layout.pp > 1:
+        with autocast:  # tries the model, which in parts works as a whole only
+            parts = split_like_small(tuned.model) if streams else split(tuned.model)
+    parts, divided = _divide(tuned, resolved, dtype, world, parts, whole)
+    if not streams:
+        return parts, divided
+    assert weights is not None
+    count = fill(tuned.model, weights, torch.device("cpu") if resolved.config.parallel.offload else device)
+    logger.info("rank %d has read %s of the weights", world.rank, format_bytes(count))
+    if layout.tp * layout.pp == 1:
+        with torch.no_grad(), autocast:
+            (parts,) = divided["root"](lambda: (split(tuned.model),))
+            divided["root"].free()
     return parts, divided
 
 
@@ -264,7 +274,7 @@ def _gathered_dtype(tuned: TunedModel, resolved: Resolved, dtype: torch.dtype) -
 
 
 def _gathered(tuned: TunedModel, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:
-    """What answers are sampled with."""
+    """What answers are sampled with, and tasks are measured."""
     from swift.models.quantised_shards import unwrap_quantised
     from swift.parallel.gathered import GatheredModel
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -58,7 +60,7 @@ from swift.train.tasks import classifier_head
 from swift.tuners.apply import DEFAULT_ADAPTER, TunedModel
 from swift.tuners.starts import needs_data
 
-__all__ = ["PolicyFactory", "PolicyParts", "build", "load_weights"]
+__all__ = ["PolicyFactory", "PolicyParts", "build", "check_place_in_data", "load_weights"]
 
 
 class PolicyParts(Protocol):
@@ -194,24 +196,13 @@ def build(
 
 
 def _restored(prepared: Prepared, engine: NativeEngine) -> TrainState:
-    """The state of the checkpoint (its optimizer is loaded), or of a beginning.
-
-    Raises SwiftError when the checkpoint's place in the data means another one by now.
-    """
+    """The state of the checkpoint (its optimizer is loaded), or of a beginning."""
     checkpoint = prepared.checkpoint
     state = TrainState()
     if checkpoint is not None:
         state = read_state(checkpoint)
         engine.load(checkpoint)
-    cursor = _cursor_fingerprint(prepared)
-    if state.cursor_fingerprint not in ("", cursor):
-        raise SwiftError(
-            "the data or its batching changed since the checkpoint, so the run cannot go on exactly",
-            where=str(checkpoint),
-            why="data rows, max_length, batch size, accumulation, packing, seed or grouping differ",
-            fix="restore them, or start a new run from these weights with --adapters or --model",
-        )
-    state.cursor_fingerprint = cursor
+    state.cursor_fingerprint = _cursor_fingerprint(prepared)
     state.order_batch_size = prepared.schedule.batch_size
     state.step_size = prepared.plan.accumulation // prepared.schedule.split
     # A part that goes on with steps of another number of processes leaves that number to the next one.
@@ -293,15 +284,24 @@ def _weights_folder(prepared: Prepared) -> Path:
 
 def _without_weights(prepared: Prepared, folder: Path, dtype: torch.dtype) -> Any:
     """The model before its weights, when every rank can read its own shards of them later; None when it cannot."""
-    config, layout = prepared.resolved.config, prepared.world.layout
-    plain = config.task.task_type == "causal_lm" and config.rlhf.rlhf_type is None
-    plain = plain and not config.quantization.is_active
-    whole = layout.tp * layout.pp > 1 or config.tuner.modules_to_save or config.model.adapters
-    if layout.dp_shard == 1 or not plain or whole or config.model.trust_remote_code:
+    config, layout, tuner = prepared.resolved.config, prepared.world.layout, prepared.resolved.config.tuner
+    if layout.dp_shard * layout.tp * layout.pp == 1 or config.model.trust_remote_code:
         return None
+    if tuner.modules_to_save or config.model.adapters or tuner.init_weights not in ("default", "gaussian"):
+        return None
+    if config.task.task_type != "causal_lm" or config.task.has_score_head or config.rlhf.rlhf_type == "rm":
+        return None
+    if config.rlhf.rlhf_type is not None and tuner.trains_whole_model and not config.rlhf.reference_free:
+        return None  # the reference may be a copy of the weights, made before the model is divided
     if (folder / MASTER_FILE).is_file():  # what one process has saved beside the rounded weights
         return None
-    return empty_model(folder, dtype=dtype, attention=config.model.attn_impl)
+    return empty_model(
+        folder,
+        dtype=dtype,
+        attention=config.model.attn_impl,
+        device=str(prepared.device),
+        quantization=config.quantization,
+    )
 
 
 def load_weights(prepared: Prepared) -> Any:
@@ -375,6 +375,19 @@ def _metric_names(prepared: Prepared, objective: Objective) -> tuple[str, ...]:
     return tuple(f"loss_{name}" for name in prepared.data.channels[0].names) if prepared.data.channels else ()
 
 
+def check_place_in_data(prepared: Prepared) -> None:
+    """Raise SwiftError when the checkpoint's place in the data means another one by now."""
+    checkpoint = prepared.checkpoint
+    if checkpoint is None or read_state(checkpoint).cursor_fingerprint in ("", _cursor_fingerprint(prepared)):
+        return
+    raise SwiftError(
+        "the data or its batching changed since the checkpoint, so the run cannot go on exactly",
+        where=str(checkpoint),
+        why="data rows, max_length, batch size, accumulation, packing, seed or grouping differ",
+        fix="restore them, or start a new run from these weights with --adapters or --model",
+    )
+
+
 def _cursor_fingerprint(prepared: Prepared) -> str:
     """What the data cursor (epoch, step in epoch) refers to: rows, batching and order."""
     config = prepared.resolved.config
@@ -416,4 +429,4 @@ def _check_disk(folder: Path, tuned: TunedModel, only_model: bool) -> None:
             f"a checkpoint needs about {format_bytes(needed)}, {format_bytes(free)} are free",
             where=str(folder),
             fix="free some space, choose another --output_dir, or --save_only_model",
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

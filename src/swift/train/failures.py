@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import Literal
 
 import torch
@@ -39,6 +40,8 @@ def _kind(error: BaseException) -> FailureKind | None:
     if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return "out_of_memory"  # host allocators and other accelerators have no class of their own
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk"
+    if os.strerror(errno.ENOSPC) in str(error):  # safetensors has an error of its own for it
         return "disk"
     if isinstance(error, DataError):
         return "data"

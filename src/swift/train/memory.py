@@ -311,6 +311,7 @@ class _Trace:
         parameters = [parameter for group in sets for parameter in group.parameters.values()]
         self._draw_layers(engine, optimizers[0])
         _give_gradients(parameters, live)
+        engine.scaler = None  # of float16: one number, and it wants to see whether gradients are finite
         live.enter("first update", "temporary")
         engine.clip()
         engine.step(0)

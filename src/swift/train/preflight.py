@@ -8,6 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
+from swift.config.bind import load_run_config
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.data.hub import pin_datasets
@@ -20,7 +21,7 @@ from swift.runs.folder import RunFolder, find_latest_run, locate
 from swift.train.optimizers import check_optimizer
 from swift.tuners.registry import check_peft
 
-__all__ = ["check_tuner_options", "find_checkpoint", "preflight"]
+__all__ = ["check_goes_on", "check_tuner_options", "find_checkpoint", "preflight"]
 
 
 def preflight(resolved: Resolved, *, begins: bool = True) -> Path:
@@ -117,6 +118,33 @@ def check_tuner_options(resolved: Resolved, adapter: Path) -> None:
                 else None,
                 fix=f"leave out --{name}, or leave out --adapters for a new adapter",
             )
+
+
+_KEPT = (
+    "tuner_type", "lora_rank", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_regex",
+    "target_parameters", "modules_to_save",
+)  # fmt: skip
+"""Options that say what the weights of a checkpoint are."""
+
+
+def check_goes_on(resolved: Resolved, checkpoint: Path) -> None:
+    """Refuse to go on from ``checkpoint`` with other trained weights than it holds. Raises ConfigError."""
+    before = load_run_config(checkpoint).config.tuner
+    for name in _KEPT:
+        was, value = getattr(before, name), resolved.value(name)
+        if was != value:
+            run = shlex.quote(str(checkpoint.parent))
+            kind = "model" if before.trains_whole_model else "adapters"
+            raise resolved.error(
+                name,
+                f"the run was begun with {name} {_words(was)} and cannot go on with {_words(value)}",
+                fix=f"swift resume {run} goes on with the run's own options; "
+                f"a new run from these weights: --{kind} {shlex.quote(str(checkpoint))}",
+            )
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _check_output(output_dir: Path, run_name: str | None) -> None:

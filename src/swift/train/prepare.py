@@ -28,7 +28,7 @@ from swift.train.callbacks.trackers import check_trackers
 from swift.train.checkpoints import read_state
 from swift.train.loop import StepPlan
 from swift.train.precision import check_precision, export_dtype
-from swift.train.preflight import find_checkpoint, preflight
+from swift.train.preflight import check_goes_on, find_checkpoint, preflight
 from swift.train.state import TrainState
 from swift.train.tasks import check_negatives
 
@@ -71,6 +71,8 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
     check_trackers(config.report.report_to)
     checkpoint = RunFolder(restart).latest_checkpoint() if restart else None
     checkpoint = checkpoint or find_checkpoint(resolved)
+    if checkpoint is not None:
+        check_goes_on(resolved, checkpoint)
     facts = ModelFacts.read(model_path)
     derive_max_length(resolved, facts)
     check_dimensions(config.parallel, Decoder.of(facts.config), config.data.max_length)

@@ -33,7 +33,7 @@ from swift.runs.curves import draw_curves
 from swift.runs.folder import RankFolder, RunFolder
 from swift.runs.record import write_environment, write_provenance, write_summary
 from swift.runs.status import StatusFile
-from swift.train.build import PolicyFactory, build
+from swift.train.build import PolicyFactory, build, check_place_in_data
 from swift.train.callbacks.base import Callback
 from swift.train.callbacks.trackers import tracker_callbacks
 from swift.train.callbacks.user import load_callbacks
@@ -129,6 +129,7 @@ def run_steps(
     world = _meet(resolved)
     restart = world.from_main(restart_folder() if base is None else None)
     prepared = world.main_first(partial(prepare, resolved, world, restart))
+    check_place_in_data(prepared)
     if not world.is_main:
         callbacks, own_callbacks, say, announce = (), [], _say_nothing, None
     if announce is not None and prepared.stream is None:
@@ -143,7 +144,7 @@ def run_steps(
     try:
         attach_run_logs(folder.path if world.is_main else folder.path.parents[1], world.rank)
         status.start_heartbeat()
-        if world.is_main:
+        if world.is_main and prepared.checkpoint is None:
             _record(folder, prepared, arguments)
         for note in prepared.data.notes:
             logger.warning(note)
@@ -155,6 +156,9 @@ def run_steps(
             closing.callback(callback.close)
         trainer = build(prepared, folder, status, everyone, say, closing, evaluators or (), policy, base)
         trainer.signals = signals or trainer.signals
+        if world.is_main and prepared.checkpoint is not None:
+            # Only now: options that do not fit the checkpoint were refused, and the next resume must not find them.
+            _record(folder, prepared, arguments)
         if resumed_step >= prepared.plan.total_steps:
             say(f"nothing is left to do: all {resumed_step} steps are done; a larger --max_steps goes on")
         elif resumed_step:

@@ -89,7 +89,9 @@ def test_models_and_adapters(client: openai.OpenAI, url: str, engine: ScriptedEn
         client.models.retrieve("new")
     missing = {"lora_name": "other", "lora_path": str(tmp_path / "missing")}
     answer = httpx.post(f"{url}/v1/load_lora_adapter", json=missing)
-    assert answer.status_code == 400 and "no such folder" in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["message"] == f"{tmp_path / 'missing'}: no such folder"
+    assert error["param"] == "lora_path"
     assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "tiny"}).status_code == 400
 
 

@@ -105,6 +105,13 @@ def test_defaults_of_requests(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert service_of(*words).defaults.temperature == 1.0
 
 
+def test_no_request_may_be_larger_than_the_queue(tiny_model_dir: Path) -> None:
+    """It would be told to try again for ever."""
+    words = ["--model", str(tiny_model_dir), "--max_num_seqs", "2"]
+    assert service_of(*words, "--max_waiting", "3").limits.choices == 5
+    assert service_of(*words, "--max_waiting", "3", "--max_choices", "4").limits.choices == 4
+
+
 def test_who_may_load_adapters(tiny_model_dir: Path) -> None:
     words = ["--model", str(tiny_model_dir)]
     assert service_of(*words).read_adapter is not None

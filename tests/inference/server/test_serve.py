@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -130,7 +131,7 @@ def test_addresses_that_cannot_be_had() -> None:
     assert caught.value.where == "--host"
 
 
-def test_https(service: Service, tmp_path: Path) -> None:
+def test_https(service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
@@ -142,10 +143,15 @@ def test_https(service: Service, tmp_path: Path) -> None:
     def visit(url: str) -> None:
         assert url.startswith("https://127.0.0.1:")
         trusted = ssl.create_default_context(cafile=str(certificate))
-        assert httpx.get(url + "/health", verify=trusted).json() == {"status": "ready"}
+        client = httpx.Client(verify=trusted)  # stays connected, and does not listen to TLS's goodbye
+        clients.append(client)
+        assert client.get(url + "/health").json() == {"status": "ready"}
         os.kill(os.getpid(), signal.SIGTERM)
 
+    clients: list[httpx.Client] = []
     listening = Listening(port=0, ssl_keyfile=str(key), ssl_certfile=str(certificate))
     assert served(service, listening, visit) == []
+    clients[0].close()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     with pytest.raises(ConfigError, match="certificate"):
         served(service, Listening(port=0, ssl_keyfile=str(key), ssl_certfile=str(key)), lambda url: None)

@@ -11,7 +11,9 @@ class EngineSection(Section):
     """The inference engine: which one, how many requests at once, how much memory."""
 
     infer_backend: Literal["transformers", "vllm"] = option(
-        "transformers", "Engine that answers: transformers runs in this process, vllm in its own environment."
+        "transformers",
+        "Engine that answers: transformers runs in this process, vllm in its own environment.",
+        essential=True,
     )
     max_num_seqs: int = option(64, "Requests answered at once.", ge=1)
     max_model_len: int | None = option(

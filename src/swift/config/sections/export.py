@@ -15,7 +15,9 @@ class ExportSection(Section):
         "Merge the adapter into its model in full precision (swift merge-lora); before quantising always.",
     )
     output_format: Literal["hf", "vllm"] = option(
-        "hf", "Who loads the folder: transformers (hf), or vLLM, whose own rules are then checked as well."
+        "hf",
+        "Who loads the folder: transformers (hf), or vLLM, whose own rules are then checked as well.",
+        essential=True,
     )
     group_size: int = option(
         128, "Weights that share a scale (gptq, awq); -1: a whole row.", unit="weights", ge=-1
@@ -40,10 +42,14 @@ class ExportSection(Section):
         [],
         "Held-out text that original and result are compared on; default: the validation data of the run, else"
         " documentation of Python's standard library.",
+        essential=True,
     )
     parity_tokens: int = option(4096, "Tokens to compare on.", unit="tokens", ge=16)
     max_perplexity_increase: float | None = option(
-        None, "Exit with 1 above this share (0.01 is 1 %); default: by method and bits.", ge=0
+        None,
+        "Exit with 1 when perplexity rises by more than this share (0.01 is 1 %); default: by method and bits.",
+        ge=0,
+        essential=True,
     )
     max_kl: float | None = option(
         None, "Exit with 1 above this mean KL divergence (original || result).", unit="nats a token", ge=0

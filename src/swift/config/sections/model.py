@@ -26,7 +26,11 @@ class ModelSection(Section):
     hub_token: str | None = option(
         None, "Token for private and gated models; never recorded. Better: HF_TOKEN or MODELSCOPE_API_TOKEN."
     )
-    adapters: list[str] = option([], "Adapter folders (or run folders) to load on top of the model.")
+    adapters: list[str] = option(
+        [],
+        "Adapter folders (or run folders) to load on top of the model; for swift deploy also NAME=FOLDER.",
+        essential=True,
+    )
     torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
         "auto", "Compute precision; auto is bfloat16 on devices that have it, float32 on CPU.", essential=True
     )

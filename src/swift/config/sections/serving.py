@@ -49,7 +49,9 @@ class ServingSection(Section):
     max_answer_tokens: int | None = option(
         None, "Most that a request may set as max_tokens; default: as the model allows.", unit="tokens", ge=1
     )
-    max_choices: int = option(128, "Most answers of one request: prompts times n.", ge=1)
+    max_choices: int = option(
+        128, "Most answers of one request: prompts times n; never more than run and wait together.", ge=1
+    )
     max_body_mib: float = option(16.0, "Largest body of a request.", unit="MiB", gt=0)
     max_open_requests: int = option(1024, "HTTP requests in progress together.", ge=1)
     request_timeout_seconds: float = option(

@@ -39,4 +39,6 @@ class SuiteSection(Section):
     eval_output_dir: str | None = option(
         None, "Folder of the results; default: eval/NAME in the run's folder, or beside the model."
     )
-    eval_name: str | None = option(None, "NAME of that folder; default: the suite's name, or the time.")
+    eval_name: str | None = option(
+        None, "NAME of that folder; default: the suite's name, or the time.", essential=True
+    )

@@ -55,13 +55,13 @@ def admin_routes(service: Service) -> APIRouter:
             raise ApiError(
                 403, "this server takes no adapters at run time (--runtime_adapters true allows it)"
             )
-        if body.lora_name in service.models:
+        if body.lora_name in service.models or body.lora_name in service.engine.adapters():
             raise ApiError(400, f"{body.lora_name} is the name of a model here already", param="lora_name")
         try:
             model = service.read_adapter(body.lora_name, Path(body.lora_path))
             await service.engine.load_adapter(body.lora_name, model.folder)
         except SwiftError as error:
-            raise from_swift_error(error) from error
+            raise from_swift_error(error, "lora_path") from error
         except (OSError, ValueError) as error:  # a path that cannot be one
             raise ApiError(400, f"the adapter cannot be read: {error}", param="lora_path") from error
         service.models[body.lora_name] = model
@@ -79,7 +79,7 @@ def admin_routes(service: Service) -> APIRouter:
         try:
             await service.engine.unload_adapter(model.adapter)
         except SwiftError as error:
-            raise from_swift_error(error) from error
+            raise from_swift_error(error, "lora_name") from error
         return {"status": "unloaded", "model": body.lora_name}
 
     @routes.post("/tokenize", tags=["tokens"])

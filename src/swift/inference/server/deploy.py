@@ -114,6 +114,7 @@ def make_service(served: Served, engine: InferenceEngine, resolved: Resolved) ->
     if allowed is None:
         allowed = is_local(section.host) and served.context.writes_text
     reasoning = section.reasoning_parser
+    queue = resolved.config.engine.max_num_seqs + resolved.config.engine.max_waiting
     return Service(
         engine,
         models,
@@ -121,7 +122,7 @@ def make_service(served: Served, engine: InferenceEngine, resolved: Resolved) ->
             body_bytes=int(section.max_body_mib * 2**20),
             prompt_tokens=section.max_prompt_tokens,
             answer_tokens=section.max_answer_tokens,
-            choices=section.max_choices,
+            choices=min(section.max_choices, queue),  # more would wait for ever: it is all or none
             logprobs=section.max_logprobs,
             request_seconds=section.request_timeout_seconds,
             open_requests=section.max_open_requests,

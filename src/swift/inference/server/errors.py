@@ -61,12 +61,11 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def from_swift_error(error: SwiftError) -> ApiError:
-    """What the engine, the template or an adapter refuses is the request's fault."""
-    message = (
-        error.message + (f" ({error.why})" if error.why else "") + (f"; {error.fix}" if error.fix else "")
-    )
-    return ApiError(400, message, param=error.where)
+def from_swift_error(error: SwiftError, param: str | None = None) -> ApiError:
+    """What the engine, the template or an adapter refuses is the request's fault; ``param``: the field of it."""
+    where = f"{error.where}: " if error.where else ""
+    why, fix = f" ({error.why})" if error.why else "", f"; {error.fix}" if error.fix else ""
+    return ApiError(400, f"{where}{error.message}{why}{fix}", param=param)
 
 
 def from_validation(errors: list[Any]) -> ApiError:

@@ -26,6 +26,8 @@ __all__ = ["Listening", "bind", "serve"]
 
 logger = get_logger(__name__)
 DRAIN_POLL_SECONDS = 0.05
+CUT_SECONDS, GOODBYE_SECONDS = 1, 0.5
+"""At the end: for connections with an answer that is cut off, and for those without one that stay open."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ async def serve(
         lifespan="off",
         ssl_keyfile=listening.ssl_keyfile,
         ssl_certfile=listening.ssl_certfile,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=CUT_SECONDS,
         server_header=False,
     )
     server = _Server(config, service, listening.drain_seconds)
@@ -164,6 +166,21 @@ class _Server(uvicorn.Server):
                 "%d requests are cut off after %g s", self._service.open_requests, self._drain_seconds
             )
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close everything. Clients that are owed no answer are not waited for: TLS asks them to say goodbye, which
+        an idle one does not hear, and uvicorn would report an error."""
+        goodbye = self._loop.call_later(GOODBYE_SECONDS, self._drop_idle)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            goodbye.cancel()
+
+    def _drop_idle(self) -> None:
+        for connection in list(self.server_state.connections):
+            answer = getattr(connection, "cycle", None)  # websockets have none
+            if connection.transport and (answer is None or answer.response_complete):
+                connection.transport.abort()
 
 
 def _write_ready_file(listening: Listening, url: str) -> None:

@@ -139,7 +139,7 @@ class ContextParallel:
         return Shard(own, order[is_target[:, places]], int(is_target.sum()), attention)
 
     def gather(self, values: Tensor, shard: Shard) -> Tensor:
-        """``[local targets]`` -> ``[targets]`` of the whole batch, the same on all ranks.
+        """``[local targets, ...]`` -> ``[targets, ...]`` of the whole batch, the same on all ranks.
 
         Every rank then computes the same loss, so the gradient that comes back is already whole.
         """
@@ -183,7 +183,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, order: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
         ctx.save_for_backward(order)
-        whole = values.new_zeros(total).index_copy_(0, order, values)
+        whole = values.new_zeros(total, *values.shape[1:]).index_copy_(0, order, values)
         dist.all_reduce(whole, group=group)
         return whole
 
