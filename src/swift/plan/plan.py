@@ -402,7 +402,8 @@ def _widest(
     targets = count * answer or tokens - count
     if resolved.config.task.task_type != "causal_lm":  # their ends are read
         targets = count
-    return Widest(rows, -(-tokens // rows), count, longest_prompt + answer, min(targets, tokens))
+    shared = -(-count // prompts) if prompts > 1 else 0
+    return Widest(rows, -(-tokens // rows), count, longest_prompt + answer, min(targets, tokens), shared)
 
 
 def _answers(resolved: Resolved) -> tuple[int, int]:
