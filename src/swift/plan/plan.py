@@ -32,7 +32,7 @@ from swift.plan.steps import Epoch, plan_epoch, step_counts
 from swift.plan.verdict import TIGHT_SHARE, fits
 from swift.rl.sizes import answers_in_step, derive_sizes
 
-__all__ = ["Plan", "make_plan", "remember_run"]
+__all__ = ["make_plan", "remember_run"]
 
 LONG_SHARE = 0.02
 """More rows than this above max_length are worth a warning."""
