@@ -49,7 +49,8 @@ def test_a_group_is_one_process_and_a_job_for_each_member(world):
     assert host.argv[-3:] == ["fuse", "--group", str(world.home.job_dir("fused-j1-1"))]
     assert host.env["OMP_NUM_THREADS"] == "2"  # all cores of a machine without accelerators
     assert json.loads((world.home.job_dir("fused-j1-1") / "group.json").read_text()) == {
-        "members": ["j1", "j2", "j3"]
+        "members": ["j1", "j2", "j3"],
+        "processes": 1,
     }
     for job, name in (("j1", "a"), ("j2", "b"), ("j3", "c")):
         member = started[job]

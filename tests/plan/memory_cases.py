@@ -76,6 +76,7 @@ CASES = {
     "full, Muon": (WIDE, 16, f"{FULL} --optim muon"),
     "QLoRA": (WIDE, 16, "--quantization_bit 4 --lora_rank 16"),
     "lora, short rows": (WIDE, 16, "--lora_rank 32"),
+    "lora on 8 bits": (WIDE, 100, f"{FOUR} --quant_method bnb --quant_bits 8"),
     "lora, small model": (SMALL, 16, "--lora_rank 4"),
     "DPO, full, short rows": (WIDE, 32, f"{DPO} {FULL}"),
     "DPO beside a reference model": (WIDE, 32, f"{DPO} --ref_model MODEL"),

@@ -131,7 +131,7 @@ def traced(
     from swift.rl.memory import sampling
     from swift.train.memory import BatchShape, trace_memory
 
-    shape = BatchShape(widest.rows, widest.width, widest.targets, widest.sequences)
+    shape = BatchShape(widest.rows, widest.width, widest.targets, widest.sequences, widest.prompts)
     afterwards = sampling(setup.sampling, resolved) if setup.sampling is not None else None
     phases = trace_memory(
         resolved, facts, folder, shape, device=setup.device, dtype=setup.compute, afterwards=afterwards

@@ -112,6 +112,8 @@ class NativeEngine:
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
             losses.append(loss.detach())
             add_sums(metrics, sums)
+            # What functions keep besides saved tensors (bitsandbytes' 8-bit inputs) lives as long as their graph.
+            del loss, sums
         self.training_batch = None
         penalty = self._penalty() if self._penalty else None
         if penalty is not None:

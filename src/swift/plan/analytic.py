@@ -25,6 +25,7 @@ __all__ = [
     "CONTEXT_BYTES",
     "DTYPE_BYTES",
     "HELD",
+    "AdapterMemory",
     "LinearShape",
     "Setup",
     "checkpoint_bytes",
@@ -95,6 +96,7 @@ class Setup:
         updated: parameters that are trained at a time; None: all that are ever trained (LISA: fewer).
         tokens: tokens of a micro-batch, padding included.
         targets: tokens whose probabilities are read; None: all.
+        copied: keys and values that attention over shared prompts makes once more, as a multiple of ``tokens``.
         documents: in each row; the CPU computes them one by one and joins the results.
         accumulates: a step has several micro-batches, so gradients are there while the next one is computed.
         checkpointing: activations are recomputed in the backward pass.
@@ -127,6 +129,7 @@ class Setup:
     adapters: AdapterMemory = AdapterMemory()
     updated: int | None = None
     targets: int | None = None
+    copied: float = 0.0
     documents: int = 1
     accumulates: bool = True
     checkpointing: bool = False
@@ -195,6 +198,7 @@ def kept_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
     q, k = heads * facts.head_dim, key_heads * facts.head_dim
     norms = 4 if facts.model_type.startswith(("gemma2", "gemma3")) else 2
     total = norms * (4 * h + 4) + 2 * b * (q + k) + 4 * heads + _feed_forward_bytes(facts, setup)
+    total += setup.copied * 2 * b * k
     if (
         setup.eager_width
     ):  # probabilities in float32 and as they are multiplied; keys and values for every head
@@ -373,7 +377,8 @@ def _backward_bytes(facts: ModelFacts, setup: Setup) -> float:
     In full training the product itself is gone by then; an adapter holds it until its own gradient is done.
     """
     h, f = facts.hidden_size, _feed_forward_size(facts)
-    return setup.compute_bytes * (3 * h + 2 * f if setup.is_lora else 2 * h + f)
+    copied = 2 * setup.copied * facts.num_key_value_heads * facts.head_dim
+    return setup.compute_bytes * max(copied, 3 * h + 2 * f if setup.is_lora else 2 * h + f)
 
 
 def _loss_bytes(facts: ModelFacts, setup: Setup) -> tuple[dict[str, float], float]:

@@ -18,6 +18,7 @@ from swift.models.quantised import stored_method
 from swift.plan.adapters import adapter_memory
 from swift.plan.analytic import (
     DTYPE_BYTES,
+    AdapterMemory,
     Setup,
     checkpoint_bytes,
     memory_parts,
@@ -46,6 +47,7 @@ class Widest:
     """The largest micro-batch: rows of so many tokens each, which hold so many sequences.
 
     ``longest``: tokens of the longest sequence. ``targets``: tokens whose probabilities are read, at most.
+    ``prompts``: how many prompts the answers among the sequences share; 0: each has its own.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class Widest:
     sequences: int
     longest: int
     targets: int
+    prompts: int = 0
 
     @property
     def tokens(self) -> int:
@@ -119,6 +122,7 @@ def make_setup(
         trains_head=_trains_head(facts, resolved),
         tokens=widest.tokens,
         targets=widest.targets,
+        copied=widest.sequences * widest.longest / widest.tokens if widest.prompts else 0.0,
         documents=widest.sequences // widest.rows,
         accumulates=(config.training.gradient_accumulation_steps or 1) > 1,
         checkpointing=bool(config.training.gradient_checkpointing),
@@ -144,6 +148,9 @@ def make_setup(
         judged_passes=_judged_passes(config.rlhf),
         merged=merged_numbers(resolved, [(one.inputs, one.outputs) for one in adapted], compute, saved),
     )
+    if config.quantization.is_active and config.quantization.quant_bits == 8 and adapts_linear:
+        # bitsandbytes' 8-bit product keeps its input, where LoRA with dropout keeps a copy of its own.
+        setup = replace(setup, adapters=replace(setup.adapters, reads=AdapterMemory().reads))
     whole = whole_bytes(facts, setup) if setup.shards > 1 else 0.0
     casts = facts.num_parameters * setup.compute_bytes if setup.has_cast_copies else 0.0
     return replace(setup, sampling=make_sampling(resolved, widest.longest, gathered=whole, casts=casts))

@@ -48,12 +48,27 @@ Afterwards = Callable[[NativeEngine, LiveBytes], None]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One micro-batch: rows of so many tokens, how many positions teach something, and sequences in all rows."""
+    """One micro-batch: rows of so many tokens, how many positions teach something, and sequences in all rows.
+
+    ``prompts``: that the sequences, which are answers, share in one row; 0: they are texts of their own.
+    """
 
     rows: int
     width: int
     num_targets: int
     sequences: int
+    prompts: int = 0
+
+    @property
+    def answers(self) -> tuple[list[int], list[bool]] | None:
+        """Lengths of prompts and of the answers behind each, and whether they continue it; None for texts."""
+        if not self.prompts:
+            return None
+        each, answer = self.sequences // self.prompts, self.num_targets // self.sequences
+        prompt = max(1, self.width // self.prompts - each * answer)
+        lengths = [prompt, *[answer] * each] * self.prompts
+        lengths[-1] += self.width - sum(lengths)
+        return lengths, [False, *[True] * each] * self.prompts
 
 
 def trace_memory(
@@ -332,7 +347,8 @@ class _Trace:
             position_ids=ids.clone(),
             targets=ids.clone(),
             weights=None,
-            document_lengths=self._documents(),
+            document_lengths=[self.shape.answers[0]] if self.shape.answers else self._documents(),
+            document_continues=[self.shape.answers[1]] if self.shape.answers else None,
             num_tokens=rows * width,
             num_targets=count,
             sample_ids=[],
