@@ -110,6 +110,9 @@ def test_no_network_and_no_other_processes() -> None:
     # Its own pid is small, and the processes outside cannot be named.
     assert run(f"import os; print(os.getpid() < 10); os.kill({os.getpid()}, 0)").stdout == "True\n"
     assert "ProcessLookupError" in run(f"import os; os.kill({os.getpid()}, 0)").reason
+    # Nor looked at: command lines may hold keys.
+    seen = run("import os; print(sum(name.isdigit() for name in os.listdir('/proc')))").stdout
+    assert "sight of processes" in sandbox.walls() and int(seen) < 5
 
 
 def test_a_program_that_hides_is_found() -> None:

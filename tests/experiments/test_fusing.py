@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swift.config.bind import resolve
-from swift.experiments.fuse_choice import PLANS, TOLERANCE, Choice, choose
+from swift.experiments.fuse_choice import PLANS, TOLERANCE, Choice, choose, shape_of
 from swift.experiments.fused_member import EXIT_HOST_DIED
 from swift.experiments.fusing import apply_verdicts, fuse_fields, told_verdicts
 from swift.experiments.home import Home
@@ -49,7 +49,8 @@ def test_a_group_is_one_process_and_a_job_for_each_member(world):
     assert host.argv[-3:] == ["fuse", "--group", str(world.home.job_dir("fused-j1-1"))]
     assert host.env["OMP_NUM_THREADS"] == "2"  # all cores of a machine without accelerators
     assert json.loads((world.home.job_dir("fused-j1-1") / "group.json").read_text()) == {
-        "members": ["j1", "j2", "j3"]
+        "members": ["j1", "j2", "j3"],
+        "processes": 1,
     }
     for job, name in (("j1", "a"), ("j2", "b"), ("j3", "c")):
         member = started[job]
@@ -86,15 +87,85 @@ def test_the_place_of_a_group_is_held_until_its_last_member_has_ended(tmp_path):
 
 
 def test_members_that_do_not_fit_together_make_more_groups(tmp_path):
-    """Of 15.2 GiB: 3.45 for the first, 1.45 for each further one; nine fit, the others wait as a group of their own."""
+    """Of 15.2 GiB: 3.45 for the first, 1.45 for each further one; nine fit, the others wait as a group of their own,
+    or for somebody of the first to leave."""
     world = World(tmp_path, devices=(Device("cuda", 0, "gpu", 16 * GIB, 16 * GIB),))
     world.submit(*(fusable(world, f"m{at}") for at in range(11)))
     hosts = [world.job(f"m{at}").placement for at in range(11)]
     assert [place.fused if place else None for place in hosts] == ["fused-j1-1"] * 9 + [None] * 2
-    for at in range(9):
+    for at in range(8):
         world.end(f"m{at}")
     world.tick(10)
-    assert {world.job(f"m{at}").placement.fused for at in (9, 10)} == {"fused-j10-1"}
+    assert {world.job(f"m{at}").placement.fused for at in (8, 9, 10)} == {"fused-j1-1"}
+
+
+def test_a_queued_job_joins_a_group_that_runs(world):
+    """Later, by itself, from another submission: what was measured says that a group of three is faster."""
+    world.submit(*(fusable(world, name) for name in "ab"))
+    late = {**fusable(world, "c").fuse}
+    del late["plan"], late["why"]
+    known = replace(fusable(world, "c"), fuse=late)
+    members = [fusable(world, name) for name in "abc"]
+    shape = shape_of(members)
+    world.home.root.joinpath("fused-speeds.json").write_text(
+        json.dumps({shape: {"fused": 1.0, "separate": 2.0, "sequence": 3.0}})
+    )
+    world.tick()
+    world.submit(known, group="later")
+    joined = world.job("c")
+    assert joined.placement.fused == "fused-j1-1" and joined.state == "starting"
+    assert "joins 2 more on one base, which run already: measured: fused is fastest" in str(
+        world.store.events(job="j3")
+    )
+    assert [job for job, _, _ in world.runner.launched].count("fused-j1-1") == 1, "there is one process"
+    assert launched(world)["j3"].argv[2:4] == ["-m", "swift.experiments.fused_member"]
+    world.tick()
+    for name in "ab":
+        world.end(name)
+    assert world.job("c").state == "running" and world.job("c").placement.fused == "fused-j1-1"
+    world.checkpoint("c")
+    world.end("c", EXIT_HOST_DIED, log="the process of the fused group died; the run goes on alone")
+    world.tick(60)
+    assert world.job("c").placement.fused == ""
+    assert launched(world)["j3"].argv[3:5] == ["resume", world.job("c").spec.run_dir]
+
+
+@pytest.mark.parametrize(
+    ("fields", "speeds"),
+    [
+        ({"key": "other"}, None),
+        ({"priority": 1}, None),
+        ({"plan": "separate"}, None),
+        ({"plan": None}, {"fused": 1.0, "separate": 0.9, "sequence": 3.0}),
+        ({"plan": None}, None),
+        ({"max_parallel": 0}, None),
+    ],
+    ids=["base", "priority", "verdict", "slower", "unknown", "max_parallel"],
+)
+def test_who_does_not_join_a_group(world, fields, speeds):
+    world.submit(*(fusable(world, name) for name in "ab"))
+    world.tick()
+    job = fusable(world, "c", **{"plan": "fused", **fields})
+    if fields.get("plan", "") is None:
+        job = replace(job, fuse={key: value for key, value in job.fuse.items() if key not in ("plan", "why")})
+    if speeds is not None:
+        shape = shape_of([fusable(world, name) for name in "abc"])
+        world.home.root.joinpath("fused-speeds.json").write_text(json.dumps({shape: speeds}))
+    world.submit(job, group="later")
+    placement = world.job("c").placement
+    assert placement is None or placement.fused == ""
+
+
+def test_a_group_takes_in_what_its_process_has_memory_for(tmp_path):
+    """A group of two, 4.9 of 16 GiB, beside which others may run, has no room for a third before one has left."""
+    world = World(tmp_path, devices=(Device("cuda", 0, "gpu", 16 * GIB, 16 * GIB),))
+    world.submit(*(fusable(world, name) for name in "ab"))
+    world.tick()
+    world.submit(fusable(world, "c"), group="later")
+    assert world.job("c").placement.fused == ""
+    world.end("a")
+    world.submit(fusable(world, "d"), group="last")
+    assert world.job("d").placement.fused == "fused-j1-1"
 
 
 def test_other_keys_priorities_submissions_and_plans_do_not_mix(world):
@@ -248,7 +319,7 @@ def test_the_user_s_word_goes_before_the_measurement(world, mode, plan):
         world.training("c", fuse={"key": "l"})
     ]
     done = apply_verdicts(specs, mode, lambda members: ("sequence", f"{len(members)} measured"))
-    assert [spec.fuse.get("plan") for spec in done] == [plan, plan, None]
+    assert [spec.fuse.get("plan") for spec in done] == [plan, plan, None if mode == "auto" else plan]
 
 
 class FakeHost:

@@ -152,7 +152,7 @@ CASES |= {
     "sequence shared, rewards": ("rlhf", {"rlhf_type": "rm", "context_parallel_size": 2, **DRY}),
     "sequence in a ring, rewards, full": (
         "rlhf",
-        {"rlhf_type": "rm", "use_ring_attention": True, "tuner_type": "full", "split_dataset_ratio": 0.2},
+        {**FULL_DPO, "rlhf_type": "rm", "use_ring_attention": True, "split_dataset_ratio": 0.2},
     ),
     "layers shared, kto": ("rlhf", {"rlhf_type": "kto", "tp_size": 2, **DRY}),
     "sequence shared, kto": ("rlhf", {"rlhf_type": "kto", "context_parallel_size": 2, **DRY}),

@@ -14,6 +14,10 @@ from parallel_parity import exact_norm
 from worker_pool import pool
 
 from swift.core.errors import ConfigError, SwiftError
+from swift.models.facts import ModelFacts
+from swift.models.tiny import make_tiny_model
+from swift.plan.analytic import whole_bytes
+from swift.plan.sampling import cache_bytes_per_token
 from swift.rl.record import find_rollouts, read_trajectories
 from swift.runs.metrics import read_metrics
 
@@ -51,7 +55,7 @@ LAYOUTS = {
     "sequence in shards": {"context_parallel_size": 2, "fsdp": "full", "nproc_per_node": 4},
     "layers in shards": {"tensor_parallel_size": 2, "fsdp": "full", "nproc_per_node": 4},
 }
-SIZES = {name for layout in LAYOUTS.values() for name in layout}
+SIZES = {"expert_parallel_size", *(name for layout in LAYOUTS.values() for name in layout)}
 METRICS = ("loss", "reward", "reward_std", "grad_norm", "kl", "approx_kl", "entropy", "eval_reward", "num_tokens",
            "rewards/length/mean", "rewards/task/mean", "completions/mean_length", "ratio")  # fmt: skip
 
@@ -138,6 +142,33 @@ def on_ranks(function, options, *arguments):
     return pool(options.get("nproc_per_node", 2)).run(function, options, *arguments, seconds=400.0)
 
 
+def sampled_on(rank, options):
+    """Train on as one of several ranks; (run folder, most bytes of the model that samples, of keys and values)."""
+    from swift.inference.engines.embedded_core import EmbeddedCore
+
+    seen, step = [(0, 0)], EmbeddedCore.step
+
+    def note(self):
+        found = step(self)
+        storages = {part.untyped_storage() for part in self.model.parameters()}
+        seen.append((sum(one.nbytes() for one in storages), self.cache.num_bytes))
+        return found
+
+    with mock.patch.object(EmbeddedCore, "step", note):
+        folder, _, _ = train_on(rank, options)
+    return folder, *map(max, zip(*seen, strict=True))
+
+
+def planned_setup(options):
+    """What the plan of a run says decides its memory."""
+    from swift.config.bind import resolve
+    from swift.plan import plan
+
+    with mock.patch.object(plan, "memory_of", wraps=plan.memory_of) as memory:
+        plan.make_plan(resolve("rlhf", values=options, planning=True))
+    return memory.call_args.args[2]
+
+
 @pytest.fixture
 def options(tiny_model_dir, tmp_path):
     file = tmp_path / "reward.py"
@@ -209,7 +240,7 @@ CASES = {
 CASES |= {
     "sequence shared, entropies": {"top_entropy_quantile": 0.5, "generation_batch_size": 8},
     "sequence in a ring, padded, full": {"tuner_type": "full", "padding_free": False, "max_steps": 2},
-    "layers shared": {"rlhf_type": "dapo", "beta": 0.0},
+    "layers shared": {"rlhf_type": "cispo", "beta": 0.0},
     "layers and sequence shared, full": {"tuner_type": "full", "top_entropy_quantile": 0.5},
     "sequence in shards, reference that moves": {
         "tuner_type": "full",
@@ -240,7 +271,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypat
     del options["global_batch_size"]
     options |= {"gradient_accumulation_steps": 2, "generation_batch_size": 16, "beta": 0.0}
     two = {**options, **LAYOUTS[layout], "output_dir": str(tmp_path / "two")}
-    folder, _, _ = on_ranks(train_on, two)[0]
+    results = on_ranks(sampled_on, two)
+    folder = results[0][0]
+    setup, facts = planned_setup(two), ModelFacts.read(Path(two["model"]))
+    for _, weights, cache in results:  # of each rank, against what the plan says
+        assert weights == pytest.approx(whole_bytes(facts, setup), rel=0.02)
+        assert setup.sampling.gathered == (whole_bytes(facts, setup) if layout == "shards" else 0)
+        wanted = setup.sampling.cache_tokens * cache_bytes_per_token(facts, 4)
+        assert 0.8 * wanted < cache <= wanted
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut, symlinks=True)
     alone(
@@ -253,8 +291,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(options, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_base_of_four_bits_in_shards(options, tmp_path, monkeypatch):
-    options |= {"quant_method": "bnb", "quant_bits": 4, "max_steps": 2, "save_steps": 2}
+@pytest.mark.parametrize("what", ["a base of four bits", "experts of several ranks"])
+def test_what_is_not_computed_in_double_precision(options, tmp_path, monkeypatch, what):
+    options |= {"max_steps": 2, "save_steps": 2}
+    if what == "a base of four bits":
+        options |= {"quant_method": "bnb", "quant_bits": 4}
+    else:
+        model = make_tiny_model(tmp_path / "moe", architecture="qwen3_moe", texts=["a b c 1 2 3"] * 5)
+        options |= {"model": str(model), "expert_parallel_size": 2}
     expected, _, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch)
     two = {**options, **LAYOUTS["shards"], "output_dir": str(tmp_path / "two")}
     folder, _, _ = on_ranks(train_on, two)[0]

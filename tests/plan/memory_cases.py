@@ -11,7 +11,7 @@ from swift.cli.plan import traced
 from swift.config.bind import resolve
 from swift.models.tiny import make_tiny_model
 from swift.plan.plan import make_plan
-from swift.train.run import train
+from swift.rl.run import train
 
 SMALL = {"hidden_size": 64}
 WIDE = {"hidden_size": 128, "num_layers": 4}
@@ -22,6 +22,10 @@ FULL = "--tuner_type full"
 FOUR = "--per_device_train_batch_size 4"
 PADDED = "--padding_free false"
 DPO = "--rlhf_type dpo"
+GRPO = (
+    "--rlhf_type grpo --reward_funcs format --reward_num_proc 1 --per_device_train_batch_size 16 --num_generations 16 "
+    "--generation_batch_size 64 --max_completion_length 6 --gradient_accumulation_steps 4"
+)
 
 CASES = {
     # activations and logits
@@ -72,9 +76,17 @@ CASES = {
     "full, Muon": (WIDE, 16, f"{FULL} --optim muon"),
     "QLoRA": (WIDE, 16, "--quantization_bit 4 --lora_rank 16"),
     "lora, short rows": (WIDE, 16, "--lora_rank 32"),
+    "lora on 8 bits": (WIDE, 100, f"{FOUR} --quant_method bnb --quant_bits 8"),
     "lora, small model": (SMALL, 16, "--lora_rank 4"),
     "DPO, full, short rows": (WIDE, 32, f"{DPO} {FULL}"),
     "DPO beside a reference model": (WIDE, 32, f"{DPO} --ref_model MODEL"),
+    # sampling: keys and values, logits, the model cast or gathered
+    "GRPO, cache": (WIDE, 250, GRPO),
+    "GRPO, cache in bfloat16": (WIDE, 250, f"{GRPO} {BF16}"),
+    "GRPO, full": (WIDE, 250, f"{GRPO} {FULL}"),
+    "GRPO, full in bfloat16": (WIDE, 250, f"{GRPO} {FULL} {BF16}"),
+    "GRPO, fewer at once": (WIDE, 250, f"{GRPO} --max_num_seqs 20"),
+    "GRPO, many logits": (VOCAB, 20, f"{GRPO} --logits_chunk_size 32"),
     "llama, full": ({**WIDE, "architecture": "llama"}, 16, FULL),
 }  # fmt: skip
 
@@ -84,6 +96,8 @@ def _rows(length, flags):
     text = " ".join("abcdefghij"[number % 10] for number in range(2 * length))
     if "--rlhf_type" not in flags:
         return [{"text": text}] * 16
+    if "grpo" in flags:
+        return [{"messages": [{"role": "user", "content": text}]}] * 16
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": text}]
     if "kto" in flags:
         return [{"messages": turns, "label": number % 2 == 0} for number in range(16)]

@@ -32,6 +32,7 @@ def plan_of(words: str, gib: float, command: str = "sft", solving: bool = True) 
         ("--gradient_checkpointing false", 20, "sft"),
         ("--rlhf_type dpo --tuner_type full", 48, "rlhf"),
         ("--rlhf_type dpo --ref_model Qwen/Qwen3-8B", 30, "rlhf"),
+        ("--rlhf_type grpo --generation_batch_size 64 --max_completion_length 2048", 40, "rlhf"),
     ],
 )
 def test_pasted_flags_make_it_fit(words: str, gib: float, command: str) -> None:
@@ -43,6 +44,18 @@ def test_pasted_flags_make_it_fit(words: str, gib: float, command: str) -> None:
     assert after.memory["total"] == solution["total_bytes"] <= TIGHT_SHARE * gib * GIB
     totals = [change["total_bytes"] for change in solution["changes"]]
     assert totals == sorted(totals, reverse=True) and totals[-1] == solution["total_bytes"]
+
+
+def test_answers_are_written_in_more_goes_where_their_keys_and_values_do_not_fit() -> None:
+    """64 answers of 2048 tokens beside prompts of as many: 36 layers x 2 x 8 x 128 numbers of 2 bytes for each."""
+    plan = plan_of("--rlhf_type grpo --generation_batch_size 64 --max_completion_length 2048", 40, "rlhf")
+    assert plan.memory["parts"]["cache"] == pytest.approx(
+        64 * 4097 * 36 * 2 * 8 * 128 * 2 * (1 + 1 / 72), rel=1e-3
+    )
+    assert plan.solution["flags"] == "--max_num_seqs 32"
+    shards = "--rlhf_type grpo --dp_size 8 --fsdp full --generation_batch_size 64"
+    parts = plan_of(shards, 40, "rlhf", solving=False).memory["parts"]
+    assert parts["temporary"] > 8 * parts["weights"], "the whole model is there while its answers are sampled"
 
 
 def test_no_change_can_be_left_out() -> None:

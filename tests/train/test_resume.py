@@ -188,6 +188,30 @@ def test_going_on_longer_continues_the_same_run(run_training):
     assert metric_lines(second.folder) == metric_lines(whole.folder)
 
 
+def test_steps_keep_the_size_that_two_processes_gave_them_through_every_part(run_training):
+    """One process that goes on for two, twice: the options say two micro-batches, for each of two processes."""
+    common = {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant", "save_steps": 2}
+    whole = run_training(
+        run_name="whole", max_steps=6, gradient_accumulation_steps=4, num_train_epochs=3, **common
+    )
+    run_training(run_name="cut", max_steps=2, gradient_accumulation_steps=4, num_train_epochs=3, **common)
+    state_file = whole.folder.parent / "cut" / "checkpoint-2" / "state.json"
+    state = json.loads(state_file.read_text())
+    assert (state["step_size"], state["data_ranks"]) == (4, 1)
+    state_file.write_text(json.dumps({**state, "data_ranks": 2}))
+    for steps in (4, 6):
+        part = run_training(
+            run_name="cut",
+            max_steps=steps,
+            gradient_accumulation_steps=2,
+            num_train_epochs=3,
+            resume_from_checkpoint=str(whole.folder.parent / "cut"),
+            **common,
+        )
+        assert json.loads((part.folder / f"checkpoint-{steps}" / "state.json").read_text())["data_ranks"] == 2
+    assert metric_lines(part.folder) == metric_lines(whole.folder)
+
+
 def test_a_run_can_be_resumed_from_anywhere_with_other_options_and_remembers_them(
     run_training, tiny_model_dir, chat_file, tmp_path, monkeypatch
 ):

@@ -32,9 +32,7 @@ def run(argv: list[str]) -> int:
     gc.disable()  # until the first step, as in a run alone
     quiet_libraries()
     if options.group:
-        from swift.experiments.fused_host import Host
-
-        return Host(Path(options.group), read_words).run()
+        return _serve(Path(options.group))
     if options.measure:
         from swift.train.fused_speed import main
 
@@ -42,6 +40,20 @@ def run(argv: list[str]) -> int:
     if not options.files:
         parser.error("name the configuration files of the runs")
     return _train([[command_of(Path(file), file), file] for file in options.files])
+
+
+def _serve(folder: Path) -> int:
+    """Be the process of a group, or the first of those that its members ask for."""
+    from swift.config.sections.parallel import ParallelSection
+    from swift.experiments.fused_host import Host, num_processes
+    from swift.parallel.launch import as_worker, launch
+
+    count = num_processes(folder)
+    if count > 1 and processes_of_launcher() is None:
+        section = ParallelSection(nproc_per_node=count, max_restarts=0)
+        return launch(["fuse", "--group", str(folder)], section)
+    with as_worker():
+        return Host(folder, read_words).run()
 
 
 def _train(words: Sequence[Sequence[str]]) -> int:

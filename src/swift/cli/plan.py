@@ -123,14 +123,20 @@ def show_plan(
 def traced(
     resolved: Resolved, facts: ModelFacts, folder: Path | None, widest: Widest, setup: Setup
 ) -> dict[str, int]:
-    """Bytes by part from traced steps of the real training path."""
+    """Bytes by part at the peak, from traced steps of the real training path (and sampling).
+
+    Raises ConfigError, ModelError for what cannot be traced.
+    """
+    from swift.plan.divided import divided
+    from swift.rl.memory import sampling
     from swift.train.memory import BatchShape, trace_memory
 
-    # Every token but the first of each sequence is a target; tasks over whole sequences read their ends.
-    reads_tokens = resolved.config.task.task_type == "causal_lm"
-    targets = widest.tokens - widest.sequences if reads_tokens else widest.sequences
-    shape = BatchShape(widest.rows, widest.width, targets, widest.sequences)
-    return trace_memory(resolved, facts, folder, shape, device=setup.device, dtype=setup.compute)
+    shape = BatchShape(widest.rows, widest.width, widest.targets, widest.sequences, widest.prompts)
+    afterwards = sampling(setup.sampling, resolved) if setup.sampling is not None else None
+    phases = trace_memory(
+        resolved, facts, folder, shape, device=setup.device, dtype=setup.compute, afterwards=afterwards
+    )
+    return divided(phases, facts, setup)
 
 
 def _print_options(resolved: Resolved, plan: dict[str, object]) -> None:

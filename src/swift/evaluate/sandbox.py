@@ -26,7 +26,7 @@ from swift.core.errors import SwiftError
 __all__ = ["ProgramResult", "Sandbox"]
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
-_WALLS = ("network, processes", "files")
+_WALLS = ("network, processes", "sight of processes", "files")
 _KEPT_BYTES = 4000
 _DYING_SECONDS = 10.0
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 _NEW_MOUNT, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_MOVE, _MS_REC, _MS_PRIVATE = 2, 4, 0x1000, 0x2000, 0x4000, 0x40000
+_MS_READ_ONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_MS_BIND, _MS_MOVE, _MS_REC, _MS_PRIVATE = 0x1000, 0x2000, 0x4000, 0x40000
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY = 442, -100, 0x8000, 1
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _NOBODY = 65534
@@ -95,6 +96,17 @@ def show_library(folder: str) -> None:
             module.__path__ = [os.path.join(places.get(base, base), name)]
 
 
+def hide_processes() -> None:
+    """A /proc of this namespace alone (command lines outside may hold keys); an empty one where that is forbidden.
+
+    To be called by the namespace's first process.
+    """
+    check(libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None))
+    flags = _MS_READ_ONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    if libc.mount(b"proc", b"/proc", b"proc", flags, None) != 0:
+        check(libc.mount(b"tmpfs", b"/proc", b"tmpfs", flags, None))
+
+
 def limit(settings: dict[str, Any]) -> None:
     seconds, size = int(settings["cpu_seconds"]), int(settings["memory_mb"]) << 20
     limits = {
@@ -149,6 +161,7 @@ def main() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         # This is the first process of the new namespace: when it ends, all others in it do. The program is its child,
         # so that it can neither stop it nor outlive it.
+        try_to(walls, "sight of processes", hide_processes)
         follow(os.fork())
     os.chdir(folder)
     limit(settings)

@@ -14,7 +14,7 @@ import yaml
 from swift.config.commands import COMMANDS
 from swift.core.errors import SwiftError
 from swift.core.files import atomic_write_text
-from swift.experiments.fusing import FUSED_SOCKET
+from swift.experiments.fusing import FUSED_SOCKET, WHOLE_SHARE
 from swift.experiments.home import Home
 from swift.experiments.isolation import environment_for
 from swift.experiments.progress import OUTPUT_LOG, read_json
@@ -122,7 +122,7 @@ def _is_shared(job: Job, placement: Placement, inventory: Inventory | None) -> b
     sizes = {
         device.index: device.memory_bytes for device in inventory.devices if device.kind == placement.kind
     }
-    return any(placement.memory_bytes < 0.9 * sizes.get(index, 0) for index in placement.devices)
+    return any(placement.memory_bytes < WHOLE_SHARE * sizes.get(index, 0) for index in placement.devices)
 
 
 def _host_limit(job: Job, placement: Placement, inventory: Inventory | None) -> int | None:

@@ -9,7 +9,7 @@ import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,8 @@ def collect(
     chosen, why = _choose_metric(rows, metric, declared)
     minimize = declared[1] if declared and declared[0] == chosen else smaller_is_better(chosen)
     rows = _ranked(rows, chosen, minimize)
-    winner = _winner(rows, chosen)
+    kinds = _kinds_of_loss(rows) if chosen in ("eval_loss", "loss") else []
+    winner = _winner(rows, chosen) if len(kinds) < 2 or why == "as asked" else None
     return Comparison(
         name or ", ".join(sorted(filter(None, groups))) or "runs",
         chosen,
@@ -181,7 +182,7 @@ def collect(
         rows,
         winner,
         now,
-        notes=_notes(rows),
+        notes=[*_notes(rows), *_note_on_losses(kinds, chosen)],
     )
 
 
@@ -266,6 +267,29 @@ def _winner(rows: Sequence[Outcome], metric: str) -> Winner | None:
     return Winner(best.experiment, best.id, best.run_dir, value, final, doubtful, commands)
 
 
+def _kinds_of_loss(rows: Sequence[Outcome]) -> list[str]:
+    """What the losses of the experiments that have one are those of: next tokens, or a method of `swift rlhf`."""
+    told = [
+        row
+        for row in rows
+        if row.options and (row.last_loss is not None or row.value("eval_loss") is not None)
+    ]
+    return sorted({_kind_of_loss(row.options) for row in told})
+
+
+def _kind_of_loss(options: Mapping[str, Any]) -> str:
+    task = options.get("task_type")
+    return str(options.get("rlhf_type") or (task if task not in (None, "causal_lm") else "sft"))
+
+
+def _note_on_losses(kinds: Sequence[str], metric: str) -> list[str]:
+    if len(kinds) < 2:
+        return []
+    return [
+        f"the losses of {', '.join(kinds)} are different quantities: {metric} says nothing here, --metric NAME does"
+    ]
+
+
 def _differences(row: Outcome, best: Outcome) -> dict[str, Interval]:
     """Metric -> the row's mean minus the best one's, over the rows of data that both have answered."""
     theirs = {answer.key: answer for answer in best.answers}
@@ -293,7 +317,10 @@ def _next_commands(best: Outcome, by_answers: bool) -> list[str]:
     checkpoint = checkpoint_of(best, best=not by_answers)
     if checkpoint is not None:
         path = shlex.quote(str(checkpoint))
-        if best.options.get("tuner_type", "lora") == "lora":
+        flag = "--adapters" if best.options.get("tuner_type", "lora") == "lora" else "--model"
+        if best.options.get("rlhf_type") == "rm":
+            commands += [f"swift deploy {flag} {path}"]
+        elif best.options.get("tuner_type", "lora") == "lora":
             commands += [f"swift infer --adapters {path}", f"swift merge-lora --adapters {path}"]
         else:
             commands += [f"swift infer --model {path}"]

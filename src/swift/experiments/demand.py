@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from swift.core.format import format_bytes
+from swift.experiments.progress import read_json
 from swift.experiments.scheduler import Placed, QueuedJob, is_whole
 from swift.experiments.types import TRAINING, Job, JobSpec
 
-__all__ = ["Estimate", "estimate_memory", "memory_key", "placed", "queued"]
+__all__ = ["Estimate", "device_peak", "estimate_memory", "memory_key", "placed", "queued"]
 
 Correction = Callable[[str], tuple[float, int]]
 """`Store.correction`: key -> (median of actual / estimate, number of observations)."""
@@ -115,3 +117,9 @@ def placed(job: Job) -> Placed | None:
 def can_resume(spec: JobSpec) -> bool:
     """Whether a stopped attempt goes on where it was: trainings, unless their checkpoints hold the model only."""
     return spec.command in TRAINING and spec.run_dir is not None and not spec.options.get("save_only_model")
+
+
+def device_peak(job: Job) -> int | None:
+    """Peak device memory of a finished training, from its summary."""
+    peak = read_json(Path(job.spec.run_dir or "") / "summary.json").get("peak_memory_gib")
+    return round(peak * 2**30) if peak else None

@@ -34,10 +34,11 @@ from swift.experiments.attempt import (
     run_status,
 )
 from swift.experiments.control import Control, intent_of
-from swift.experiments.demand import estimate_memory, memory_key, placed, queued
+from swift.experiments.demand import device_peak, estimate_memory, memory_key, placed, queued
 from swift.experiments.dependencies import settle_waiting
 from swift.experiments.estimator import changed_data
-from swift.experiments.fusing import FusedGroup, accounted, form_groups, host_id, write_group
+from swift.experiments.fuse_choice import Choice
+from swift.experiments.fusing import FusedGroup, accounted, form_groups, host_id, joining, write_group
 from swift.experiments.home import Home
 from swift.experiments.inventory import take_inventory
 from swift.experiments.isolation import as_submitted
@@ -45,7 +46,7 @@ from swift.experiments.monitor import Monitor
 from swift.experiments.open_sweeps import OpenSweeps
 from swift.experiments.policies import Failure, Policies, after_failure, classify, is_stalled
 from swift.experiments.preemption import Preemption, preempt
-from swift.experiments.progress import OUTPUT_LOG, median_step_seconds, read_json
+from swift.experiments.progress import OUTPUT_LOG, median_step_seconds
 from swift.experiments.runner import AlreadyRunning, Exit, Observation, Runner, Supervisors
 from swift.experiments.scheduler import Decision, Policy, decide
 from swift.experiments.serving import serving_line
@@ -114,6 +115,7 @@ class Engine(Control):
         self._pool = ThreadPoolExecutor(threads, "swift-launch") if threads else None
         self._build_host = build_host
         self._hosts: set[str] = set()
+        self._fuses = Choice(home)  # what was measured; nothing is measured here
         self._hosts_lock = threading.Lock()
         self._launching: set[str] = set()
         self._not_before: dict[str, float] = {}
@@ -273,7 +275,7 @@ class Engine(Control):
         key, planned = memory_key(job), job.spec.estimate.get("memory_bytes")
         actual = exit.peak_memory_bytes
         if job.placement is not None and job.placement.kind != "cpu":
-            actual = _device_peak(job)
+            actual = device_peak(job)
         if key is not None and planned and actual:
             self.store.observe_memory(key, int(planned), int(actual))
 
@@ -341,6 +343,14 @@ class Engine(Control):
         running = [entry for entry in map(placed, accounted(active)) if entry is not None]
         now, policy = self.clock(), self.schedule_policy
         in_group = Counter(entry.group for entry in running)
+        for one in joining(
+            jobs, waiting, active, correction, self.inventory, in_group, self._fuses, self.store.environment
+        ):
+            decision = Decision(one.job.id, one.placement, one.reason)
+            self._begin(one.job, decision, estimate_memory(one.job, correction).reason)
+            jobs = {name: job for name, job in jobs.items() if name != one.job.id}
+            waiting = [entry for entry in waiting if entry.job_id != one.job.id]
+            in_group[one.job.group] += 1
         waiting, fused = form_groups(jobs, waiting, correction, self.inventory, in_group, policy.usable)
         decisions = decide(waiting, self.inventory, running, now, policy)
         found = preempt(waiting, decisions, self.inventory, running, now, policy)
@@ -482,12 +492,6 @@ class Engine(Control):
                     f"{format_bytes(self.least_free_bytes)} wanted"
                 )
         return None
-
-
-def _device_peak(job: Job) -> int | None:
-    """Peak device memory of a finished training, from its summary."""
-    peak = read_json(Path(job.spec.run_dir or "") / "summary.json").get("peak_memory_gib")
-    return round(peak * 2**30) if peak else None
 
 
 def _place(placement: Placement | None) -> str:

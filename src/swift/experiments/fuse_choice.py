@@ -87,6 +87,8 @@ class Choice:
 
     def __call__(self, specs: Sequence[JobSpec]) -> tuple[str, str]:
         """The plan for trainings that could share a base, and why."""
+        if int(specs[0].fuse.get("processes") or 1) > 1:
+            return "separate", "groups of several processes are not measured; --fuse always fuses them"
         shape = shape_of(specs)
         known: dict[str, Any] = read_json(self.file)
         if shape not in known:

@@ -3,12 +3,16 @@
 A connection carries lines of JSON. The first names the run, in the words that would have run it alone; later ones ask
 for a stop. What goes back is text for the member's log, and in the end the exit code of its run. A connection that
 breaks stops its run, with a checkpoint.
+
+Where the runs take several processes, the first one has the connections and tells the others who joins; stops are
+agreed upon by the runs themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import signal
 import socket
@@ -21,23 +25,32 @@ from typing import Any, cast
 
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
+from swift.core.files import atomic_write_json
 from swift.experiments.fusing import FUSED_SOCKET, GROUP_FILE
 from swift.experiments.progress import read_json
 from swift.experiments.warm import short_address
+from swift.parallel.world import said_by_main
 from swift.runs.cards import print_end_card
 from swift.train.callbacks.progress import ProgressLine
 from swift.train.fused import FusedGroup, Member
 from swift.train.signals import StopSignals
 
-__all__ = ["Host"]
+__all__ = ["Host", "num_processes"]
 
 WAIT_SECONDS = 120.0
 """For the members that are expected; then the others begin."""
+FIRST_FILE = "first.json"
+"""Who joins first: before that the processes of a group know nothing of one another."""
 IDLE_SECONDS = 2.0
 """Without a member, before the host ends."""
 
 Read = Callable[[Sequence[str]], tuple[Resolved, dict[str, Any]]]
 """The words of a run -> its configuration, and options of `swift.train.run.run_steps`."""
+
+
+def num_processes(folder: Path) -> int:
+    """Of the group in a folder."""
+    return int(read_json(folder / GROUP_FILE).get("processes") or 1)
 
 
 class _Link:
@@ -79,6 +92,10 @@ class _Link:
             self.member.signals.receive(number)
 
 
+_Request = tuple[_Link | None, dict[str, Any]]
+"""A connection (None on other processes than the first), and its first line."""
+
+
 class Host:
     """Serves the group in ``folder`` until nobody is left.
 
@@ -87,13 +104,16 @@ class Host:
     """
 
     def __init__(self, folder: Path, read: Read) -> None:
-        self.read = read
+        self.read, self.folder = read, folder
+        self.is_one = num_processes(folder) == 1
+        self.is_main = self.is_one or int(os.environ.get("RANK", "0")) == 0
         self.expected = set(read_json(folder / GROUP_FILE).get("members", []))
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        (folder / FUSED_SOCKET).unlink(missing_ok=True)
-        with short_address(folder / FUSED_SOCKET) as address:
-            self.listener.bind(address)
-        self.listener.listen(64)
+        if self.is_main:
+            (folder / FUSED_SOCKET).unlink(missing_ok=True)
+            with short_address(folder / FUSED_SOCKET) as address:
+                self.listener.bind(address)
+            self.listener.listen(64)
         self.signals = StopSignals()
         self.group = FusedGroup(signals=self.signals, on_done=self._tell)
         self._links: dict[int, _Link] = {}
@@ -102,10 +122,11 @@ class Host:
         """0 when no run failed, else 1."""
         failed = False
         with contextlib.closing(self.listener), self.signals, contextlib.closing(self.group):
-            self._gather()
+            self._let_in(self._first())
             idle_since = time.monotonic()
-            while self.signals.received is None or self.group.members:
-                self._accept(0.0 if self.group.members else 0.2)
+            # Several processes know of one another through their members alone, so they end with the last of these.
+            while self.group.members or (self.is_one and self.signals.received is None):
+                self._let_in(self._told(self._accept(0.0 if self.group.members else 0.2)))
                 if self.group.members:
                     self.group.step()
                     idle_since = time.monotonic()
@@ -114,15 +135,36 @@ class Host:
             failed = any(link.member and link.member.error for link in self._links.values())
         return 1 if failed else 0
 
-    def _gather(self) -> None:
-        """Wait for those who were placed together, so that they begin together."""
+    def _first(self) -> list[_Request]:
+        """Those who were placed together, so that they begin together."""
+        file = self.folder / FIRST_FILE
         deadline = time.monotonic() + WAIT_SECONDS
-        while self.expected and time.monotonic() < deadline and self.signals.received is None:
-            self._accept(0.2)
+        found: list[_Request] = []
+        if self.is_main:
+            while self.expected and time.monotonic() < deadline and self.signals.received is None:
+                found += self._accept(0.2)
+            if not self.is_one:
+                atomic_write_json(file, {"requests": [request for _, request in found]})
+            return found
+        while not file.is_file():
+            if time.monotonic() > deadline + WAIT_SECONDS:
+                raise SwiftError(
+                    "the first process of the group does not say who takes part", where=str(file)
+                )
+            time.sleep(0.05)
+        return [(None, request) for request in read_json(file)["requests"]]
 
-    def _accept(self, seconds: float) -> None:
-        """Let everybody join who knocks within so many seconds."""
-        while select.select([self.listener], [], [], seconds)[0]:
+    def _told(self, found: list[_Request]) -> list[_Request]:
+        """What the first process has accepted, on all of them; they are in touch, for they have members."""
+        if self.is_one:
+            return found
+        requests = said_by_main([request for _, request in found])
+        return found if self.is_main else [(None, request) for request in requests]
+
+    def _accept(self, seconds: float) -> list[_Request]:
+        """Everybody who knocks within so many seconds."""
+        found: list[_Request] = []
+        while self.is_main and select.select([self.listener], [], [], seconds)[0]:
             connection, _ = self.listener.accept()
             link = _Link(connection)
             lines = connection.makefile("rb")
@@ -135,8 +177,18 @@ class Host:
             connection.settimeout(None)
             threading.Thread(target=link.follow, args=(lines,), name="swift-member", daemon=True).start()
             self.expected.discard(request.get("job"))
-            self._join(link, request)
+            found.append((link, request))
             seconds = 0.0
+        return found
+
+    def _let_in(self, found: Sequence[_Request]) -> None:
+        for link, request in found:
+            if link is not None:
+                self._join(link, request)
+            else:
+                with contextlib.suppress(SwiftError):  # the first process tells
+                    resolved, options = self.read(request["words"])
+                    self.group.join(resolved, request.get("name", ""), **options)
 
     def _join(self, link: _Link, request: dict[str, Any]) -> None:
         try:

@@ -21,18 +21,22 @@ from swift.core.files import atomic_write_json
 from swift.experiments.demand import Correction, estimate_memory
 from swift.experiments.home import Home
 from swift.experiments.scheduler import QueuedJob
-from swift.experiments.types import TRAINING, Inventory, Job, JobSpec
+from swift.experiments.types import TRAINING, Inventory, Job, JobSpec, Placement
 
 __all__ = [
     "FUSED_SOCKET",
     "GROUP_FILE",
+    "WHOLE_SHARE",
     "FusedGroup",
+    "Joining",
     "accounted",
     "apply_verdicts",
     "buckets",
     "form_groups",
     "fuse_fields",
+    "group_room",
     "host_id",
+    "joining",
     "told_verdicts",
     "write_group",
 ]
@@ -40,6 +44,8 @@ __all__ = [
 GROUP_FILE = "group.json"
 FUSED_SOCKET = "fused.sock"
 MAX_MEMBERS = 32
+WHOLE_SHARE = 0.9
+"""Who has so much of a device may use all of it: there is no room for anybody else."""
 _SPOILT = ("crash", "out_of_memory", "lost", "stall", "launch")
 """A job that failed so is tried again alone: whatever it was, it shall not take others with it twice."""
 
@@ -49,11 +55,6 @@ def fuse_fields(resolved: Resolved, env: Mapping[str, str], estimate: Mapping[st
     if resolved.command not in TRAINING:
         return {}
     problem = fusing_problem(resolved.config)
-    if problem is None and resolved.config.parallel.num_processes > 1:
-        problem = (
-            "--nproc_per_node",
-            "a group of the service is one process; swift fuse FILES takes several",
-        )
     if problem is not None:
         return {"problem": f"{problem[0]}: {problem[1]}"}
     model = resolved.config.model.model
@@ -62,14 +63,24 @@ def fuse_fields(resolved: Resolved, env: Mapping[str, str], estimate: Mapping[st
     return {
         "key": hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
         "weights_bytes": estimate.get("weights_bytes"),
+        "processes": resolved.config.parallel.num_processes,
     }
+
+
+def _is_apart(spec: JobSpec) -> bool:
+    """It asks for a place of its own, for more devices than it has processes, or waits for others."""
+    return spec.needs.exclusive or spec.needs.devices > _processes(spec) or bool(spec.after)
+
+
+def _processes(spec: JobSpec) -> int:
+    return int(spec.fuse.get("processes") or 1)
 
 
 def buckets(specs: Iterable[JobSpec]) -> dict[str, list[JobSpec]]:
     """Key -> the trainings of a submission that could run fused, where there are two at least."""
     found: dict[str, list[JobSpec]] = {}
     for spec in specs:
-        if "key" in spec.fuse and spec.needs.devices <= 1 and not spec.needs.exclusive and not spec.after:
+        if "key" in spec.fuse and not _is_apart(spec):
             found.setdefault(spec.fuse["key"], []).append(spec)
     return {key: members for key, members in found.items() if len(members) > 1}
 
@@ -79,15 +90,18 @@ Judge = Callable[[Sequence[JobSpec]], tuple[str, str]]
 
 
 def apply_verdicts(specs: Sequence[JobSpec], mode: str, judge: Judge) -> list[JobSpec]:
-    """The snapshots with what is to become of them: ``--fuse auto`` asks ``judge``, others have decided."""
+    """The snapshots with what is to become of them: ``--fuse auto`` asks ``judge``, others have decided.
+
+    One that has nobody beside it is left open by ``auto``: it may join a group that runs (`joining`).
+    """
     words = {"always": ("fused", "--fuse always"), "never": ("separate", "--fuse never")}
     verdicts = {
         key: words[mode] if mode in words else judge(members) for key, members in buckets(specs).items()
     }
     done = []
     for spec in specs:
-        found = verdicts.get(spec.fuse.get("key", ""))
-        if found is not None and not spec.after:
+        found = verdicts.get(spec.fuse.get("key", "")) or words.get(mode)
+        if found is not None and "key" in spec.fuse and not spec.after:
             spec = replace(spec, fuse={**spec.fuse, "plan": found[0], "why": found[1]})
         done.append(spec)
     return done
@@ -95,7 +109,9 @@ def apply_verdicts(specs: Sequence[JobSpec], mode: str, judge: Judge) -> list[Jo
 
 def told_verdicts(specs: Sequence[JobSpec]) -> list[str]:
     """What became of trainings that could share a base, a line for each verdict."""
-    verdicts = Counter((one.fuse["plan"], one.fuse["why"]) for one in specs if "plan" in one.fuse)
+    keys = buckets(specs)
+    told = [one.fuse for one in specs if "plan" in one.fuse and one.fuse["key"] in keys]
+    verdicts = Counter((fuse["plan"], fuse["why"]) for fuse in told)
     return [f"{count} trainings on one base model: {plan} ({why})" for (plan, why), count in verdicts.items()]
 
 
@@ -144,9 +160,103 @@ def form_groups(
     return [*queue, *(group.queued for group in groups.values())], groups
 
 
-def _may_fuse(job: Job, entry: QueuedJob) -> bool:
+@dataclass(frozen=True)
+class Joining:
+    """A queued job that a running group takes in, in the place of the group."""
+
+    job: Job
+    placement: Placement
+    reason: str
+
+
+def joining(
+    jobs: Mapping[str, Job],
+    waiting: Sequence[QueuedJob],
+    active: Iterable[Job],
+    correction: Correction,
+    inventory: Inventory,
+    running_in: Mapping[str, int],
+    judge: Judge,
+    environment: Callable[[str], Any],
+) -> list[Joining]:
+    """Queued jobs that take part in a group that runs already, from its next step on.
+
+    They are of its base and priority, come from the same environment, and are to run fused: by their own verdict, or
+    where they have none by ``judge`` for the group with them. The group needs room for their own parts in the memory
+    that its process may use.
+
+    Args:
+        environment: of a submission.
+    """
+    by_id = {entry.job_id: entry for entry in waiting}
+    groups: dict[str, list[Job]] = {}
+    for job in active:
+        if job.placement is not None and job.placement.fused:
+            groups.setdefault(job.placement.fused, []).append(job)
+    counts, found = Counter(running_in), list[Joining]()
+    for job in sorted(jobs.values(), key=lambda one: by_id[one.id].order):
+        most = by_id[job.id].max_parallel
+        if not _may_fuse(job, by_id[job.id], judge) or (most is not None and counts[job.group] >= most):
+            continue
+        for members in groups.values():
+            why = _taken_in(job, members, correction, inventory, judge, environment)
+            if why is not None:
+                place = members[0].placement
+                assert place is not None
+                members.append(job)
+                counts[job.group] += 1
+                others = len(members) - 1
+                found.append(
+                    Joining(job, place, f"joins {others} more on one base, which run already: {why}")
+                )
+                break
+    return found
+
+
+def _taken_in(
+    job: Job,
+    members: Sequence[Job],
+    correction: Correction,
+    inventory: Inventory,
+    judge: Judge,
+    environment: Callable[[str], Any],
+) -> str | None:
+    """Why a job takes part in a group; None when it does not."""
+    first = members[0]
+    fits = first.spec.fuse.get("key") == job.spec.fuse["key"] and first.priority == job.priority
+    if not fits or len(members) >= MAX_MEMBERS or all(one.state != "running" for one in members):
+        return None
+    memory, place = group_memory([*members, job], correction), first.placement
+    assert place is not None
+    if memory is None or memory * (_processes(job.spec) if place.kind == "cpu" else 1) > group_room(
+        place, inventory
+    ):
+        return None
+    if job.group != first.group and environment(job.group) != environment(first.group):
+        return None
+    if "plan" in job.spec.fuse:
+        return str(job.spec.fuse["why"])
+    plan, why = judge([*(one.spec for one in members), job.spec])
+    return why if plan == "fused" else None
+
+
+def group_room(place: Placement, inventory: Inventory) -> int:
+    """Bytes that a group may use, on each device: its place; what nobody else can have comes on top."""
+    slots = max(1, len(place.devices))
+    if place.kind == "cpu":
+        count = sum(device.kind == "cpu" for device in inventory.devices) or inventory.cores
+        return max(place.memory_bytes * slots, inventory.host_memory_bytes * slots // max(1, count))
+    sizes = {device.index: device.memory_bytes for device in inventory.devices if device.kind == place.kind}
+    size = min((sizes.get(index, 0) for index in place.devices), default=0)
+    return size if place.memory_bytes >= WHOLE_SHARE * size else place.memory_bytes
+
+
+def _may_fuse(job: Job, entry: QueuedJob, judge: Judge | None = None) -> bool:
+    """Whether it is to run fused; with a ``judge`` also where that is open."""
+    fuse = job.spec.fuse
     spoilt = any(retry.get("kind") in _SPOILT for retry in job.retries)
-    return job.spec.fuse.get("plan") == "fused" and not spoilt and not entry.first
+    is_open = judge is not None and "key" in fuse and "plan" not in fuse and not _is_apart(job.spec)
+    return (fuse.get("plan") == "fused" or is_open) and not spoilt and not entry.first
 
 
 def _in_sequence(entry: QueuedJob, job: Job, inventory: Inventory) -> QueuedJob:
@@ -214,10 +324,11 @@ def host_id(first: Job) -> str:
 
 
 def write_group(home: Home, name: str, members: Sequence[Job]) -> Path:
-    """``group.json``: whom the host has to wait for. Returns its folder."""
+    """``group.json``: whom the host has to wait for, and how many processes it is. Returns its folder."""
     folder = home.job_dir(name)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(folder / GROUP_FILE, {"members": [job.id for job in members]})
+    told = {"members": [job.id for job in members], "processes": _processes(members[0].spec)}
+    atomic_write_json(folder / GROUP_FILE, told)
     return folder
 
 

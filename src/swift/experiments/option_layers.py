@@ -19,9 +19,12 @@ from swift.config.commands import COMMANDS
 from swift.config.flags import read_flags
 from swift.config.layers import Binder
 from swift.config.names import Name, Names
+from swift.config.policy_rules import TASK_PREFIX
 from swift.config.read import Written, from_python, read_file
 from swift.config.schema import SECTIONS, Resolved
 from swift.core.errors import ConfigError, SwiftError
+from swift.data.readers import READERS
+from swift.data.sources import parse_dataset_spec
 from swift.experiments.fields import Fields, fail, mapping
 
 __all__ = [
@@ -182,8 +185,16 @@ def _absolute(text: str, cwd: Path, name: str) -> str:
     rows = re.fullmatch(r"(.+)(#\d+)", text) if name in ("dataset", "val_dataset") else None
     if rows is not None and (cwd / Path(rows[1]).expanduser()).exists():
         return str(cwd / Path(rows[1]).expanduser()) + rows[2]
+    if name in ("dataset", "val_dataset") and _is_elsewhere(text):
+        return text
     looks_like_path = text.startswith((".", "/", "~")) or name in ("dataset", "val_dataset", "adapters")
     return str(path) if looks_like_path else text
+
+
+def _is_elsewhere(text: str) -> bool:
+    """Data that is made on the spot (``task:``), or that the registry or a hub knows by this name."""
+    spec = parse_dataset_spec(text)
+    return text.startswith(TASK_PREFIX) or not (spec.is_local or spec.path.suffix.lower() in READERS)
 
 
 def snapshot(resolved: Resolved) -> dict[str, Any]:

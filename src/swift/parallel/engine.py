@@ -16,7 +16,10 @@ from torch import Tensor
 
 from swift.objectives.base import Denominators, Objective
 
-__all__ = ["Engine", "ParameterSet", "StepCounts", "StepOutput", "add_sums", "count_step"]
+__all__ = ["RANKS_FOLDER", "Engine", "ParameterSet", "StepCounts", "StepOutput", "add_sums", "count_step"]
+
+RANKS_FOLDER = "ranks"
+"""In a checkpoint, what several ranks have saved together."""
 
 
 @dataclass

@@ -69,6 +69,7 @@ def fused_gradients(steps: Sequence[MemberStep], switch: AdapterSwitch) -> list[
                 losses[member].append(loss.detach())
                 add_sums(metrics[member], sums)
             torch.autograd.backward(scaled)
+            del scaled, outputs, tokens, loss, sums  # see `NativeEngine.forward_backward`
     for step in steps:
         if step.engine.ranks is not None:
             step.engine.ranks.finish()

@@ -20,7 +20,7 @@ from swift.models.sharded import local
 from swift.objectives.base import Objective, TokenOutputs
 from swift.objectives.logprobs import Vocabulary, entropies, linear_logprobs, module_logprobs
 from swift.parallel.collectives import enter
-from swift.parallel.engine import ParameterSet, StepCounts, StepOutput, add_sums, count_step
+from swift.parallel.engine import RANKS_FOLDER, ParameterSet, StepCounts, StepOutput, add_sums, count_step
 from swift.parallel.offload import OffloadedActivations
 from swift.parallel.pipelined import pipelined_outputs, pipelined_step
 from swift.parallel.sequence.context import Shard
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["NativeEngine"]
 
 OPTIMIZER_FILE = "optimizer.pt"
-RANKS_FOLDER = "ranks"
-"""What several ranks save instead."""
 
 
 class NativeEngine:
@@ -114,6 +112,8 @@ class NativeEngine:
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
             losses.append(loss.detach())
             add_sums(metrics, sums)
+            # What functions keep besides saved tensors (bitsandbytes' 8-bit inputs) lives as long as their graph.
+            del loss, sums
         self.training_batch = None
         penalty = self._penalty() if self._penalty else None
         if penalty is not None:

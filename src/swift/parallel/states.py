@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from swift.core.errors import SwiftError
-from swift.parallel.engine import ParameterSet
-from swift.parallel.native import RANKS_FOLDER
+from swift.parallel.engine import RANKS_FOLDER, ParameterSet
 
 __all__ = ["begin_saving", "load_state", "load_whole", "named_state", "shared"]
 

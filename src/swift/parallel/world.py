@@ -24,7 +24,7 @@ from swift.parallel.engine import StepCounts
 from swift.parallel.layout import Layout
 from swift.parallel.mesh import build_mesh
 
-__all__ = ["World", "join"]
+__all__ = ["World", "join", "said_by_main"]
 
 T = TypeVar("T")
 
@@ -102,11 +102,7 @@ class World:
 
     def from_main(self, value: T) -> T:
         """What rank 0 says."""
-        if self.mesh is None:
-            return value
-        box = [value]
-        distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        return value if self.mesh is None else said_by_main(value)
 
     def collect(self, value: T) -> list[T]:
         """What the ranks of all parts of the data say, in order of the parts."""
@@ -189,6 +185,13 @@ class World:
         own: Callable[[], Any] = work if self.is_main else lambda: None
         result: T = self.together(own, stage=stage, seconds=seconds)[0]
         return result
+
+
+def said_by_main(value: T) -> T:
+    """What rank 0 of the processes that have met says."""
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _told(error: BaseException, rank: int, stage: str) -> dict[str, Any]:

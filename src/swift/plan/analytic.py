@@ -5,7 +5,8 @@ et al. (arXiv 2205.05198, section 4) for transformer layers, adapted to RMS norm
 keys and values, and fused attention, which keeps no [tokens, tokens] matrix. All results are bytes on one device.
 
 The peak is the largest of four moments of a step, in which different things are there at once: the loss of a chunk, the
-backward pass of the last layer, that of the first layer, and the update. What is there all the time is the table
+backward pass of the last layer, that of the first layer, and the update; policy optimisation also samples between
+steps (`swift.plan.sampling`). What is there all the time is the table
 ``HELD``: another part of memory (a reference model, a cache) is one more entry in it.
 """
 
@@ -17,17 +18,22 @@ from dataclasses import dataclass, replace
 
 from swift.models.counting import has_gate
 from swift.models.facts import ModelFacts
+from swift.plan.sampling import Sampling, sampling_moments
 
 __all__ = [
+    "COMING",
     "CONTEXT_BYTES",
     "DTYPE_BYTES",
     "HELD",
+    "AdapterMemory",
     "LinearShape",
     "Setup",
     "checkpoint_bytes",
+    "gathered_bytes",
     "kept_bytes_per_token",
     "memory_parts",
     "moments",
+    "whole_bytes",
     "with_overhead",
 ]
 
@@ -36,6 +42,10 @@ CONTEXT_BYTES = {"cpu": 500 << 20, "cuda": 600 << 20}
 """Python, torch and transformers in memory (measured on Linux: 0.45-0.5 GiB resident); CUDA context and cuBLAS."""
 RESERVE_SHARE = 0.05
 """What a caching allocator keeps beyond living tensors, as a share of what comes and goes. Not measured on a device."""
+
+COMING = ("gradients", "activations", "logits", "temporary", "cache")
+"""Parts that come and go."""
+_ONLY_SAMPLING = ("sampler", "cache")
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ class Setup:
         adapters: what adapters keep, and which layers keep nothing.
         updated: parameters that are trained at a time; None: all that are ever trained (LISA: fewer).
         tokens: tokens of a micro-batch, padding included.
+        targets: tokens whose probabilities are read; None: all.
+        copied: keys and values that attention over shared prompts makes once more, as a multiple of ``tokens``.
         documents: in each row; the CPU computes them one by one and joins the results.
         accumulates: a step has several micro-batches, so gradients are there while the next one is computed.
         checkpointing: activations are recomputed in the backward pass.
@@ -103,6 +115,8 @@ class Setup:
         update_numbers: numbers that the update of a matrix needs for the time being, as a multiple of the matrix.
         eager_width: tokens of a row where attention keeps [heads, tokens, tokens] (attn_impl eager); else 0.
         judged_passes: passes without gradients in each micro-batch: of a reference, and over KTO's mismatched pairs.
+        sampling: policy optimisation: what is asked of the engine that answers.
+        merged: numbers of adapted weights that are there a second time, with the adapter added.
     """
 
     compute: str
@@ -114,6 +128,8 @@ class Setup:
     trains_head: bool = False
     adapters: AdapterMemory = AdapterMemory()
     updated: int | None = None
+    targets: int | None = None
+    copied: float = 0.0
     documents: int = 1
     accumulates: bool = True
     checkpointing: bool = False
@@ -132,6 +148,8 @@ class Setup:
     update_numbers: float = 0.0
     eager_width: int = 0
     judged_passes: int = 0
+    sampling: Sampling | None = None
+    merged: int = 0
 
     @property
     def compute_bytes(self) -> int:
@@ -180,6 +198,7 @@ def kept_bytes_per_token(facts: ModelFacts, setup: Setup) -> float:
     q, k = heads * facts.head_dim, key_heads * facts.head_dim
     norms = 4 if facts.model_type.startswith(("gemma2", "gemma3")) else 2
     total = norms * (4 * h + 4) + 2 * b * (q + k) + 4 * heads + _feed_forward_bytes(facts, setup)
+    total += setup.copied * 2 * b * k
     if (
         setup.eager_width
     ):  # probabilities in float32 and as they are multiplied; keys and values for every head
@@ -237,13 +256,24 @@ HELD: dict[str, Callable[[ModelFacts, Setup], float]] = {
         setup.trainable * setup.trainable_bytes / setup.resting_shares if setup.is_lora else 0
     ),
     "optimizer": lambda facts, setup: setup.state_bytes / setup.resting_shares,
+    "sampler": lambda facts, setup: 4 * setup.merged,
 }  # fmt: skip
 """Part -> bytes that are there during the whole step:
 
 - weights: frozen ones in the compute precision or as they are quantised, trained ones in their storage precision.
 - adapters: LoRA matrices and trained copies of modules.
 - optimizer: AdamW keeps two numbers; others: `swift.train.optimizers.state_bytes`.
+- sampler: adapted weights with the adapter added, float32.
 """
+
+
+def whole_bytes(facts: ModelFacts, setup: Setup) -> float:
+    """A model in shards, gathered: as it is stored, in full training in the computing precision."""
+    if not setup.is_lora:
+        return facts.num_parameters * min(setup.compute_bytes, setup.trainable_bytes)
+    frozen = setup.weights_bytes
+    frozen = facts.num_parameters * setup.compute_bytes if frozen is None else frozen
+    return frozen + setup.adapters.frozen + setup.trainable * setup.trainable_bytes
 
 
 def _frozen(facts: ModelFacts, setup: Setup) -> int:
@@ -251,11 +281,11 @@ def _frozen(facts: ModelFacts, setup: Setup) -> int:
 
 
 def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
-    """What comes and goes at the moments of a step that can be its peak, by part."""
+    """What comes and goes at the moments of a step, or of sampling, that can be the peak, by part."""
     b, h = setup.compute_bytes, facts.hidden_size
     tokens = setup.tokens / setup.sequence_shares
     all_gradients = setup.num_updated * setup.trainable_bytes / setup.resting_shares
-    gathered = _gathered(facts, setup)
+    gathered = gathered_bytes(facts, setup)
     earlier = all_gradients if setup.accumulates else 0
     layer = _mean_layer(facts, setup)
     # Ids, targets and positions; rotations; the input of the last norm and its result.
@@ -264,7 +294,7 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     casts = facts.num_parameters * b / setup.model_shares if setup.has_cast_copies else 0
     late_casts = casts / facts.num_layers if setup.checkpointing else casts
     in_layer = _backward_bytes(facts, setup)
-    head, loss = _loss_bytes(facts, setup, tokens)
+    head, loss = _loss_bytes(facts, setup)
     logits = head.pop("logits")
     first_of_full = 4 * _head_numbers(facts) if not (setup.is_lora or setup.adapters.resting) else 0
     matrix = max(_head_numbers(facts), _feed_forward_size(facts) * h) if not setup.is_lora else 0
@@ -276,7 +306,11 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     unpacked = setup.unpacked * b / setup.model_shares
     once = setup.adapters.once / setup.model_shares
     whole_once = once / facts.num_layers if is_last_recomputed else once
+    sampled: dict[str, dict[str, float]] = {}
+    if setup.sampling is not None:
+        sampled = sampling_moments(facts, setup.sampling, b, setup.device, _feed_forward_size(facts))
     return {
+        **sampled,
         "loss": {
             "activations": tokens * kept + loss + (0 if is_last_recomputed else once), "logits": logits,
             "gradients": earlier, "temporary": casts + head["temporary"] + gathered,
@@ -293,7 +327,7 @@ def moments(facts: ModelFacts, setup: Setup) -> dict[str, dict[str, float]]:
     }  # fmt: skip
 
 
-def _gathered(facts: ModelFacts, setup: Setup) -> float:
+def gathered_bytes(facts: ModelFacts, setup: Setup) -> float:
     """Of sharded weights what is whole at a time: embeddings and head; of the layers the one at work and the next, or
     all. In full training the gradients of a layer and of the root are whole too before they are scattered.
     """
@@ -343,27 +377,29 @@ def _backward_bytes(facts: ModelFacts, setup: Setup) -> float:
     In full training the product itself is gone by then; an adapter holds it until its own gradient is done.
     """
     h, f = facts.hidden_size, _feed_forward_size(facts)
-    return setup.compute_bytes * (3 * h + 2 * f if setup.is_lora else 2 * h + f)
+    copied = 2 * setup.copied * facts.num_key_value_heads * facts.head_dim
+    return setup.compute_bytes * max(copied, 3 * h + 2 * f if setup.is_lora else 2 * h + f)
 
 
-def _loss_bytes(facts: ModelFacts, setup: Setup, tokens: float) -> tuple[dict[str, float], float]:
+def _loss_bytes(facts: ModelFacts, setup: Setup) -> tuple[dict[str, float], float]:
     """(parts of the loss, bytes of hidden states beside them).
 
     A chunk's logits exist in float32, and beside that in the compute precision when this is another one. A trained
     output matrix has its gradient summed in float32, and a chunk's share of it in the compute precision.
     """
     b, numbers = setup.compute_bytes, _head_numbers(facts)
-    chunk = min(setup.chunk, setup.tokens)
+    count = setup.tokens if setup.targets is None else setup.targets
+    chunk, targets = min(setup.chunk, count), count / setup.sequence_shares
     wide = chunk * facts.vocab_size * (4 if b == 4 else 4 + b)
     parts = {"logits": float(wide), "gradients": 0.0, "temporary": 0.0}
     if not setup.chunk:
         return parts, 0.0
     if not setup.trains_head:
         # Hidden states of the targets, their Jacobian, and the rows that a chunk adds to it.
-        return parts, (tokens + chunk) * 2 * b * facts.hidden_size
+        return parts, (targets + chunk) * 2 * b * facts.hidden_size
     parts["temporary"] = numbers * (4 + b)
     parts["gradients"] = numbers * setup.trainable_bytes
-    return parts, tokens * b * facts.hidden_size
+    return parts, targets * b * facts.hidden_size
 
 
 def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
@@ -375,18 +411,21 @@ def memory_parts(facts: ModelFacts, setup: Setup) -> dict[str, int]:
     - activations: of recomputed layers their inputs and all of one layer.
     - logits: of one chunk.
     - temporary: gradients inside a layer, the output matrix's gradient before it is added, casts of master weights, and
-      the largest quantised layer unpacked.
+      the largest quantised layer unpacked; while sampling, the gathered model.
+    - cache: keys and values of sampled answers.
     """
     at_peak = max(moments(facts, setup).values(), key=lambda parts: sum(parts.values()))
     parts = {name: term(facts, setup) for name, term in HELD.items()}
-    for name in ("gradients", "activations", "logits", "temporary"):
+    for name in COMING:
         parts[name] = at_peak.get(name, 0.0)
-    return {name: round(value) for name, value in parts.items()}
+    return {
+        name: round(value) for name, value in parts.items() if setup.sampling or name not in _ONLY_SAMPLING
+    }
 
 
 def with_overhead(parts: Mapping[str, int], device: str) -> dict[str, int]:
     """The parts, and what the allocator and the process need on top: ``reserve`` and ``context``."""
-    passing = sum(parts.get(name, 0) for name in ("gradients", "activations", "logits", "temporary"))
+    passing = sum(parts.get(name, 0) for name in COMING)
     on_device = device != "cpu"
     return {
         **parts,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift.config.memory_rules import FULL_TRAINING_OPTIMIZERS
-from swift.config.sections.rlhf import RlhfSection
+from swift.config.sections.rlhf import POLICY_TYPES, RlhfSection
 from swift.config.sections.task import TaskSection
 
 __all__ = ["AFTER_FAILURE", "LADDER", "Change", "changes", "is_in_batch"]
@@ -65,6 +65,14 @@ def recompute(options: Options) -> Change | None:
     if not options or options.get("gradient_checkpointing"):
         return None
     return Change({"gradient_checkpointing": True}, "gradient checkpointing switched on")
+
+
+def fewer_at_once(options: Options) -> Change | None:
+    """Answers of policy optimisation written in two goes: the same ones, later."""
+    at_once = int(options.get("max_num_seqs") or 0)
+    if options.get("rlhf_type") not in POLICY_TYPES or options.get("replay") or at_once <= 1:
+        return None
+    return Change({"max_num_seqs": at_once // 2}, f"{at_once // 2} answers written at once")
 
 
 def smaller_chunks(options: Options) -> Change | None:
@@ -128,6 +136,7 @@ def lower_rank(options: Options) -> Change | None:
 LADDER: tuple[Callable[[Options], Change | None], ...] = (
     smaller_batch,
     recompute,
+    fewer_at_once,
     smaller_chunks,
     smaller_optimizer,
     adapters_only,

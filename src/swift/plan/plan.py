@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from swift.parallel.layout import Layout
 from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
+from swift.plan.result import Plan
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 from swift.plan.serving import base_of_adapter, serving_memory
 from swift.plan.setup import ExactMethod, Widest, compute_dtype, make_setup, memory_of
@@ -30,37 +30,12 @@ from swift.plan.solve import Situation, solve
 from swift.plan.speed import measure_pace, read_pace, remember, run_key, time_of
 from swift.plan.steps import Epoch, plan_epoch, step_counts
 from swift.plan.verdict import TIGHT_SHARE, fits
+from swift.rl.sizes import answers_in_step, derive_sizes
 
-__all__ = ["Plan", "make_plan", "remember_run"]
+__all__ = ["make_plan", "remember_run"]
 
 LONG_SHARE = 0.02
 """More rows than this above max_length are worth a warning."""
-
-
-@dataclass
-class Plan:
-    """A run on paper. All parts are plain values, ready for JSON; a part that cannot be known is empty.
-
-    ``fits``: whether memory and devices suffice; None when the model or the device is not known here.
-    """
-
-    command: str
-    config: dict[str, Any]
-    sources: dict[str, str]
-    model: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    steps: dict[str, Any] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
-    parallel: dict[str, Any] = field(default_factory=dict)
-    export: dict[str, Any] = field(default_factory=dict)
-    time: dict[str, Any] = field(default_factory=dict)
-    solution: dict[str, Any] = field(default_factory=dict)
-    fits: bool | None = None
-    warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The parts by name, in the order of the attributes."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def make_plan(
@@ -230,6 +205,11 @@ def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts, w
         )
     if "gradient_checkpointing" in taken:
         resolved.derive("gradient_checkpointing", device.kind != "cpu", "device")
+    if resolved.config.rlhf.is_policy:
+        try:
+            derive_sizes(resolved, answers_in_step(resolved))
+        except ConfigError as error:
+            warnings.append(_one_line(error))
 
 
 def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
@@ -326,10 +306,12 @@ def _steps(
     if not section.val_dataset and section.split_dataset_ratio > 0 and rows.rows > 1:
         train_share = 1 - _count_validation(resolved, rows, []) / rows.rows
     num_samples = round(rows.rows * len(lengths) / len(rows.lengths) * train_share)
+    longest = rows.longest or (max(lengths) if rows.sequences == 1 else None)
     if (
         resolved.config.rlhf.is_policy
     ):  # the rows are prompts: each gets several answers, as long as they may be
-        lengths = [length + resolved.config.generation.max_new_tokens for length in lengths]
+        prompts, answer = _answers(resolved)
+        lengths = [-(-length // prompts) + answer for length in lengths]
         num_samples *= resolved.config.policy.num_generations
     epoch = plan_epoch(
         lengths,
@@ -366,7 +348,7 @@ def _steps(
         "largest_micro_batch_tokens": epoch.widest,
         "padding": round(epoch.padding, 4),
         "samples_per_row": round(epoch.samples_per_row, 2),
-    }, _widest(resolved, rows.sequences, rows.longest, epoch)
+    }, _widest(resolved, rows.sequences, longest, epoch)
 
 
 def _widest(
@@ -381,15 +363,35 @@ def _widest(
     mode, batch = batch_mode(resolved.config.data), resolved.config.training.per_device_train_batch_size
     if mode == "packed":
         count = round(batch * (epoch.samples_per_row if epoch else 1) * sequences)
-        return Widest(batch, _row_length(resolved), count)
+        length = _row_length(resolved)
+        return Widest(batch, length, count, length, batch * length - count)
     count = batch * sequences
     limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
-    answer = resolved.config.generation.max_new_tokens if resolved.config.rlhf.is_policy else 0
-    tokens = count * (min(limit, longest or limit) + answer)
+    prompts, answer = _answers(resolved)
+    longest_prompt = min(limit, longest or limit)
+    tokens = count * (-(-longest_prompt // prompts) + answer)
     if epoch is not None and (mode == "padding_free" or sequences == 1 or longest is None):
         tokens = epoch.widest
     rows = 1 if mode == "padding_free" else min(count, tokens)
-    return Widest(rows, -(-tokens // rows), count)
+    targets = count * answer or tokens - count
+    if resolved.config.task.task_type != "causal_lm":  # their ends are read
+        targets = count
+    shared = -(-count // prompts) if prompts > 1 else 0
+    return Widest(rows, -(-tokens // rows), count, longest_prompt + answer, min(targets, tokens), shared)
+
+
+def _answers(resolved: Resolved) -> tuple[int, int]:
+    """(answers for which a prompt is computed once, tokens of the longest answer); 1 and 0 where nothing is sampled.
+
+    Answers to one prompt share it in joined rows, where our attention computes them; see `swift.rl.parts`.
+    """
+    config = resolved.config
+    if not config.rlhf.is_policy:
+        return 1, 0
+    joined = batch_mode(config.data) != "padded" and config.model.attn_impl in ("auto", "varlen")
+    shared = joined and config.policy.share_prompts and not config.tuner.longlora_group_size
+    each = min(config.training.per_device_train_batch_size, config.policy.num_generations) if shared else 1
+    return each, config.generation.max_new_tokens
 
 
 def _row_length(resolved: Resolved) -> int:

@@ -14,14 +14,10 @@ from swift.plan.analytic import CONTEXT_BYTES, DTYPE_BYTES
 from swift.plan.device import DeviceFacts
 from swift.plan.modules import linear_layers
 from swift.plan.quantised import frozen_bytes
+from swift.plan.sampling import cache_bytes_per_token
 from swift.runs.folder import RunFolder
 
-__all__ = ["base_of_adapter", "cache_bytes_per_token", "serving_fits", "serving_memory"]
-
-
-def cache_bytes_per_token(facts: ModelFacts, dtype_bytes: int) -> int:
-    """Keys and values of one token: 2 x layers x key/value heads x head size numbers."""
-    return 2 * facts.num_layers * facts.num_key_value_heads * facts.head_dim * dtype_bytes
+__all__ = ["base_of_adapter", "serving_fits", "serving_memory"]
 
 
 def serving_memory(resolved: Resolved, facts: ModelFacts, device: DeviceFacts, dtype: str) -> dict[str, Any]:

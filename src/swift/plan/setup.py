@@ -18,9 +18,11 @@ from swift.models.quantised import stored_method
 from swift.plan.adapters import adapter_memory
 from swift.plan.analytic import (
     DTYPE_BYTES,
+    AdapterMemory,
     Setup,
     checkpoint_bytes,
     memory_parts,
+    whole_bytes,
     with_overhead,
 )
 from swift.plan.device import DeviceFacts
@@ -33,6 +35,7 @@ from swift.plan.modules import (
     trainable_parameters,
 )
 from swift.plan.quantised import frozen_bytes, largest_unpacked
+from swift.plan.sampling import make_sampling, merged_numbers
 from swift.train.optimizers import OPTIMIZERS, is_target, state_bytes
 from swift.tuners.registry import METHODS
 
@@ -41,11 +44,18 @@ __all__ = ["ExactMethod", "Widest", "compute_dtype", "make_setup", "memory_of", 
 
 @dataclass(frozen=True)
 class Widest:
-    """The largest micro-batch: rows of so many tokens each, which hold so many sequences."""
+    """The largest micro-batch: rows of so many tokens each, which hold so many sequences.
+
+    ``longest``: tokens of the longest sequence. ``targets``: tokens whose probabilities are read, at most.
+    ``prompts``: how many prompts the answers among the sequences share; 0: each has its own.
+    """
 
     rows: int
     width: int
     sequences: int
+    longest: int
+    targets: int
+    prompts: int = 0
 
     @property
     def tokens(self) -> int:
@@ -101,7 +111,7 @@ def make_setup(
     if tuner.lisa_activated_layers:
         resting = max(0, facts.num_layers - tuner.lisa_activated_layers)
         updated -= resting * layer_parameters(facts, shapes)
-    return Setup(
+    setup = Setup(
         compute=compute,
         is_lora=is_lora,
         trainable=trainable,
@@ -111,6 +121,8 @@ def make_setup(
         updated=updated if tuner.lisa_activated_layers else None,
         trains_head=_trains_head(facts, resolved),
         tokens=widest.tokens,
+        targets=widest.targets,
+        copied=widest.sequences * widest.longest / widest.tokens if widest.prompts else 0.0,
         documents=widest.sequences // widest.rows,
         accumulates=(config.training.gradient_accumulation_steps or 1) > 1,
         checkpointing=bool(config.training.gradient_checkpointing),
@@ -134,7 +146,14 @@ def make_setup(
         update_numbers=OPTIMIZERS[config.optimizer.optim].update_numbers,
         eager_width=widest.width if config.model.attn_impl == "eager" else 0,
         judged_passes=_judged_passes(config.rlhf),
+        merged=merged_numbers(resolved, [(one.inputs, one.outputs) for one in adapted], compute, saved),
     )
+    if config.quantization.is_active and config.quantization.quant_bits == 8 and adapts_linear:
+        # bitsandbytes' 8-bit product keeps its input, where LoRA with dropout keeps a copy of its own.
+        setup = replace(setup, adapters=replace(setup.adapters, reads=AdapterMemory().reads))
+    whole = whole_bytes(facts, setup) if setup.shards > 1 else 0.0
+    casts = facts.num_parameters * setup.compute_bytes if setup.has_cast_copies else 0.0
+    return replace(setup, sampling=make_sampling(resolved, widest.longest, gathered=whole, casts=casts))
 
 
 def _judged_passes(rlhf: RlhfSection) -> int:

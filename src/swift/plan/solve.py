@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.bind import dump
-from swift.config.schema import Resolved, options
+from swift.config.schema import Resolved, Source, options
 from swift.models.facts import ModelFacts
+from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts
 from swift.plan.ladder import Change, changes
 from swift.plan.setup import Widest, make_setup, parts_of
+from swift.rl.sizes import answers_in_step, derive_sizes
 
 __all__ = ["Situation", "solve"]
 
@@ -43,13 +45,21 @@ class Situation:
         known = options()
         for name, value in overrides.items():
             setattr(getattr(changed.config, known[name].section), name, value)
+            changed.sources[name] = Source("flag", f"--{name}")
+        if changed.config.rlhf.is_policy:
+            if changed.sources["generation_batch_size"].kind == "derived":
+                changed.config.policy.generation_batch_size = None
+            derive_sizes(changed, answers_in_step(changed))
         return changed
+
+    def setup(self, resolved: Resolved) -> Setup:
+        """What decides its memory."""
+        return make_setup(resolved, self.facts, self.folder, self.device, self.widest_of(resolved), [])
 
     def total(self, overrides: Mapping[str, Any]) -> int:
         """Bytes at the peak by the formulas."""
         resolved = self.with_options(overrides)
-        setup = make_setup(resolved, self.facts, self.folder, self.device, self.widest_of(resolved), [])
-        return sum(parts_of(resolved, self.facts, setup, self.device).values())
+        return sum(parts_of(resolved, self.facts, self.setup(resolved), self.device).values())
 
 
 def solve(situation: Situation) -> dict[str, Any]:
@@ -131,11 +141,14 @@ def _next_step(situation: Situation, taken: list[Change], total: int) -> tuple[C
 
 
 def _in_force(situation: Situation, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    sections = dump(situation.with_options(overrides))
+    resolved = situation.with_options(overrides)
+    sections = dump(resolved)
     flat = {
         name: value for part in sections.values() if isinstance(part, dict) for name, value in part.items()
     }
-    return {**flat, "device": situation.device.kind}
+    sampling = situation.setup(resolved).sampling
+    at_once = {"max_num_seqs": sampling.slots} if sampling is not None else {}
+    return {**flat, **at_once, "device": situation.device.kind}
 
 
 def _goes_on(change: Change, later: list[Change]) -> bool:

@@ -27,6 +27,7 @@ from swift.rl.replay import Replay
 from swift.rl.rewards import Rewards
 from swift.rl.sampler import EmbeddedSampler, Sampler, SharedSampler
 from swift.rl.settings import PolicySettings
+from swift.rl.sizes import answers_of_a_rank
 from swift.rl.source import RolloutSource
 from swift.rl.trajectory import AnswerLayout
 from swift.runs.folder import RunFolder
@@ -76,7 +77,7 @@ def policy_parts(
             engine,
             prepared,
             longest_prompt=max(sizes),
-            num_samples=-(-settings.num_prompts // world.size) * settings.num_generations,
+            num_samples=answers_of_a_rank(settings.num_prompts, settings.num_generations, world.size),
         )
         sampler = own if world.size == 1 else SharedSampler(own, world)
     if sampler is None and data.validation is not None:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from swift.config.sections.engine import EngineSection
 from swift.core.errors import ConfigError, SwiftError
 from swift.inference.engines.base import Delta, Request, SamplingOptions
 from swift.inference.engines.blocking import Completion
@@ -20,6 +19,7 @@ from swift.models.facts import ModelFacts
 from swift.models.load import ModelBundle
 from swift.parallel.answers import PolicyEngine
 from swift.parallel.world import World
+from swift.rl.sizes import engine_limits
 from swift.rl.trajectory import Trajectory
 from swift.train.prepare import Prepared
 from swift.tuners.apply import tuned_model
@@ -27,7 +27,6 @@ from swift.tuners.merged import MergedWeights
 
 __all__ = ["EmbeddedSampler", "Sampler", "SamplingJob", "SharedSampler"]
 
-_AT_ONCE = 256
 _CHECKED_EVERY = 256
 _LATE_SECONDS = 300.0
 """By how much a rank may be behind others when it begins to sample."""
@@ -83,7 +82,7 @@ class EmbeddedSampler:
         self.engine, self.template = engine, prepared.template
         self.options, self.deadline_seconds = config.generation, deadline_seconds
         self._check_room(prepared, longest_prompt)
-        limits = _limits(prepared, longest_prompt, num_samples)
+        limits = engine_limits(prepared.resolved, longest_prompt, num_samples)
         with engine.evaluating() as model:
             self._merged = MergedWeights.of(tuned_model(model))
             with self._adapted():
@@ -206,17 +205,6 @@ class _Deadline:
                 where="sampling",
                 fix="a smaller --max_completion_length or --generation_batch_size",
             )
-
-
-def _limits(prepared: Prepared, longest_prompt: int, num_samples: int) -> EngineSection:
-    resolved = prepared.resolved
-    section = resolved.config.engine.model_copy()
-    if not resolved.is_explicit("max_num_seqs"):
-        section.max_num_seqs = min(num_samples, _AT_ONCE)
-    if section.max_cache_tokens is None:
-        longest = longest_prompt + resolved.config.generation.max_new_tokens + 1
-        section.max_cache_tokens = max(16, section.max_num_seqs * longest)
-    return section
 
 
 def _bundle(model: Any, prepared: Prepared) -> ModelBundle:

@@ -13,6 +13,7 @@ from swift.objectives.policy.algorithms import Algorithm, find_algorithm, surrog
 from swift.objectives.policy.corrections import MISMATCH_WEIGHTS
 from swift.objectives.policy.estimators import ESTIMATORS
 from swift.objectives.policy.loss import AGGREGATIONS
+from swift.rl.sizes import derive_sizes
 from swift.train.preflight import find_checkpoint
 from swift.train.prepare import data_order
 
@@ -107,17 +108,8 @@ class PolicySettings:
 def derive_policy(resolved: Resolved) -> PolicySettings:
     """Fill in what the algorithm's row says where the user did not; check it all. Raises ConfigError."""
     config = resolved.config
-    policy, training = config.policy, config.training
-    resolved.derive("algo", config.rlhf.rlhf_type, "rlhf_type")
-    row = find_algorithm(policy.algo or "grpo")
-    in_step = training.per_device_train_batch_size * data_order(resolved, find_checkpoint(resolved))[2]
-    sampled = None
-    if policy.steps_per_generation:  # micro-batches of one rank
-        sampled = policy.steps_per_generation * in_step // (training.gradient_accumulation_steps or 1)
-    resolved.derive(
-        "generation_batch_size", sampled or in_step * row.sampling.get("steps_per_generation", 1), "algo"
-    )
-    resolved.derive("beta", row.beta, "algo")
+    in_step = config.training.per_device_train_batch_size * data_order(resolved, find_checkpoint(resolved))[2]
+    row = derive_sizes(resolved, in_step)
     for name in ("dynamic_sample", "overlong_filter", "soft_overlong", "chord_enable_phi_function"):
         resolved.derive(name, bool(row.sampling.get(name, False)), "algo")
     for name, usual in (("chord_mu_peak", 0.9), ("chord_mu_valley", 0.05)):

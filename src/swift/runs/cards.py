@@ -269,7 +269,8 @@ def _next_commands(folder: Path, summary: Mapping[str, Any]) -> Lines:
     else:
         commands = [f"swift infer --model {checkpoint}"]
     if summary.get("task_type"):  # it writes no text
-        commands = commands[1:]
+        flag = "--adapters" if adapter.is_file() else "--model"
+        commands[0] = f"swift deploy {flag} {checkpoint}"
     if summary.get("stop_reason"):
         commands.append(f"swift resume {shlex.quote(str(folder))}")
     return [("next" if place == 0 else "", command) for place, command in enumerate(commands)]

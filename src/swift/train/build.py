@@ -50,7 +50,7 @@ from swift.train.inspection import inspection_report
 from swift.train.loop import PolicyLoader, Trainer
 from swift.train.neftune import add_embedding_noise
 from swift.train.precision import param_dtype
-from swift.train.prepare import Prepared
+from swift.train.prepare import Prepared, pieces_asked
 from swift.train.reference import precompute, reference_options
 from swift.train.shared_base import SharedBase
 from swift.train.starts import start_from_data
@@ -205,7 +205,9 @@ def _restored(prepared: Prepared, engine: NativeEngine) -> TrainState:
     state.cursor_fingerprint = _cursor_fingerprint(prepared)
     state.order_batch_size = prepared.schedule.batch_size
     state.step_size = prepared.plan.accumulation // prepared.schedule.split
-    state.data_ranks = prepared.world.layout.dp
+    # A part that goes on with steps of another number of processes leaves that number to the next one.
+    if not state.data_ranks or prepared.plan.accumulation == pieces_asked(prepared.resolved.config):
+        state.data_ranks = prepared.world.layout.dp
     return state
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,23 +40,48 @@ from swift.tuners.apply import TunedModel
 from swift.tuners.llamapro import grow_config, new_positions
 from swift.tuners.targets import decoder_layers
 
-__all__ = ["BatchShape", "trace_memory"]
+__all__ = ["Afterwards", "BatchShape", "trace_memory"]
+
+Afterwards = Callable[[NativeEngine, LiveBytes], None]
+"""What a run does between steps, which is traced after them."""
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One micro-batch: rows of so many tokens, how many positions teach something, and sequences in all rows."""
+    """One micro-batch: rows of so many tokens, how many positions teach something, and sequences in all rows.
+
+    ``prompts``: that the sequences, which are answers, share in one row; 0: they are texts of their own.
+    """
 
     rows: int
     width: int
     num_targets: int
     sequences: int
+    prompts: int = 0
+
+    @property
+    def answers(self) -> tuple[list[int], list[bool]] | None:
+        """Lengths of prompts and of the answers behind each, and whether they continue it; None for texts."""
+        if not self.prompts:
+            return None
+        each, answer = self.sequences // self.prompts, self.num_targets // self.sequences
+        prompt = max(1, self.width // self.prompts - each * answer)
+        lengths = [prompt, *[answer] * each] * self.prompts
+        lengths[-1] += self.width - sum(lengths)
+        return lengths, [False, *[True] * each] * self.prompts
 
 
 def trace_memory(
-    resolved: Resolved, facts: ModelFacts, folder: Path | None, shape: BatchShape, *, device: str, dtype: str
-) -> dict[str, int]:
-    """Bytes by part at the peak of a step, without what the process and the allocator need.
+    resolved: Resolved,
+    facts: ModelFacts,
+    folder: Path | None,
+    shape: BatchShape,
+    *,
+    device: str,
+    dtype: str,
+    afterwards: Afterwards | None = None,
+) -> dict[str, dict[str, int]]:
+    """Phase -> bytes by part at its peak, of one process, without what the process and the allocator need.
 
     Args:
         resolved: with the options that a plan derives.
@@ -64,6 +89,7 @@ def trace_memory(
         shape: of the largest micro-batch.
         device: kind of device that the run is for.
         dtype: computing precision.
+        afterwards: traced after a step; enters phases of its own.
 
     Raises:
         ConfigError, ModelError: what the run would refuse too, and stored quantised weights, which are not traced.
@@ -85,7 +111,7 @@ def trace_memory(
     model_class, config = _class_of(resolved, facts, folder)
     kinds = _kinds(config.get_text_config())
     traced = _picked(kinds, resolved)
-    trace = _Trace(resolved, model_class, config, shape, device, getattr(torch, dtype))
+    trace = _Trace(resolved, model_class, config, shape, device, getattr(torch, dtype), afterwards)
     try:
         base = _continued(trace, kinds, traced)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
@@ -95,7 +121,7 @@ def trace_memory(
             why=str(error).split("\n", 1)[0],
             fix="leave out --exact: formulas",
         ) from error
-    return max((dict(parts) for parts in base.values()), key=lambda parts: sum(parts.values()))
+    return {phase: dict(parts) for phase, parts in base.items()}
 
 
 def _continued(trace: _Trace, kinds: Sequence[str], traced: Sequence[int]) -> dict[str, Counter[str]]:
@@ -198,9 +224,10 @@ class _Trace:
         shape: BatchShape,
         device: str,
         dtype: torch.dtype,
+        afterwards: Afterwards | None,
     ) -> None:
         self.resolved, self.model_class, self.config = resolved, model_class, config
-        self.shape, self.device, self.dtype = shape, device, dtype
+        self.shape, self.device, self.dtype, self.afterwards = shape, device, dtype, afterwards
         self._splits: bool | None = None
 
     def run(self, picked: Sequence[int]) -> dict[str, Counter[str]]:
@@ -223,6 +250,8 @@ class _Trace:
             engine = self._engine(tuned)
             _watch(tuned, engine, live)
             self._steps(engine, live)
+            if self.afterwards is not None:
+                self.afterwards(engine, live)
         return live.peaks
 
     def _build(self, config: Any) -> TunedModel:
@@ -318,7 +347,8 @@ class _Trace:
             position_ids=ids.clone(),
             targets=ids.clone(),
             weights=None,
-            document_lengths=self._documents(),
+            document_lengths=[self.shape.answers[0]] if self.shape.answers else self._documents(),
+            document_continues=[self.shape.answers[1]] if self.shape.answers else None,
             num_tokens=rows * width,
             num_targets=count,
             sample_ids=[],

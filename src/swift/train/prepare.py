@@ -32,7 +32,7 @@ from swift.train.preflight import check_goes_on, find_checkpoint, preflight
 from swift.train.state import TrainState
 from swift.train.tasks import check_negatives
 
-__all__ = ["Prepared", "data_order", "prepare"]
+__all__ = ["Prepared", "data_order", "pieces_asked", "prepare"]
 
 
 @dataclass
@@ -179,6 +179,14 @@ def _limit_device_memory(device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, int(share) / total), device)
 
 
+def pieces_asked(config: Config) -> int:
+    """Micro-batches of an optimizer step over all processes, as the options have it."""
+    training = config.training
+    if training.global_batch_size is not None:
+        return training.global_batch_size // training.per_device_train_batch_size
+    return (training.gradient_accumulation_steps or 1) * config.parallel.data_parallel_size
+
+
 def data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, int]:
     """(micro-batch by which the order of the data is made, pieces that each is cut into, pieces of a step in all).
 
@@ -188,10 +196,7 @@ def data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, i
     optimisation follow one another, whatever the micro-batches of their answers are.
     """
     batch = resolved.config.training.per_device_train_batch_size
-    ranks = resolved.config.parallel.data_parallel_size
-    in_step = (resolved.config.training.gradient_accumulation_steps or 1) * ranks
-    if resolved.config.training.global_batch_size is not None:
-        in_step = resolved.config.training.global_batch_size // batch
+    ranks, in_step = resolved.config.parallel.data_parallel_size, pieces_asked(resolved.config)
     state = read_state(checkpoint) if checkpoint else TrainState()
     began, split = state.order_batch_size, 1
     if began > batch and began % batch == 0 and in_step % (began // batch) == 0:

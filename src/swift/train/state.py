@@ -56,7 +56,7 @@ class TrainState:
         cursor_fingerprint: hash of what the cursor refers to; a checkpoint of other data is refused.
         order_batch_size: the micro-batch that the run began with, by which the order of the data is made.
         step_size: micro-batches of ``order_batch_size`` in a step, over all processes.
-        data_ranks: processes with data of their own that the last part of the run had; 0: not known.
+        data_ranks: processes with data of their own whose options gave the step its size; 0: not known.
         best_metric, best_step: of ``metric_for_best_model``.
         stale_evaluations: evaluations since the best one.
         evaluation_owed: a signal cut the run before what was due after ``step``; a resumed run begins with it.

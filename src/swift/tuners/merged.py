@@ -15,12 +15,10 @@ from torch import Tensor
 from swift.tuners.apply import TunedModel
 from swift.tuners.lora import LoraLinear, lora_layers
 from swift.tuners.lora_parameters import lora_parameters
+from swift.tuners.registry import MOST_MERGED_BYTES
 from swift.tuners.saved_module import saved_modules
 
 __all__ = ["MergedWeights"]
-
-_MOST_BYTES = 2 * 2**30
-"""What the second copy of the adapted weights may take."""
 
 
 class MergedWeights:
@@ -48,7 +46,7 @@ class MergedWeights:
         made = cls(tuned, tuned.switch.active)
         weights = [None if layer.is_quantised else layer.weight for layer in made._layers]
         kept = [weight for weight in weights if weight is not None and weight.dtype == torch.float32]
-        small = sum(weight.numel() * weight.element_size() for weight in kept) <= _MOST_BYTES
+        small = sum(weight.numel() * weight.element_size() for weight in kept) <= MOST_MERGED_BYTES
         return made if kept and len(kept) == len(weights) and small else None
 
     @contextlib.contextmanager

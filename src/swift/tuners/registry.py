@@ -29,6 +29,7 @@ from swift.tuners.kept import (
 
 __all__ = [
     "METHODS",
+    "MOST_MERGED_BYTES",
     "Method",
     "check_peft",
     "count_decoder_layer",
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 Count = Callable[[int, int, TunerSection], int]
+
+MOST_MERGED_BYTES = 2 << 30
+"""Up to here LoRA samples answers with a second copy of the weights that it adapts (`swift.tuners.merged`)."""
 
 
 @dataclass(frozen=True)

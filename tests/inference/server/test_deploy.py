@@ -130,6 +130,56 @@ def real(tiny_model_dir: Path) -> Iterator[tuple[str, Service]]:
         yield url, service
 
 
+def test_a_reward_model_is_served_and_scores_as_transformers_does(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From ``swift rlhf --rlhf_type rm`` to ``/v1/score``: the sigmoid of its score."""
+    import torch
+    from peft import PeftModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from swift.runs.cards import end_card_lines
+    from swift.train.run import train
+
+    monkeypatch.setenv("SWIFT_HOME", str(tmp_path / "home"))
+    rows = tmp_path / "pairs.jsonl"
+    turns = [{"role": "user", "content": "tall?"}, {"role": "assistant", "content": "red blue"}]
+    row = json.dumps({"messages": turns, "rejected_response": "cat dog"})
+    rows.write_text(f"{row}\n" * 8)
+    values = {"model": str(tiny_model_dir), "rlhf_type": "rm", "dataset": str(rows), "device": "cpu"}
+    values |= {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "lora_dropout": 0.0,
+    }
+    run = train(resolve("rlhf", values=values), say=lambda text: None)
+    shown = [text for _, text in end_card_lines(run.folder, run.summary)]
+    assert f"swift deploy --adapters {run.folder / 'last'}" in shown
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    model = PeftModelForSequenceClassification.from_pretrained(base, run.folder / "last").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    expected = []
+    for answer in ("red blue", "cat dog"):
+        text = tokenizer.apply_chat_template(
+            [turns[0], {"role": "assistant", "content": answer}], tokenize=False
+        )
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits
+        expected.append(float(logits.sigmoid()))
+    service = service_of("--adapters", str(run.folder / "last"), "--device", "cpu")
+    with running(service, start=True) as url:
+        body = {"model": next(iter(service.models)), "text_1": "tall?", "text_2": ["red blue", "cat dog"]}
+        found = httpx.post(f"{url}/v1/score", json=body).json()
+        ranks = httpx.post(
+            f"{url}/v1/rerank", json={"model": body["model"], "query": "tall?", "documents": body["text_2"]}
+        ).json()
+    assert [entry["score"] for entry in found["data"]] == pytest.approx(expected, abs=1e-4)
+    assert expected[0] > expected[1] + 0.1
+    assert [entry["index"] for entry in ranks["results"]] == [0, 1]
+
+
 def idle(service: Service) -> bool:
     stats = service.engine.stats()
     return stats.running == stats.waiting == 0 and service.open_requests == 0

@@ -8,7 +8,7 @@ and computes decoding requests as one batch over all slots, and pieces of prompt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +47,15 @@ class SlotCache:
     def __init__(self, limit: int, max_slots: int, max_width: int) -> None:
         self.limit, self.max_slots, self.max_width = limit, max_slots, max_width
         self.slots = self.width = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, list[Tensor]] = {}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The keys and values of all layers."""
+        return (part for pair in self._layers.values() for part in pair)
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for pair in self._layers.values() for part in pair)
+        return sum(part.numel() * part.element_size() for part in self.tensors())
 
     def fits(self, slots: int, width: int) -> bool:
         """Whether so many slots of such a width can be had."""
@@ -73,28 +77,21 @@ class SlotCache:
         return True
 
     def _resize(self, slots: int, width: int) -> None:
-        """Layer by layer, so that only one of them is ever there twice."""
-        kept = (min(slots, self.slots), min(width, self.width))
-        for index in list(self._layers):
-            old = self._layers[index]
-            new = tuple(part.new_zeros(slots, part.shape[1], width, part.shape[3]) for part in old)
-            for target, source in zip(new, old, strict=True):
-                target[: kept[0], :, : kept[1]] = source[: kept[0], :, : kept[1]]
-            self._layers[index] = (new[0], new[1])
-            del old
+        """One after another, so that the keys, or the values, of only one layer are ever there twice."""
+        for pair in self._layers.values():
+            for place in range(2):
+                pair[place] = _resized(pair[place], slots, width)
         self.slots, self.width = slots, width
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of a slot to another one."""
-        for pair in self._layers.values():
-            for part in pair:
-                part[target, :, :length] = part[source, :, :length]
+        for part in self.tensors():
+            part[target, :, :length] = part[source, :, :length]
 
     def clear(self, slot: int) -> None:
         """Forget a slot whose numbers may not be finite."""
-        for pair in self._layers.values():
-            for part in pair:
-                part[slot].zero_()
+        for part in self.tensors():
+            part[slot].zero_()
 
     def free(self) -> None:
         """Give the memory back."""
@@ -108,11 +105,19 @@ class SlotCache:
         pair = self._layers.get(layer)
         if pair is None:
             sizes = ((self.slots, new.shape[1], self.width, new.shape[2]) for new in (key, value))
-            pair = (key.new_zeros(next(sizes)), value.new_zeros(next(sizes)))
+            pair = [key.new_zeros(next(sizes)), value.new_zeros(next(sizes))]
             self._layers[layer] = pair
         for part, new in zip(pair, (key, value), strict=True):
             part.transpose(1, 2).index_put_(places, new)
-        return pair
+        return pair[0], pair[1]
+
+
+def _resized(part: Tensor, slots: int, width: int) -> Tensor:
+    """A copy with so many slots of such a width; what is new is zero."""
+    new = part.new_zeros(slots, part.shape[1], width, part.shape[3])
+    kept = slice(0, min(slots, part.shape[0])), slice(None), slice(0, min(width, part.shape[2]))
+    new[kept] = part[kept]
+    return new
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,9 @@ def slot_attention(
     if slot_step is None or position_bias is not None or not getattr(module, "is_causal", True):
         raise ValueError("attention over slots is causal, without a bias, and needs its step")
     step, layer = slot_step, int(module.layer_idx)  # type: ignore[arg-type]
+    if torch.is_autocast_enabled(query.device.type):  # else products cast all keys again for every token
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     keys, values = step.cache.store(layer, step.places, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = _Attend(scale, softcap, s_aux, query.device.type == "cpu")

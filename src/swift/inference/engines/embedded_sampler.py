@@ -137,24 +137,9 @@ class Sampler:
     def sample(self, logits: Tensor, slots: np.ndarray, numbers: np.ndarray) -> Sampled:
         """The tokens after ``logits [rows, vocab]`` of some slots, whose answers have ``numbers`` tokens so far."""
         table = self.table[slots]
-        logits = logits.float()
-        logits = self._edited(logits, table, slots, numbers)
-        tempered = table["temperature"] > 0
         wanted = np.flatnonzero(table["logprobs"] >= 0)
-        best, tokens = logits.max(-1)
-        if tempered.any() or len(wanted):
-            scale = np.where(tempered, table["temperature"], 1.0)
-            if (scale != 1.0).any():
-                logits = logits / torch.from_numpy(scale.astype(np.float32)).to(self.device)[:, None]
-            for is_cut in (False, True):
-                chosen = np.flatnonzero(tempered & (table["cut"] == is_cut))
-                if len(chosen):
-                    places = torch.from_numpy(chosen).to(self.device)
-                    part = logits if len(chosen) == len(slots) else logits[places]
-                    drawn = uniform(table["seed"][chosen], numbers[chosen])
-                    pick = self._cut if is_cut else self._whole
-                    tokens[places] = pick(part, drawn, table[chosen])
-        ids = torch.where(torch.isfinite(best), tokens, -1).cpu().numpy()
+        chosen, logits = self.choose(self._edited(logits.float(), table, slots, numbers), table, numbers)
+        ids = chosen.cpu().numpy()
         if table["penalised"].any() and self._counts is not None:
             rows = np.flatnonzero(table["penalised"] & (ids >= 0))
             pair = (
@@ -164,11 +149,37 @@ class Sampler:
             self._counts.index_put_(pair, torch.ones((), device=self.device), accumulate=True)
         infos = {}
         if len(wanted):
-            told = token_infos(
-                logits[torch.from_numpy(wanted).to(self.device)], ids[wanted], table["logprobs"][wanted]
-            )
+            places = torch.from_numpy(wanted).to(self.device)
+            part = (
+                logits if len(wanted) == len(slots) else logits[places]
+            )  # all: as large as the logits themselves
+            told = token_infos(part, ids[wanted], table["logprobs"][wanted])
             infos = dict(zip(wanted.tolist(), told, strict=True))
         return Sampled(ids, infos)
+
+    def choose(self, logits: Tensor, table: np.ndarray, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(tokens ``[rows]``, -1 where scores are not finite; the logits divided by temperatures) of ``logits``.
+
+        Args:
+            logits: ``[rows, vocab]`` float32.
+            table: options of the rows.
+            numbers: tokens of the answers so far.
+        """
+        tempered = table["temperature"] > 0
+        best, tokens = logits.max(-1)
+        if tempered.any() or (table["logprobs"] >= 0).any():
+            scale = np.where(tempered, table["temperature"], 1.0)
+            if (scale != 1.0).any():
+                logits = logits / torch.from_numpy(scale.astype(np.float32)).to(self.device)[:, None]
+            for is_cut in (False, True):
+                chosen = np.flatnonzero(tempered & (table["cut"] == is_cut))
+                if len(chosen):
+                    places = torch.from_numpy(chosen).to(self.device)
+                    part = logits if len(chosen) == len(table) else logits[places]
+                    drawn = uniform(table["seed"][chosen], numbers[chosen])
+                    pick = self._cut if is_cut else self._whole
+                    tokens[places] = pick(part, drawn, table[chosen])
+        return torch.where(torch.isfinite(best), tokens, -1), logits
 
     def _edited(self, logits: Tensor, table: np.ndarray, slots: np.ndarray, numbers: np.ndarray) -> Tensor:
         """Penalties for all rows that have any, then bias, end tokens that come too early, and grammar by row."""

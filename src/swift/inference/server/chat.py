@@ -15,13 +15,12 @@ from fastapi.responses import JSONResponse, Response
 from swift.inference.engines.base import Delta, TokenInfo
 from swift.inference.server.answer import AnswerText, TokenNames
 from swift.inference.server.http import EventStream, request_id, unless_gone
-from swift.inference.server.limits import sampling_of
 from swift.inference.server.prompts import ChatPlan, plan_chat
 from swift.inference.server.schemas import ChatRequest
 from swift.inference.server.service import Exchange, Service
 from swift.inference.server.tool_calls import CallArguments, CallStart
 
-__all__ = ["chat_routes", "per_choice", "stop_texts", "usage_of"]
+__all__ = ["chat_routes", "stop_texts", "usage_of"]
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -33,32 +32,13 @@ def chat_routes(service: Service) -> APIRouter:
         """Answer a conversation; with ``stream`` as server-sent events."""
         model = service.model(body.model)
         plan = await plan_chat(service, model, body)
-        sampling = sampling_of(
-            body,
-            prompt_tokens=len(plan.prompt),
-            max_model_len=service.engine.max_model_len,
-            vocab_size=service.vocab_size,
-            limits=service.limits,
-            defaults=service.defaults,
-            stop_token_ids=model.template.stop_token_ids,
-            grammar=plan.grammar,
-        )
-        exchange = await service.open([(plan.prompt, each) for each in per_choice(sampling, body.n)], model)
+        exchange = await service.open(service.asked(body, model, plan.prompt, plan.grammar), model)
         writer = _Writer(service, body, plan, model.name, exchange)
         if body.stream:
             return EventStream(service, writer.events, request_id(request), exchange.close)
         return JSONResponse(await unless_gone(request, service, writer.whole()))
 
     return routes
-
-
-def per_choice(sampling: Any, n: int) -> list[Any]:
-    """Options of ``n`` answers to one prompt: each has a seed of its own."""
-    from dataclasses import replace
-
-    if n == 1 or sampling.seed is None:
-        return [sampling] * n
-    return [replace(sampling, seed=sampling.seed + number) for number in range(n)]
 
 
 def stop_texts(service: Service, body: Any, more: Sequence[str] = ()) -> list[str]:

@@ -14,10 +14,10 @@ from fastapi.responses import JSONResponse, Response
 
 from swift.inference.engines.base import Delta, TokenInfo
 from swift.inference.server.answer import AnswerText, TokenNames
-from swift.inference.server.chat import per_choice, stop_texts, usage_of
+from swift.inference.server.chat import stop_texts, usage_of
 from swift.inference.server.errors import ApiError
 from swift.inference.server.http import EventStream, request_id, unless_gone
-from swift.inference.server.limits import grammar_of, sampling_of
+from swift.inference.server.limits import grammar_of
 from swift.inference.server.prompts import encode_text
 from swift.inference.server.schemas import CompletionRequest
 from swift.inference.server.service import Exchange, ServedModel, Service
@@ -37,19 +37,7 @@ def completion_routes(service: Service) -> APIRouter:
             raise ApiError(400, "best_of other than n is not offered", param="best_of")
         prompts = await encode_inputs(service, model, body.prompt)
         grammar = grammar_of(body)
-        requests = []
-        for prompt in prompts:
-            sampling = sampling_of(
-                body,
-                prompt_tokens=len(prompt),
-                max_model_len=service.engine.max_model_len,
-                vocab_size=service.vocab_size,
-                limits=service.limits,
-                defaults=service.defaults,
-                stop_token_ids=model.template.stop_token_ids,
-                grammar=grammar,
-            )
-            requests += [(prompt, each) for each in per_choice(sampling, body.n)]
+        requests = [one for prompt in prompts for one in service.asked(body, model, prompt, grammar)]
         exchange = await service.open(requests, model)
         writer = _Writer(service, body, model, prompts, exchange)
         if body.stream:

@@ -6,18 +6,26 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from swift.core.errors import SwiftError
-from swift.inference.engines.base import Delta, EngineBusy, InferenceEngine, Request, SamplingOptions
+from swift.inference.engines.base import (
+    Delta,
+    EngineBusy,
+    Grammar,
+    InferenceEngine,
+    Request,
+    SamplingOptions,
+)
 from swift.inference.server.answer import TokenNames
 from swift.inference.server.errors import ApiError, from_swift_error
-from swift.inference.server.limits import Defaults, Limits
+from swift.inference.server.limits import Defaults, Limits, sampling_of
 from swift.inference.server.metrics import ServerMetrics
 from swift.inference.server.reasoning import thinks
+from swift.inference.server.schemas import Generation
 from swift.inference.server.tool_formats import TOOL_FORMATS, ToolFormat, sniff_tool_format
 from swift.models.template import Template
 
@@ -115,6 +123,25 @@ class Service:
             return await asyncio.to_thread(work) if size > LONG_TEXT else work()
         except SwiftError as error:
             raise from_swift_error(error) from error
+
+    def asked(
+        self, body: Generation, model: ServedModel, prompt: Sequence[int], grammar: Grammar | None
+    ) -> list[tuple[Sequence[int], SamplingOptions]]:
+        """The ``n`` answers that a request wants to a prompt, each with a seed of its own. Raises ApiError."""
+        sampling = sampling_of(
+            body,
+            prompt_tokens=len(prompt),
+            max_model_len=self.engine.max_model_len,
+            vocab_size=self.vocab_size,
+            limits=self.limits,
+            defaults=self.defaults,
+            stop_token_ids=model.template.stop_token_ids,
+            grammar=grammar,
+        )
+        first = sampling.seed
+        if first is None:
+            return [(prompt, sampling)] * body.n
+        return [(prompt, replace(sampling, seed=first + number)) for number in range(body.n)]
 
     async def open(
         self, requests: Sequence[tuple[Sequence[int], SamplingOptions]], model: ServedModel

@@ -14,8 +14,6 @@ from typing import Any
 
 from swift.core.errors import ConfigError
 from swift.objectives.knobs import check_knobs, knobs_of, lookup
-from swift.objectives.policy.corrections import MISMATCH_WEIGHTS
-from swift.objectives.policy.surrogates import SURROGATES
 
 __all__ = ["ALGORITHMS", "LOSS_TYPES", "Algorithm", "find_algorithm", "with_knobs"]
 
@@ -195,6 +193,9 @@ def with_knobs(algo: str | Algorithm, knobs: Mapping[str, Any]) -> Algorithm:
     Knobs that the row brings for a surrogate it no longer has fall away; those given must have an effect.
     Raises ConfigError for unknown ones.
     """
+    from swift.objectives.policy.corrections import MISMATCH_WEIGHTS
+    from swift.objectives.policy.surrogates import SURROGATES
+
     row = find_algorithm(algo)
     parts: dict[str, Any] = {}
     given: dict[str, Any] = {}
@@ -222,6 +223,9 @@ def with_knobs(algo: str | Algorithm, knobs: Mapping[str, Any]) -> Algorithm:
 
 def surrogate_of(row: Algorithm) -> Callable[..., Any]:
     """The function. Raises ConfigError for unknown parts of the row."""
+    from swift.objectives.policy.corrections import MISMATCH_WEIGHTS
+    from swift.objectives.policy.surrogates import SURROGATES
+
     if row.mismatch != "none":
         lookup(MISMATCH_WEIGHTS, row.mismatch, "mismatch weight")
     return lookup(SURROGATES, row.surrogate, "surrogate") if isinstance(row.surrogate, str) else row.surrogate
