@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from swift.config.bind import resolve
+from swift.config.fusing import fusing_problem
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
 
@@ -76,6 +77,10 @@ def test_the_rest_of_the_processes_is_for_data() -> None:
 
 
 def test_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPROC_PER_NODE", "two")
+    with pytest.raises(ConfigError, match="'two' is no number") as caught:
+        resolve("sft", ["--model", "m", "--dataset", "d.jsonl"])
+    assert caught.value.where == "NPROC_PER_NODE of the environment"
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     assert sizes(resolve("sft", NEEDED)) == (2, 1, 2, 2)
     assert sizes(resolve("sft", [*NEEDED, "--nproc_per_node", "4"])) == (4, 1, 4, 4)
@@ -124,6 +129,13 @@ def test_a_started_process_believes_its_launcher(monkeypatch: pytest.MonkeyPatch
 )
 def test_impossible_layouts_are_refused(words: str, message: str) -> None:
     assert refused(*words.split()).startswith(message)
+
+
+def test_tasks_of_a_group_are_measured_on_copies_only() -> None:
+    words = [*NEEDED, *"--dp_size 2 --val_dataset v --eval_tasks s.yaml".split()]
+    assert fusing_problem(resolve("sft", words, planning=True).config) is None
+    problem = fusing_problem(resolve("sft", [*words, "--fsdp", "full"], planning=True).config)
+    assert problem is not None and problem[0] == "--eval_tasks"
 
 
 def test_a_ring_takes_all_processes() -> None:

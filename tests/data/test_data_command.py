@@ -143,6 +143,12 @@ def test_check_tells_rows_that_teach_nothing(files: Path, capsys: pytest.Capture
         "warning: 2 rows have chosen or rejected answers, so this is preference data: for swift rlhf "
         "(c.jsonl:1, c.jsonl:2)",
     ]
+    write_jsonl(files / "e.jsonl", [{"question": "q", "reply": "r", "id": 1}] * 4)
+    assert main(["data", "check", "e.jsonl"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "warning: 4 rows have no assistant message: sft learns nothing from them (e.jsonl:1, e.jsonl:2, e.jsonl:3, ...)"
+        """; not read: reply; --columns '{"reply": "response"}' says where the answers are"""
+    )
     assert main(["data", "check", "c.jsonl", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["warnings"]) == 2
     assert main(["data", "check", "c.jsonl", "--pt"]) == 0

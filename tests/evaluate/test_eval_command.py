@@ -248,6 +248,12 @@ def test_answers_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "2 of 3 rows" in capsys.readouterr().out
     with pytest.raises(UsageError, match="there are no results"):
         find_samples(str(tmp_path / "nothing"))
+    theirs = tmp_path / "lm" / "lm_eval_samples.jsonl"
+    theirs.parent.mkdir()
+    theirs.touch()
+    with pytest.raises(UsageError) as caught:
+        find_samples(str(theirs.parent))
+    assert str(theirs) in str(caught.value.fix)
 
 
 def test_summaries_tell_failures_and_weigh_losses() -> None:

@@ -51,6 +51,10 @@ def _division_problems(config: Config) -> dict[str, tuple[Any, str]]:
         },
         "--offload": (parallel.offload, "adapters stay on the device"),
         "--modules_to_save": (sharded and config.tuner.modules_to_save, "copies of shards are nobody's"),
+        "--eval_tasks": (
+            sharded and config.evaluation.eval_tasks is not None,
+            "tasks are answered with a whole model, which is made before the base is in shards",
+        ),
         "--nnodes": (parallel.nnodes > 1, "the group is one command on one machine"),
     }
 

@@ -326,15 +326,21 @@ def _number(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def _asked(name: str) -> int | None:
+    """What a variable asks for. Raises ConfigError unless it is a number."""
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise ConfigError(f"{text!r} is no number", where=f"{name} of the environment", fix=f"unset {name}")
+    return int(text) if text else None
+
+
 def _take_environment(resolved: Resolved) -> None:
     """ms-swift's variables, where no option is given."""
     section = resolved.config.parallel
     for name in _FROM_ENVIRONMENT:
         text = os.environ.get(name.upper(), "")
         if text and not resolved.is_explicit(name) and processes_of_launcher() is None:
-            if name != "master_addr" and not text.isdecimal():
-                raise ConfigError(f"{text!r} is no number", where=f"{name.upper()} of the environment")
-            setattr(section, name, text if name == "master_addr" else int(text))
+            setattr(section, name, text if name == "master_addr" else _asked(name.upper()))
             resolved.sources[name] = Source("derived", f"derived from {name.upper()} of the environment")
 
 
@@ -345,7 +351,7 @@ def _processes(resolved: Resolved) -> tuple[int | None, str]:
     if started is not None:
         return started, f"WORLD_SIZE={started}"
     nodes = section.nnodes
-    typed, said = section.nproc_per_node, _number("NPROC_PER_NODE")
+    typed, said = section.nproc_per_node, _asked("NPROC_PER_NODE")
     if typed is not None and resolved.sources["nproc_per_node"].kind in ("flag", "python"):
         return typed * nodes, resolved.place("nproc_per_node")
     if said is not None:

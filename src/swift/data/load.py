@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -299,7 +300,7 @@ def _require_samples(dataset: TokenDataset, texts: Sequence[str], max_length: in
     fix = (
         "--truncation_strategy right (pt: split), or a larger --max_length"
         if deleted
-        else "swift data show FILE"
+        else f"swift data check {shlex.quote(texts[0])}   (what is wrong with it, and which columns are not read)"
     )
     raise DataError("no row is left to learn from", where=", ".join(texts), why=", ".join(reasons), fix=fix)
 

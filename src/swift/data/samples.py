@@ -55,9 +55,12 @@ def bad_rows_error(
     if len(bad) > 5:
         shown.append(f"and {len(bad) - 5} more")
     files = shlex.join(str(parse_dataset_spec(text).path) for text in texts)
+    fix = f"swift data check {files}   (or go on without them: --on_bad_rows skip)"
+    if len(bad) == total:
+        fix = f"swift data show {files} shows what is there: is it for another command?"
     return DataError(
-        f"{'at least ' if at_least else ''}{len(bad)} of {total} rows cannot be used",
+        f"{'at least ' if at_least and len(bad) < total else ''}{len(bad)} of {total} rows cannot be used",
         where=", ".join(texts),
         why="\n    ".join(shown),
-        fix=f"swift data check {files}   (or go on without them: --on_bad_rows skip)",
+        fix=fix,
     )

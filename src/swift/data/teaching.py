@@ -27,6 +27,8 @@ class TeachingReport:
     unanswered: list[str] = field(default_factory=list)
     preferences: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
+    texts: dict[str, None] = field(default_factory=dict)
+    """Columns of text beside a question without an answer: one of them may be the answer."""
 
     def look_at_sample(self, sample: Sample) -> None:
         """A row that could be read."""
@@ -34,6 +36,9 @@ class TeachingReport:
             return
         is_task = any(sample.extra.get(name) is not None for name in TASK_COLUMNS)
         (self.tasks if is_task else self.unanswered).append(sample.location)
+        if not is_task and len(self.unanswered) <= _SHOWN:
+            names = (name for name, value in sample.extra.items() if isinstance(value, str) and value)
+            self.texts |= dict.fromkeys(names)
 
     def look_at_columns(self, columns: Mapping[str, Any], location: str) -> None:
         """Any row; its columns as they stand in the file."""
@@ -46,7 +51,7 @@ class TeachingReport:
         if self.unanswered:
             said.append(
                 f"{_rows(self.unanswered)} no assistant message: sft learns nothing from them"
-                f" ({_places(self.unanswered)})"
+                f" ({_places(self.unanswered)})" + self._not_read()
             )
         if self.tasks:
             said.append(
@@ -59,6 +64,14 @@ class TeachingReport:
                 f" ({_places(self.preferences)})"
             )
         return said
+
+    def _not_read(self) -> str:
+        """How to say which column holds the answers, where one of those that are not read may do so."""
+        if not self.texts:
+            return ""
+        column = next(iter(self.texts)) if len(self.texts) == 1 else "COLUMN"
+        columns = "{" + f'"{column}": "response"' + "}"
+        return f"; not read: {', '.join(self.texts)}; --columns '{columns}' says where the answers are"
 
 
 def _rows(locations: list[str]) -> str:

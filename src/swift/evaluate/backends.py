@@ -86,7 +86,7 @@ def evaluate_with(backend: str, resolved: Resolved, *, say: Callable[[str], None
         "name": folder.name,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "model": str(context.model) if context else endpoint.model,
-        "adapter": str(context.adapter) if context and context.adapter else None,
+        "adapter": str(context.adapter.absolute()) if context and context.adapter else None,
         "url": config.suite.eval_url,
         "backend": backend,
         "backend_version": found["version"],

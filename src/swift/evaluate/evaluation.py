@@ -76,7 +76,7 @@ def evaluate(
         "name": folder.name,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "model": str(context.model) if context else subject.identity[1],
-        "adapter": str(context.adapter) if context and context.adapter else None,
+        "adapter": str(context.adapter.absolute()) if context and context.adapter else None,
         "url": config.suite.eval_url,
         "backend": "native",
         **figures(tasks, rows),

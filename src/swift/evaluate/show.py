@@ -17,14 +17,27 @@ from swift.evaluate.statistics import Interval, paired_bootstrap, sign_flip_p
 
 __all__ = ["Difference", "compare", "comparison_lines", "find_samples", "show", "tables"]
 
+_THEIRS = ("reports/report.html", "lm_eval_samples.jsonl")
+"""Where EvalScope and lm-eval keep answers, in the folder of an evaluation."""
+
 
 def find_samples(place: str) -> Path:
-    """The result file meant: itself, in its folder, or the newest of a run. Raises UsageError."""
+    """The result file meant: itself, in its folder, or the newest of a run.
+
+    Raises UsageError; for an evaluation by EvalScope or lm-eval with the file in which they keep the answers.
+    """
     path = Path(place).expanduser()
     if path.is_file():
         return path
     if (path / SAMPLES).is_file():
         return path / SAMPLES
+    for theirs in _THEIRS:
+        if (path / theirs).exists():
+            raise UsageError(
+                "the answers of this evaluation are in the files of the program that made it",
+                where=place,
+                fix=f"look into {path / theirs}",
+            )
     found = [*path.glob(f"eval/*/{SAMPLES}"), *path.glob("infer-*.jsonl")]
     if not found:
         raise UsageError("there are no results", where=place, fix="swift eval --model RUN --val_dataset FILE")

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from swift.config.sections.quantization import QuantizationSection
 from swift.core.errors import ModelError
 from swift.models.load import find_class, loading_options
-from swift.models.quantised import loading_config
+from swift.models.quantised import check_loadable, check_packages, loading_config
 from swift.models.quantised_shards import PackedLinear, quantise
 
 __all__ = ["empty_model", "fill", "has_no_weights"]
+
+_KEPT_IN_FLOAT32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+"""Where classes of transformers name modules that they load in another precision than the rest."""
 
 Part = Sequence[tuple[int, int]]
 """Of each dimension the first place and the number of places."""
@@ -48,6 +51,11 @@ def empty_model(
         return None
     if not model_class.__name__.endswith("ForCausalLM"):
         return None
+    if dtype != torch.float32 and any(getattr(model_class, name, None) for name in _KEPT_IN_FLOAT32):
+        return None
+    quantization = quantization or QuantizationSection()
+    check_packages(quantization)
+    check_loadable(config.to_dict(), device.partition(":")[0], quantization, str(folder))
     with torch.device("meta"):
         options = loading_options(attention, config, folder, dtype=dtype, device=device)
         model = model_class._from_config(config, dtype=dtype, **options)
@@ -58,7 +66,7 @@ def empty_model(
     with _Files(folder, config.model_type) as files:
         if not all(files.has(name) for name in wanted):
             return None
-    settings = loading_config(quantization or QuantizationSection(), dtype)
+    settings = loading_config(quantization, dtype)
     if settings is not None:
         _quantise_later(model, settings, dtype)
     model.config.use_cache = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from swift.parallel.layout import Layout
 from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
+from swift.plan.result import Plan
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 from swift.plan.serving import base_of_adapter, serving_memory
 from swift.plan.setup import ExactMethod, Widest, compute_dtype, make_setup, memory_of
@@ -32,36 +32,10 @@ from swift.plan.steps import Epoch, plan_epoch, step_counts
 from swift.plan.verdict import TIGHT_SHARE, fits
 from swift.rl.sizes import answers_in_step, derive_sizes
 
-__all__ = ["Plan", "make_plan", "remember_run"]
+__all__ = ["make_plan", "remember_run"]
 
 LONG_SHARE = 0.02
 """More rows than this above max_length are worth a warning."""
-
-
-@dataclass
-class Plan:
-    """A run on paper. All parts are plain values, ready for JSON; a part that cannot be known is empty.
-
-    ``fits``: whether memory and devices suffice; None when the model or the device is not known here.
-    """
-
-    command: str
-    config: dict[str, Any]
-    sources: dict[str, str]
-    model: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    steps: dict[str, Any] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
-    parallel: dict[str, Any] = field(default_factory=dict)
-    export: dict[str, Any] = field(default_factory=dict)
-    time: dict[str, Any] = field(default_factory=dict)
-    solution: dict[str, Any] = field(default_factory=dict)
-    fits: bool | None = None
-    warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The parts by name, in the order of the attributes."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def make_plan(

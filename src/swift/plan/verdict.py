@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from swift.core.format import format_bytes
 from swift.plan.device import DeviceFacts
+from swift.plan.result import Plan
 from swift.plan.serving import serving_fits
-
-if TYPE_CHECKING:
-    from swift.plan.plan import Plan
 
 __all__ = ["fits"]
 

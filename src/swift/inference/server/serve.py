@@ -153,7 +153,8 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)
 
     def _begin(self) -> None:
-        logger.info("going down: %d requests are completed", self._service.open_requests)
+        open_requests = self._service.open_requests
+        logger.info("going down%s", f": {open_requests} running requests first" if open_requests else "")
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
@@ -178,8 +179,8 @@ class _Server(uvicorn.Server):
 
     def _drop_idle(self) -> None:
         for connection in list(self.server_state.connections):
-            answer = getattr(connection, "cycle", None)  # websockets have none
-            if connection.transport and (answer is None or answer.response_complete):
+            cycle = getattr(connection, "cycle", self)  # HTTP/1's; what has none is left alone
+            if connection.transport and (cycle is None or getattr(cycle, "response_complete", False)):
                 connection.transport.abort()
 
 
