@@ -279,6 +279,10 @@ def test_calibration_rows_are_the_runs_own_tokens(
         str(lora_run),
         "--quant_method",
         "awq",
+        "--group_size",
+        "64",
+        "--quant_exclude",
+        "v_proj",  # 32 outputs
         "--quant_n_samples",
         "7",
         "--output_format",
@@ -291,7 +295,7 @@ def test_calibration_rows_are_the_runs_own_tokens(
     assert (
         script == "gptq_awq.py"
         and payload["bits"] == 4
-        and payload["group_size"] == 128
+        and payload["group_size"] == 64
         and len({len(row) for row in payload["rows"]}) == 1
     )
     template = load_template(
@@ -314,7 +318,11 @@ def test_calibration_rows_are_the_runs_own_tokens(
     assert any("training data of the run" in text for text in said)
     assert report.settings["calibration"].endswith("(training data of the run)") and report.passed
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert stored["modules_to_not_convert"] == ["lm_head"]
+    assert [name.rpartition(".")[2] for name in stored["modules_to_not_convert"]] == [
+        "v_proj",
+        "v_proj",
+        "lm_head",
+    ]
     assert report.loads["transformers"].startswith("not tried: the model is quantised with awq")
     assert "vllm is not installed" in report.loads["vllm"]
 
