@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from swift.core.errors import ConfigError
 from swift.models.compare import LogitsDifference
 from swift.models.tiny import make_tiny_model
 from swift.quantize.layers import kept_layers
-from swift.quantize.methods import check_for_vllm, equal_pieces, is_kept
+from swift.quantize.methods import check_awq_shapes, check_for_vllm, equal_pieces, is_kept
 from swift.quantize.parity import Limits
 
 
@@ -41,6 +42,20 @@ def test_kept_layers_of_a_mixture_of_experts(tmp_path: Path) -> None:
     assert kept_layers(model, ["q_proj"], False, False) == [
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "lm_head",
     ]  # fmt: skip
+
+
+def test_shapes_that_awq_cannot_quantise_are_named_before(tmp_path: Path) -> None:
+    """gptqmodel 7.7 says "AssertionError" when it comes to them."""
+    check_awq_shapes({"a.q_proj": (128, 96), "a.up_proj": (256, 192)}, 128)
+    with pytest.raises(ConfigError, match="down_proj has 96 inputs") as caught:
+        check_awq_shapes({"a.up_proj": (128, 128), "a.down_proj": (96, 128)}, 64)
+    assert caught.value.fix == "--group_size 32"
+    with pytest.raises(ConfigError, match="o_proj: its 96 outputs") as caught:
+        check_awq_shapes({"a.o_proj": (64, 96)}, -1)
+    assert "--quant_exclude o_proj" in str(caught.value.fix)
+    gpt2 = make_tiny_model(tmp_path / "gpt2", architecture="gpt2", hidden_size=32)  # Conv1D: [in, out]
+    with pytest.raises(ConfigError, match="c_attn: its 96 outputs"):
+        kept_layers(gpt2, [], False, False, 32)
 
 
 GOOD: dict[str, dict[str, Any]] = {

@@ -61,7 +61,8 @@ def export(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path
     from swift.quantize.layers import kept_layers
 
     options, trusted = resolved.config.export, resolved.config.model.trust_remote_code
-    kept = kept_layers(context.model, options.quant_exclude, options.quantize_lm_head, trusted)
+    awq = options.group_size if resolved.config.quantization.quant_method == "awq" else None
+    kept = kept_layers(context.model, options.quant_exclude, options.quantize_lm_head, trusted, awq)
     with _work_folder(target, _fingerprint(resolved, context), say) as work:
         flow = _Flow(resolved, context, work, method, toolchain, kept, say)
         report = flow.run(target)

@@ -6,16 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swift.quantize.methods import check_excluded, is_kept
+from swift.quantize.methods import check_awq_shapes, check_excluded, is_kept
 
 __all__ = ["kept_layers"]
 
 
-def kept_layers(folder: Path, exclude: Sequence[str], lm_head: bool, trust_remote_code: bool) -> list[str]:
+def kept_layers(
+    folder: Path,
+    exclude: Sequence[str],
+    lm_head: bool,
+    trust_remote_code: bool,
+    awq_group_size: int | None = None,
+) -> list[str]:
     """Full names of the linear layers that stay in full precision.
 
+    Args:
+        awq_group_size: of AWQ, which cannot quantise every shape; None: another method.
+
     Raises:
-        ConfigError: one of ``exclude`` names no linear layer.
+        ConfigError: one of ``exclude`` names no linear layer; AWQ cannot quantise one of the others.
     """
     import torch
     from torch import nn
@@ -33,4 +42,14 @@ def kept_layers(folder: Path, exclude: Sequence[str], lm_head: bool, trust_remot
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
     check_excluded(exclude, list(layers))
-    return [name for name, module in layers.items() if is_kept(name, module is head, exclude, lm_head)]
+    kept = [name for name, module in layers.items() if is_kept(name, module is head, exclude, lm_head)]
+    if awq_group_size is not None:
+        shapes = {name: _shape(module) for name, module in layers.items() if name not in kept}
+        check_awq_shapes(shapes, awq_group_size)
+    return kept
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(inputs, outputs); Conv1D keeps its weight as ``[in, out]``, Linear as ``[out, in]``."""
+    first, second = layer.weight.shape
+    return (second, first) if hasattr(layer, "out_features") else (first, second)

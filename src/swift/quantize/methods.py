@@ -6,7 +6,7 @@ bitsandbytes runs here; the others in their toolchains, where scripts of ours (`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from swift.models.facts import ModelFacts
 from swift.models.load import load_model
 from swift.toolchains.toolchain import Toolchain
 
-__all__ = ["Job", "check_for_vllm", "equal_pieces", "is_kept", "quantise", "run_worker"]
+__all__ = ["Job", "check_awq_shapes", "check_for_vllm", "equal_pieces", "is_kept", "quantise", "run_worker"]
 
 DEADLINE_SECONDS = 48 * 3600.0
 """A model of 70 billion parameters takes hours; what takes longer than this hangs."""
@@ -232,6 +232,31 @@ def check_for_vllm(folder: Path) -> list[str]:
     if method == "gptq" and stored.get("checkpoint_format", "gptq") != "gptq":
         found.append(f"vLLM reads GPTQ in the format gptq, not {stored['checkpoint_format']}")
     return found
+
+
+_AWQ_OUTPUTS = 64
+_AWQ_UNCLIPPED = ("q_", "k_", "query", "key", "Wqkv")
+
+
+def check_awq_shapes(shapes: Mapping[str, tuple[int, int]], group_size: int) -> None:
+    """Raise ConfigError for a layer, name -> (inputs, outputs), that gptqmodel's AWQ would stumble over an hour later.
+
+    It takes inputs by groups, and clips 64 outputs at once, except those of queries and keys.
+    """
+    for name, (inputs, outputs) in shapes.items():
+        if group_size > 0 and inputs % group_size:
+            fits = next((size for size in (64, 32, 16) if size < group_size and not inputs % size), -1)
+            raise ConfigError(
+                f"{name} has {inputs} inputs, no multiple of {group_size}",
+                where="--group_size",
+                fix=f"--group_size {fits}",
+            )
+        if outputs % _AWQ_OUTPUTS and not any(word in name for word in _AWQ_UNCLIPPED):
+            raise ConfigError(
+                f"AWQ cannot quantise {name}: its {outputs} outputs are no multiple of {_AWQ_OUTPUTS}",
+                where="--quant_method",
+                fix=f"--quant_method gptq, or --quant_exclude {name.rpartition('.')[2]}",
+            )
 
 
 def check_excluded(exclude: Sequence[str], names: Sequence[str]) -> None:
