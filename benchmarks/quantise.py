@@ -312,7 +312,8 @@ def write(measured: dict[str, dict[str, Any]], missing: list[str]) -> None:
         "Llamas trained by `swift pt` on the standard library's documentation and sources, and how much perplexity each"
         " method adds on held-out text. In brackets for 4 bits with data: the share of what rounding to nearest in the"
         f" same form adds, and of its KL divergence. Groups of {GROUP}; embedding and head in full precision."
-        " Where rounding itself adds less than 0.1 % of perplexity, a share of it says nothing: compare KL divergences.\n",
+        " Where rounding itself adds less than 0.1 % of perplexity, a share of it says nothing: compare KL"
+        " divergences.\n",
     ]
     rows = []
     for method, name in NAMES.items():
