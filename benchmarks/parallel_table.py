@@ -1,7 +1,8 @@
 """The table of docs/en/parallelism.md, from the results of the parity tests.
 
     python benchmarks/parallel_table.py              run tests/parallel (slow ones too) and write the table
-    python benchmarks/parallel_table.py results.xml  write it from a file of `pytest --junitxml`
+    python benchmarks/parallel_table.py results.xml  write it from files of `pytest --junitxml`; rows of tests that none
+                                                     of them has stay as they are
 
 A row is a test function; its cases are counted, and those that failed are named.
 """
@@ -22,16 +23,19 @@ MOST = 6
 BEGIN, END = "<!-- table: benchmarks/parallel_table.py -->", "<!-- end of table -->"
 
 
-def table_of(results: Path) -> str:
+HEAD = ["| test | what it shows | cases passed | cases |", "|---|---|---|---|"]
+
+
+def rows_of(*results: Path) -> list[str]:
     cases: dict[tuple[str, str], list[tuple[str, bool]]] = defaultdict(list)
-    for case in ElementTree.parse(results).iter("testcase"):
-        if case.find("skipped") is not None:
+    for case in (case for file in results for case in ElementTree.parse(file).iter("testcase")):
+        if case.find("skipped") is not None or not case.get("classname"):  # of a run that was interrupted
             continue
         name, _, parameters = case.get("name", "").partition("[")
         file = case.get("classname", "").rpartition(".")[2]
         passed = case.find("failure") is None and case.find("error") is None
         cases[file, name].append((parameters.rstrip("]"), passed))
-    lines = ["| test | what it shows | cases passed | cases |", "|---|---|---|---|"]
+    lines = []
     for (file, name), found in cases.items():
         passed = sum(ok for _, ok in found)
         labels = [label for label, _ in found if label]
@@ -42,12 +46,20 @@ def table_of(results: Path) -> str:
         lines.append(
             f"| `{file.removeprefix('test_')}` | {shown} | {passed} of {len(found)}{note} | {listed} |"
         )
-    return "\n".join(lines)
+    return lines
+
+
+def merged(old: list[str], new: list[str]) -> list[str]:
+    """``old`` rows with those of the same test replaced; others behind them."""
+    found = {row.split("|")[1] + row.split("|")[2]: row for row in [*old, *new]}
+    return sorted(found.values(), key=lambda row: row.split("|")[1])
 
 
 def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
     if len(sys.argv) > 1:
-        text = table_of(Path(sys.argv[1]))
+        old = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()[len(HEAD) :]
+        rows = merged(old, rows_of(*map(Path, sys.argv[1:])))
     else:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "results.xml"
@@ -62,8 +74,8 @@ def main() -> None:
                 f"--junitxml={file}",
             ]
             subprocess.run(command, cwd=ROOT, check=False)
-            text = table_of(file)
-    page = PAGE.read_text(encoding="utf-8")
+            rows = rows_of(file)
+    text = "\n".join([*HEAD, *rows])
     before, after = page.partition(BEGIN)[0], page.partition(END)[2]
     PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     print(text)

@@ -137,6 +137,27 @@ def test_the_smaller_eval_loss_wins_and_says_what_to_do_next(make_run: MakeRun) 
     ]  # fmt: skip
 
 
+def test_losses_of_different_kinds_name_no_winner(make_run: MakeRun) -> None:
+    folders = [
+        make_run("sft", eval_loss=2.0),
+        make_run("dpo", eval_loss=0.6, rlhf_type="dpo"),
+        make_run("rm", eval_loss=0.7, rlhf_type="rm"),
+    ]
+    jobs = [job_of_folder(folder) for folder in folders]
+    comparison = collect(jobs)
+    assert (
+        comparison.winner is None
+        and "losses of dpo, rm, sft are different quantities" in comparison.notes[-1]
+    )
+    asked = collect(jobs, metric="eval_token_accuracy")
+    assert asked.winner is not None and "different quantities" not in str(asked.notes)
+    alike = collect([jobs[1], job_of_folder(make_run("dpo-2", eval_loss=0.5, rlhf_type="dpo"))])
+    assert alike.winner is not None and alike.winner.experiment == "dpo-2"
+    of_rewards = collect([jobs[2]])
+    assert of_rewards.winner is not None
+    assert not any("swift infer" in command for command in of_rewards.winner.next_commands)
+
+
 def test_a_declared_metric_decides_and_may_be_larger_is_better(make_run: MakeRun) -> None:
     jobs = [
         job("a", make_run("a", eval_loss=1.0, answers=[1.0] + [0.0] * 9)),

@@ -2,6 +2,7 @@
 
 import pytest
 from parallel_parity import check
+from worker_pool import layout_id
 
 from swift.parallel.layout import Layout
 
@@ -24,7 +25,7 @@ def test_in_shards():
         pytest.param(Layout(pp=2, dp_shard=2, ep=2), marks=pytest.mark.slow),
         pytest.param(Layout(tp=2), marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=layout_id,
 )
 def test_on_several_ranks(layout):
     check(layout, MOE, lora="experts")

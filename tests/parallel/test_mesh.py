@@ -7,14 +7,16 @@ import time
 import pytest
 import torch
 from torch import distributed
-from worker_pool import RanksFailed, mesh_of, pool
+from worker_pool import RanksFailed, layout_id, mesh_of, pool
 
 from swift.core.errors import ConfigError
 from swift.parallel.layout import AXES, Layout
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(), Layout(pp=2, tp=2), Layout(2, 3, 2, 2, 2, ep=4), Layout(dp_replicate=2, dp_shard=4)]
+    "layout",
+    [Layout(), Layout(pp=2, tp=2), Layout(2, 3, 2, 2, 2, ep=4), Layout(dp_replicate=2, dp_shard=4)],
+    ids=layout_id,
 )
 def test_coordinates_count_through_the_layout(layout):
     places = itertools.product(*(range(getattr(layout, axis)) for axis in AXES))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from parallel_parity import engine_of, step_of, worst
 from test_parallel_runs import COMMON, alone, data, rows_of, same, train_on  # noqa: F401
-from worker_pool import mesh_of, pool
+from worker_pool import layout_id, mesh_of, pool
 
 from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
@@ -76,7 +76,7 @@ def step(rank, folder, layout, double):
         pytest.param(Layout(dp_replicate=2, dp_shard=2), True, marks=pytest.mark.slow),
         pytest.param(Layout(dp_shard=2, cp=2), True, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=layout_id,
 )
 def test_a_step_is_that_of_one_process(tiny_model_dir, layout, double):
     pytest.importorskip("bitsandbytes")

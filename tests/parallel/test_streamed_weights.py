@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_data_parallel import LAYOUTS
-from worker_pool import mesh_of, pool, slow_but
+from worker_pool import layout_id, mesh_of, pool, slow_but
 
 from swift.config.sections.parallel import ParallelSection
 from swift.config.sections.quantization import QuantizationSection
@@ -118,7 +118,7 @@ def read_divided(rank, folder, layout, sequence, tuner):
         pytest.param(Layout(pp=2, dp_shard=2, tp=2), "qwen3", 0.3, marks=pytest.mark.slow),
         pytest.param(Layout(dp_shard=4, ep=2), "qwen3_moe", 0.3, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=layout_id,
 )
 @pytest.mark.parametrize("tuner", slow_but(["lora"], ["lora", "full"]))
 def test_ranks_read_what_they_keep(tmp_path, layout, family, most, tuner):

@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["RanksFailed", "close_pools", "mesh_of", "pool", "slow_but"]
+__all__ = ["RanksFailed", "close_pools", "layout_id", "mesh_of", "pool", "slow_but"]
 
 DEADLINE_SECONDS = 120.0
 _GRACE_SECONDS = 1.5
@@ -49,6 +49,11 @@ _PRELOAD = [
 def slow_but(kept: list[Any], every: Any) -> list[Any]:
     """Values of a parametrisation: ``kept`` ones guard their dimension in the default tests, the rest is slow."""
     return [one if one in kept else pytest.param(one, marks=pytest.mark.slow) for one in every]
+
+
+def layout_id(value: Any) -> str | None:
+    """How a layout is called among the values of a parametrisation."""
+    return value.describe() if hasattr(value, "describe") else None
 
 
 class RanksFailed(AssertionError):

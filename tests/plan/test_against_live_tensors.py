@@ -28,7 +28,11 @@ def test_median_and_tail_of_the_errors(monkeypatch, tmp_path):
         assert sizes[int(0.95 * len(sizes))] <= 0.08, errors
 
 
-@pytest.mark.parametrize("name", ["lora, packed", "lora in float16", "full, short rows", "DPO"])
+FAST = ("lora, packed", "lora in float16", "full, short rows", "DPO")
+SLOW = ("GRPO, cache", "GRPO, full in bfloat16", "lora on 8 bits")
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_few_of_them(name, monkeypatch, tmp_path):
     monkeypatch.setenv("SWIFT_HOME", str(tmp_path))
     counted, *estimates = compare(name, tmp_path)

@@ -377,6 +377,24 @@ def test_missing_callbacks_and_taken_names_are_refused_before_torch(tiny_model_d
         preflight(resolve("sft", [*words, "--attn_impl", "flash_attention_2"]))
 
 
+@pytest.mark.parametrize(
+    ("devices", "wanted", "has"), [(0, 17, "2 cores and no accel"), (4, 8, "4 CUDA devices")]
+)
+def test_more_processes_than_the_machine_can_run_are_not_started(
+    tiny_model_dir, chat_file, monkeypatch, devices, wanted, has
+):
+    from swift.config.bind import resolve
+    from swift.train.preflight import preflight
+
+    monkeypatch.setattr("swift.train.preflight.cpu_count", lambda: 2)
+    monkeypatch.setattr("swift.train.preflight.nvidia_memory", lambda: [80 << 30] * devices)
+    words = ["--model", str(tiny_model_dir), "--dataset", str(chat_file), "--nproc_per_node"]
+    with pytest.raises(ConfigError, match=f"takes {wanted} processes") as caught:
+        preflight(resolve("sft", [*words, str(wanted)]))
+    assert has in str(caught.value.why)
+    preflight(resolve("sft", [*words, "4"]))
+
+
 def test_recomputing_some_layers_changes_nothing_but_memory(run_training):
     recomputed = []
 

@@ -59,10 +59,6 @@ def _same_places(answer: str, row: dict[str, Any]) -> float:
     return same / max(len(wanted), len(given))
 
 
-def _exact(answer: str, row: dict[str, Any]) -> float:
-    return float(answer.strip() == str(row["answer"]))
-
-
 def _last_word(answer: str, row: dict[str, Any]) -> float:
     """The answer's last word or number is the right one."""
     words = re.findall(r"-?\w+", answer)

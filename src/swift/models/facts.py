@@ -38,8 +38,6 @@ class ModelFacts:
     Attributes:
         parts: parameters by part: embedding, attention, mlp, norm, head (0 when tied), other.
         num_parameters: all of them, each counted once.
-        num_linear_parameters: attention and mlp matrices: what LoRA's all-linear reaches, and what a token's FLOPs
-            are counted from.
         num_active_parameters: parameters one token uses; fewer than all in a mixture of experts.
         exact: counted from the weights; False: computed from config.json, which for mixtures of experts with latent
             attention (DeepSeek) is an approximation.
@@ -70,10 +68,6 @@ class ModelFacts:
     @property
     def num_parameters(self) -> int:
         return sum(self.parts.values())
-
-    @property
-    def num_linear_parameters(self) -> int:
-        return self.parts["attention"] + self.parts["mlp"]
 
     @property
     def is_mixture_of_experts(self) -> bool:

@@ -20,12 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from swift.config.sections.parallel import ParallelSection
 from swift.core.devices import cpu_count
-from swift.core.errors import ConfigError, SwiftError
-from swift.core.format import format_bytes
+from swift.core.errors import SwiftError
 from swift.core.process import descendants, die_with_parent, identify, send_signal
 from swift.parallel.late import describe_ranks, leave_stacks_in
 
@@ -41,25 +38,20 @@ _LATE = "late.txt"
 _SEVERAL_PORT = 29400
 _TAIL_LINES = 12
 _SHUTDOWN_SECONDS = 10
-_WORKER_BYTES = 384 << 20
-"""What a process takes of the machine's memory by importing what it runs, before its share of the model."""
 
 
 def launch(words: Sequence[str], section: ParallelSection) -> int:
     """Run ``swift WORDS`` in as many processes as the layout takes on this machine; returns the exit code.
 
-    Raises:
-        ConfigError: so many processes do not fit into this machine's memory.
-        SwiftError: workers keep dying, or never found one another.
+    Raises SwiftError when workers keep dying, or never found one another.
     """
-    count = section.nproc_per_node or section.num_processes
-    _check_room(count)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happened is told below
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     folder = Path(tempfile.mkdtemp(prefix="swift-launch-"))
+    count = section.nproc_per_node or section.num_processes
     os.environ.update({_FOLDER: str(folder), _LAUNCHER: str(os.getpid())})
     threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
     if not threads or "SWIFT_ATTEMPT_TOKEN" in os.environ:  # the service counts a job's, users a process's
@@ -106,19 +98,6 @@ def launch(words: Sequence[str], section: ParallelSection) -> int:
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_room(count: int) -> None:
-    free = psutil.virtual_memory().available
-    if count * _WORKER_BYTES <= free:
-        return
-    raise ConfigError(
-        f"{count} processes do not fit into this machine",
-        where="the layout (swift plan tells what makes up this number)",
-        why=f"each takes about {format_bytes(_WORKER_BYTES)} of memory before its part of the model, and"
-        f" {format_bytes(free)} are free",
-        fix="smaller sizes, or several machines: --nnodes N --nproc_per_node M on each of them",
-    )
 
 
 def _settings(section: ParallelSection, count: int, attempt: int) -> Any:

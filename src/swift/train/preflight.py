@@ -9,7 +9,9 @@ import shlex
 from pathlib import Path
 
 from swift.config.bind import load_run_config
+from swift.config.parallel_rules import processes_of_launcher
 from swift.config.schema import Resolved
+from swift.core.devices import cpu_count, nvidia_memory
 from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.data.hub import pin_datasets
 from swift.data.persona import dataset_specs
@@ -51,6 +53,7 @@ def preflight(resolved: Resolved, *, begins: bool = True) -> Path:
     check_peft(config.tuner)
     check_optimizer(config.optimizer)
     _check_attention(config.model.attn_impl)
+    _check_processes(resolved)
     pin_datasets(resolved)
     for spec in dataset_specs(config.data, [*config.data.dataset, *config.data.val_dataset]):
         find_files(spec)
@@ -86,6 +89,29 @@ def _check_attention(implementation: str) -> None:
             where=f"--attn_impl {implementation}",
             fix="leave it out: auto takes the fastest exact one; or: pip install "
             + ("flash-attn --no-build-isolation" if package == "flash_attn" else "kernels"),
+        )
+
+
+_PROCESSES_ON_CPU = 16
+"""So many may always be tried without an accelerator: a test of a layout needs some."""
+
+
+def _check_processes(resolved: Resolved) -> None:
+    """Raise ConfigError for more processes than this machine can run: starting them would bring it to a halt."""
+    section = resolved.config.parallel
+    wanted = section.nproc_per_node or section.num_processes // section.nnodes
+    kind = resolved.config.model.device.partition(":")[0]
+    if kind not in ("auto", "cuda", "cpu") or processes_of_launcher() is not None:
+        return
+    devices = len(nvidia_memory()) if wanted > 1 and kind != "cpu" else 0
+    if wanted > (devices or max(_PROCESSES_ON_CPU, 4 * cpu_count())):
+        raise ConfigError(
+            f"the layout takes {wanted} processes, each with a device of its own",
+            where=resolved.place("nproc_per_node"),
+            why=f"there are {devices} CUDA devices"
+            if devices
+            else f"there are {cpu_count()} cores and no accelerator",
+            fix="smaller sizes, or a machine (--nnodes N machines) with so many; swift plan says what each has to hold",
         )
 
 
