@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What each way of quantising costs, on two small models trained here on real text.
+"""What each way of quantising costs, on small models trained here on real text.
 
-    python benchmarks/quantise.py [--work FOLDER] [--models small wide] [--methods bnb-4 gptq-4 ...]
+    python benchmarks/quantise.py [--work FOLDER] [--models small long wide] [--methods bnb-4 gptq-4 ...]
 
-The text is the documentation and the sources of Python's standard library. `swift pt` trains a Llama of 0.6M and one
-of 3.5M parameters on it (two and seven CPU-minutes; kept in the work folder), `swift export` quantises them with each
-method, calibrated on training rows, and the perplexity of held-out text, which neither saw, is that of the parity
-reports. Plain rounding to nearest (4 bits, groups of 128, no data) is the reference: symmetric as GPTQ stores it here,
-with zero points as AWQ does. The methods whose toolchains are not installed are left out, by name. Writes
-``results/quantise.json`` and ``.md``.
+The text is the documentation and the sources of Python's standard library. `swift pt` trains three Llamas on it: one
+of 0.6M parameters for 1,000 steps, the same for 6,000, and one of 3.5M for 500 (two to twelve CPU-minutes each; kept in
+the work folder). `swift export` quantises them with each method, calibrated on training rows, and the perplexity of
+held-out text, which neither saw, is that of the parity reports. Plain rounding to nearest (4 bits, groups of 128, no
+data) is the reference: symmetric as GPTQ stores it here, with zero points as AWQ does. The methods whose toolchains are
+not installed are left out, by name. Writes ``results/quantise.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Size:
 
 MODELS = {
     "small": Size(128, 3, 384, 4, 2, steps=1000, learning_rate=4e-3, awq_rows=32),
+    "long": Size(128, 3, 384, 4, 2, steps=6000, learning_rate=4e-3, awq_rows=32),
     # As in the models of AWQ's paper each head has keys and values of its own, so that o_proj is scaled, too.
     "wide": Size(256, 4, 768, 8, 8, steps=500, learning_rate=3e-3, awq_rows=8),
 }
@@ -331,7 +332,8 @@ def write(measured: dict[str, dict[str, Any]], missing: list[str]) -> None:
 
 def _title(name: str, entry: dict[str, Any]) -> str:
     before = entry["reports"]["rtn"]["difference"]["perplexity_before"]
-    return f"{entry['parameters'] / 1e6:.1f}M (width {MODELS[name].width}, perplexity {before:.2f})"
+    size = MODELS[name]
+    return f"{entry['parameters'] / 1e6:.1f}M (width {size.width}, {size.steps:,} steps, perplexity {before:.2f})"
 
 
 def _cells(method: str, entry: dict[str, Any]) -> list[str] | None:

@@ -23,13 +23,14 @@ def jobs(tmp_path):
 
 
 def kill_at_random_moments(jobs, rounds, seed):
-    """Start the same job again and again, killing its supervisor after 0 to 0.25 seconds."""
+    """Start the same job again and again, killing its supervisor after 0 to 0.25 seconds; later where that is too
+    early for any job to begin (a busy machine)."""
     moments = random.Random(seed)
-    began = 0
+    began, latest = 0, 0.25
     for attempt in range(1, rounds + 1):
         before = len(jobs.ran())
         supervisor = jobs.spawn(FAMILY, attempt=attempt)
-        time.sleep(moments.uniform(0, 0.25))
+        time.sleep(moments.uniform(0, latest))
         supervisor.kill()
         supervisor.communicate(timeout=30)
         if attempt % 2:  # every other time, the next supervisor has to clear up
@@ -39,6 +40,7 @@ def kill_at_random_moments(jobs, rounds, seed):
             assert jobs.alive() == []
         assert len(jobs.ran()) - before <= 1
         began += len(jobs.ran()) - before
+        latest = latest if began else min(5.0, 1.3 * latest)
     return began
 
 
