@@ -133,7 +133,7 @@ def test_a_run_that_is_submitted_later_joins_the_group_that_runs(experiments, tm
         [row["loss"] for row in read_metrics(out / name / "metrics.jsonl") if "loss" in row]
         for name in ("third", "same")
     ]
-    assert len(curves[0]) == 3 and curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert len(curves[0]) == 4 and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 MIXED = """
@@ -189,7 +189,7 @@ def test_preferences_and_policies_are_experiments_like_others(experiments, tiny_
     assert "rewards/accuracies" in read_metrics(out / "dpo" / "metrics.jsonl")[0]
     assert "kl" in read_metrics(out / "kto" / "metrics.jsonl")[0]
     assert "reward" in read_metrics(out / "grpo" / "metrics.jsonl")[0]
-    assert {row["name"] for row in table["experiments"]} == set(names)
+    assert {row["experiment"] for row in table["rows"]} == set(names)
 
 
 @pytest.mark.slow
