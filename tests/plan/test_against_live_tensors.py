@@ -29,8 +29,7 @@ def test_median_and_tail_of_the_errors(monkeypatch, tmp_path):
 
 
 FAST = ("lora, packed", "lora in float16", "full, short rows", "DPO")
-SLOW = ("GRPO, cache", "GRPO, full", "lora on 8 bits")
-LOW = "GRPO, full in bfloat16"
+SLOW = ("GRPO, cache", "GRPO, full in bfloat16", "lora on 8 bits")
 
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
@@ -39,11 +38,3 @@ def test_a_few_of_them(name, monkeypatch, tmp_path):
     counted, *estimates = compare(name, tmp_path)
     for parts in estimates:
         assert sum(parts.values()) == pytest.approx(counted, rel=0.04)
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="counted 44.6 MB, both estimates say 30.9 MB: what is missing is not found yet"
-)
-def test_full_policy_training_in_bfloat16(monkeypatch, tmp_path):
-    test_a_few_of_them(LOW, monkeypatch, tmp_path)

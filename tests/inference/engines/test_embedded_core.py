@@ -69,6 +69,13 @@ def test_batched_greedy_is_generate_alone_on_many_architectures(
             assert [value for _, value in info.top] == pytest.approx(row.topk(3)[0].tolist(), abs=1e-4)
 
 
+def test_float32_weights_that_compute_in_bfloat16_are_asked_together(bundle: ModelBundle) -> None:
+    """Full training in bfloat16 samples so: the proof allows the rounding of the computation, not of the weights."""
+    lively(bundle)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert EmbeddedCore(bundle, EngineSection(max_num_seqs=4)).way == TOGETHER
+
+
 def test_answers_do_not_depend_on_slots_chunks_or_memory(bundle: ModelBundle) -> None:
     """One at a time, many together, prompts in pieces of 3, and a cache so small that requests are put back."""
     sampling = SamplingOptions(max_tokens=30, temperature=1.0, top_p=0.9, seed=7, presence_penalty=0.5)

@@ -301,13 +301,19 @@ def choose_runner(model: Any, switch: AdapterSwitch | None, cache: SlotCache) ->
             continue
         finally:
             runner.free()
-        half = model.dtype in (torch.bfloat16, torch.float16)
+        half = _compute_dtype(model) in (torch.bfloat16, torch.float16)
         if difference <= (0.1 if half else 1e-4):
             if reasons:
                 logger.warning("slower inference (%s): %s", runner.name, "; ".join(reasons))
             return runner, bytes_per_token
         reasons.append(f"{runner.name}: results differ by {difference:.2g} standard deviations")
     raise ModelError(f"{type(model).__name__} cannot write text step by step here", why="; ".join(reasons))
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """In what precision products are: under autocast (full training: float32 weights) not that of the weights."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
 def _may_share_forwards(model: Any) -> bool:
