@@ -39,7 +39,7 @@ def largest_difference(one, other):
         pytest.param({"rlhf_type": "real", "per_device_train_batch_size": 8}, marks=pytest.mark.slow),
         pytest.param({"rlhf_type": "gdpo", "num_iterations": 2}, marks=pytest.mark.slow),
         pytest.param(
-            {"rlhf_type": "vespo", "old_logprobs": "sampler", "mismatch": "token_truncate"},
+            {"rlhf_type": "vespo", "old_logprobs": "recompute", "mismatch": "token_truncate"},
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -160,13 +160,33 @@ def test_resumed_runs_are_bit_equal(run_policy, tmp_path, options):
 
 def test_replay_learns_the_same_from_the_same_answers(run_policy):
     first = run_policy(max_steps=1, beta=0)
-    again = run_policy(max_steps=1, beta=0, replay=str(first.folder), reward_funcs=[])
+    again = run_policy(max_steps=1, beta=0, replay=str(first.folder))
     assert largest_difference(weights(first), weights(again)) < 1e-6
     assert lines(again)[0]["reward"] == lines(first)[0]["reward"]
     with pytest.raises(DataError, match="in groups of 8"):
-        run_policy(replay=str(first.folder), reward_funcs=[], num_generations=8)
+        run_policy(replay=str(first.folder), num_generations=8)
     with pytest.raises(DataError, match="no answers are kept here"):
-        run_policy(replay=str(again.folder), reward_funcs=[])
+        run_policy(replay=str(again.folder))
+
+
+def test_replay_weighs_rewards_as_the_run_did_and_knows_left_out_groups(run_policy, tmp_path):
+    """gdpo keeps rewards apart; with one weight of 0 another would show. Dull groups stand behind in the file."""
+    file = tmp_path / "some.py"
+    file.write_text(
+        "def some(completions, answer):\n"
+        "    return [float(len(t) % 2) * (a[0] < '5') for t, a in zip(completions, answer)]\n"
+    )
+    options = {"rlhf_type": "gdpo", "max_steps": 1}
+    rewards = {"reward_funcs": [f"{file}:some", "task"], "reward_weights": [1.0, 0.0], "dynamic_sample": True}
+    first = run_policy(**options, **rewards)
+    again = run_policy(**options, replay=str(first.folder))
+    assert largest_difference(weights(first), weights(again)) < 1e-6
+
+
+def test_discounted_returns_need_no_reference(run_policy):
+    run = run_policy(rlhf_type="reinforce_pp", beta=0, algo_args={"gamma": 0.5}, max_steps=1)
+    one = read_trajectories(find_rollouts(run.folder)[1])[0]
+    assert len(one.advantage) == one.num_learned
 
 
 def test_groups_without_a_signal_are_sampled_again_and_at_last_teach_nothing(run_policy, tmp_path):
@@ -180,7 +200,11 @@ def test_groups_without_a_signal_are_sampled_again_and_at_last_teach_nothing(run
         assert (
             line["grad_norm"] == 0 and line["frac_reward_zero_std"] == 1 and line["resampled_prompts"] == 12
         )
-    assert len(read_rollouts(find_rollouts(run.folder)[1])) == 64
+    rows = read_rollouts(find_rollouts(run.folder)[1])
+    assert len(rows) == 64 and {row["group"] for row in rows} == set(range(16)), (
+        "no two prompts share a number"
+    )
+    assert {row["group"] for row in rows if row["is_used"]} == set(range(4))
 
 
 @pytest.mark.slow
@@ -245,7 +269,19 @@ def test_failed_rewards_do_not_end_a_run(run_policy, tmp_path):
     odd = [row for row in rows if len(row["completion"]) % 2]
     assert odd and not any(row["is_used"] for row in odd)
     assert all(row["is_used"] for row in rows if row not in odd)
-    assert lines(run)[0]["dropped_answers"] == len(odd)
+    first = lines(run)[0]
+    assert first["dropped_answers"] == len(odd)
+    assert first["reward"] == pytest.approx(np.mean([row["reward"] for row in rows if row["is_used"]]))
+    spreads = [
+        np.std(rewards, ddof=1) if len(rewards) > 1 else 0.0
+        for rewards in (
+            [row["reward"] for row in rows if row["group"] == group and row["is_used"]] for group in range(4)
+        )
+    ]
+    assert first["reward_std"] == pytest.approx(np.mean(spreads))
+    assert first["frac_reward_zero_std"] == spreads.count(0.0) / 4
+    again = run_policy(replay=str(run.folder))
+    assert largest_difference(weights(run), weights(again)) < 1e-6
 
 
 def test_a_reward_model_of_ours_is_a_reward(run_policy, tiny_model_dir, tmp_path):

@@ -84,6 +84,34 @@ def test_flags_of_ms_swift_change_the_row():
     assert (settings.num_prompts, settings.num_updates, settings.steps_per_batch) == (4, 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "why"),
+    [
+        ({"beta": 0, "ref_model": "m"}, "ref_model", "beta is 0"),
+        ({"rlhf_type": "dapo", "sync_ref_model": True}, "sync_ref_model", "beta is 0"),
+        ({"rlhf_type": "dapo", "kl_estimator": "k2"}, "kl_estimator", "beta is 0"),
+        ({"rlhf_type": "rloo", "kl_estimator": "k3"}, "kl_estimator", "part of the reward"),
+        ({"old_logprobs": "sampler", "mismatch": "token_mask"}, "mismatch", "sampler itself"),
+        ({"max_resample_times": 2}, "max_resample_times", "sampled again"),
+        ({"soft_cache_length": 8}, "soft_cache_length", "not punished"),
+        ({"cosine_max_len": 8}, "cosine_max_len", "cosine is not"),
+        ({"repetition_n_grams": 2}, "repetition_n_grams", "repetition is not"),
+        ({"chord_mu_peak": 0.5}, "chord_mu_peak", "no expert"),
+        ({"probe_sequences": 0, "max_mismatch": 1.0}, "max_mismatch", "nothing is compared"),
+        ({"replay": "run"}, "reward_funcs", "another run"),
+        ({"reward_funcs": [], "reward_model": "rm", "reward_timeout": 9.0}, "reward_timeout", "no reward functions"),
+        ({"rlhf_type": "gdpo", "beta": 0.1, "kl_in_reward": True}, "kl_in_reward", None),
+    ],
+)  # fmt: skip
+def test_what_the_algorithm_leaves_without_effect_is_refused(options, name, why):
+    with pytest.raises(ConfigError) as caught:
+        settings_of(**options)
+    assert caught.value.where == f"--{name}" and caught.value.fix
+    assert why is None or why in caught.value.why
+    if name in ("kl_estimator", "ref_model"):
+        settings_of(**{**options, "beta": 0.1, "kl_in_reward": False, "rlhf_type": "grpo"})
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_right_answer_of_a_task_is_worth_one(name):
     rows = task_rows(name, 20, size=TASKS[name].size, seed=3)

@@ -129,6 +129,10 @@ def test_kto_tells_answers_apart(prefer, labelled):
     assert measured["eval_rewards/margins"] > 1
     assert measured["eval_kl"] >= 0
     assert run.summary["best_metric"] == measured["eval_rewards/margins"]
+    training = [line for line in lines(run) if "loss" in line]
+    assert training[-1]["rewards/margins"] == pytest.approx(
+        training[-1]["rewards/chosen"] - training[-1]["rewards/rejected"]
+    )
 
 
 def test_a_reward_model_ranks_pairs_and_transformers_loads_it(prefer, tiny_model_dir):

@@ -20,6 +20,7 @@ __all__ = ["Rewards", "Scores", "reward_functions"]
 
 logger = get_logger(__name__)
 
+_TEXTS = "completions are texts; a reward that also takes prompts gets lists of messages, as in TRL"
 _MODEL_SECONDS = 3600.0
 """How long ranks wait for one reward model."""
 
@@ -115,7 +116,11 @@ class Rewards:
                 f"the reward {name} {failure.kind}" + (f" for all {total} answers" if count == total else ""),
                 where=where,
                 why=failure.why,
-                fix=None if count == total else "--on_reward_failure zero (or drop) goes on without it",
+                fix=_TEXTS
+                if "string indices" in failure.why
+                else None
+                if count == total
+                else "--on_reward_failure zero (or drop) goes on without it",
             )
         logger.warning(text)
         return text

@@ -13,6 +13,7 @@ from swift.objectives.policy.algorithms import Algorithm, find_algorithm, surrog
 from swift.objectives.policy.corrections import MISMATCH_WEIGHTS
 from swift.objectives.policy.estimators import ESTIMATORS
 from swift.objectives.policy.loss import AGGREGATIONS
+from swift.rl.effects import check_effects
 from swift.rl.sizes import derive_sizes
 from swift.train.preflight import find_checkpoint
 from swift.train.prepare import data_order
@@ -116,6 +117,7 @@ def derive_policy(resolved: Resolved) -> PolicySettings:
         resolved.derive(name, row.sampling.get(name, usual), "algo")
     settings = PolicySettings.read(config, in_step)
     resolved.derive("old_logprobs", settings.old_logprobs, "num_iterations and generation_batch_size")
+    check_effects(resolved, settings.algorithm)
     return settings
 
 
