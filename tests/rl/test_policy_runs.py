@@ -270,7 +270,7 @@ def test_failed_rewards_do_not_end_a_run(run_policy, tmp_path):
     assert odd and not any(row["is_used"] for row in odd)
     assert all(row["is_used"] for row in rows if row not in odd)
     first = lines(run)[0]
-    assert first["dropped_answers"] == len(odd)
+    assert first["dropped_answers"] == first["failed_rewards"] == len(odd)
     assert first["reward"] == pytest.approx(np.mean([row["reward"] for row in rows if row["is_used"]]))
     spreads = [
         np.std(rewards, ddof=1) if len(rewards) > 1 else 0.0

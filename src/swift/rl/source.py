@@ -121,6 +121,7 @@ class RolloutSource:
         self.prompts = Prompts(prepared.data.train, self.config.data)
         self.updates = self.batches_made = 0
         self.measured: dict[str, float] = {}
+        self._failed = 0
         self._buffer: RolloutBuffer | None = None
         if checkpoint := prepared.checkpoint:
             self._load(checkpoint)
@@ -189,6 +190,7 @@ class RolloutSource:
     def _collect(self) -> list[Trajectory]:
         """Sample, reward, compare, weigh and record a batch of answers."""
         self.stages.seconds.clear()
+        self._failed = 0
         if self.replay is not None:
             everything = chosen = self.replay.next_batch(self.batches_made)
         else:
@@ -245,7 +247,7 @@ class RolloutSource:
             answers = self.sampler.sample(jobs, self.updates)
         self._probe(answers)
         with self.stages("reward"):
-            rewarded(
+            self._failed += rewarded(
                 answers,
                 self.rewards,
                 self.prompts,
@@ -372,6 +374,8 @@ class RolloutSource:
                     f"rewards/{name}/mean": float(values.mean()),
                     f"rewards/{name}/std": _spread_of(values),
                 }
+        if self.replay is None:
+            found["failed_rewards"] = float(self._failed)
         if self.config.policy.dynamic_sample:
             found["resampled_prompts"] = (len(everything) - len(chosen)) / count
         if (
@@ -407,8 +411,8 @@ class RolloutSource:
 
 def rewarded(
     answers: Sequence[Trajectory], rewards: Rewards, prompts: Prompts, *, step: int, max_steps: int
-) -> None:
-    """Fill in the rewards of answers."""
+) -> int:
+    """Fill in the rewards of answers; returns for how many one has failed."""
     asked = [prompts.question(one.row) for one in answers]
     batch = RewardBatch(
         prompts=[messages for messages, _ in asked],
@@ -429,6 +433,7 @@ def rewarded(
         one.rewards = dict(zip(rewards.names, values, strict=True))
         one.is_used = place not in scores.dropped
         one.reward = rewards.total(values) if one.is_used else math.nan
+    return len(scores.failures)
 
 
 def _spread_of(rewards: np.ndarray) -> float:
