@@ -1,5 +1,7 @@
 """Parts of policy optimisation on their own: tasks, seeds, batches, buffers, settings, the sampler."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from swift.objectives.policy.objective import PolicyObjective
 from swift.rl.buffer import RolloutBuffer, micro_batches
 from swift.rl.settings import PolicySettings, derive_policy
 from swift.rl.trajectory import AnswerLayout, Trajectory, request_seed, rollout_batch
+from swift.train.config_record import recorded
 
 
 def trajectory(prompt, tokens, mask=None, group=0, sample=0, advantage=1.0):
@@ -236,9 +239,15 @@ def test_a_row_of_ones_own(tmp_path, monkeypatch):
         "from swift.objectives.policy.algorithms import Algorithm\n"
         "MINE = Algorithm('none', advantage='rloo', beta=0.02)\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    resolved, settings = settings_of(algo="own_rows.MINE")
-    assert settings.algorithm.advantage == "rloo" and resolved.config.rlhf.beta == 0.02
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])  # the current folder is added
+    for algo in ("own_rows.MINE", "own_rows.py:MINE", f"{tmp_path}/own_rows.py:MINE"):
+        resolved, settings = settings_of(algo=algo)
+        assert settings.algorithm.advantage == "rloo" and resolved.config.rlhf.beta == 0.02
+    assert (
+        recorded(settings_of(algo="own_rows.py:MINE")[0]).config.policy.algo == f"{tmp_path}/own_rows.py:MINE"
+    )
+    monkeypatch.delitem(sys.modules, "own_rows")
     with pytest.raises(ConfigError, match="there is no algorithm at"):
         settings_of(algo="own_rows.YOURS")
 

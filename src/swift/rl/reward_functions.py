@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -30,6 +28,7 @@ from typing import Any
 
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
+from swift.core.user_code import load_file
 from swift.rl.builtin_rewards import BUILT_IN
 
 __all__ = ["ENTRY_POINTS", "RewardBatch", "RewardFunction", "find_reward", "reward_source"]
@@ -254,25 +253,13 @@ def _from_file(text: str) -> Any:
     path, _, name = text.rpartition(":")
     if not path or not name:
         raise ConfigError("which function of the file?", where=text, fix=f"{text or 'FILE.py'}:NAME")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError("no such file", where=f"--reward_funcs {text}")
-    module_name = f"swift_reward_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        of_ms_swift = isinstance(error, ImportError) and (error.name or "").startswith("swift.")
-        raise ConfigError(
-            f"the file cannot be imported: {type(error).__name__}: {error}",
-            where=str(file),
-            fix=_OWN_CLASS if of_ms_swift else None,
-        ) from error
+        module = load_file(path, "reward", where="--reward_funcs")
+    except ConfigError as error:
+        cause = error.__cause__
+        if isinstance(cause, ImportError) and (cause.name or "").startswith("swift."):
+            error.fix = _OWN_CLASS
+        raise
     return _attribute(module, name, text)
 
 
