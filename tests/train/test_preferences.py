@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,7 +291,11 @@ def test_the_python_trainer(tiny_model_dir, pairs, tmp_path, monkeypatch):
     options = {"output_dir": str(tmp_path / "out"), "max_steps": 2, "max_length": 160, "beta": 0.3}
     trainer = DPOTrainer(tiny_model_dir, train_dataset=pairs, loss_type="hinge", **options)
     assert trainer.resolved.value("rlhf_loss_type") == ["hinge"]
-    assert trainer.train().summary["steps"] == 2
+    from_file = trainer.train()
+    assert from_file.summary["steps"] == 2
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    from_rows = DPOTrainer(tiny_model_dir, train_dataset=rows, loss_type="hinge", **options).train()
+    assert losses(from_rows) == losses(from_file)
     config = {"model": str(tiny_model_dir), "train_type": "dpo", "dataset": pairs, **options}
     assert SwiftTrainer(config).resolved.value("beta") == 0.3
 
