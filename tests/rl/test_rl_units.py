@@ -8,12 +8,14 @@ import torch
 
 from swift.config.bind import resolve
 from swift.config.sections.rlhf import POLICY_LOSSES, POLICY_TYPES
-from swift.core.errors import ConfigError, DataError
+from swift.core.errors import ConfigError, DataError, SwiftError
 from swift.data.tasks import TASKS, score, task_file, task_rows
+from swift.inference.engines.base import Delta
 from swift.objectives.base import TokenOutputs
 from swift.objectives.policy.algorithms import ALGORITHMS, LOSS_TYPES
 from swift.objectives.policy.objective import PolicyObjective
 from swift.rl.buffer import RolloutBuffer, micro_batches
+from swift.rl.sampler import _Deadline
 from swift.rl.settings import PolicySettings, derive_policy
 from swift.rl.trajectory import AnswerLayout, Trajectory, request_seed, rollout_batch
 from swift.train.config_record import recorded
@@ -232,6 +234,26 @@ def test_gradients_do_not_depend_on_the_split_nor_on_masked_tokens(name, split):
         return torch.cat([value.grad for value in values])
 
     assert torch.allclose(gradient(4 // split), gradient(4), atol=1e-10, rtol=0)
+
+
+def test_means_over_no_tokens_are_not_told():
+    answer = trajectory([1], [2, 3], mask=[0, 0])
+    settings = PolicySettings(ALGORITHMS["dapo"], {}, 1, 1, 1, 1, 1, 1, "policy")
+    buffer = RolloutBuffer([answer], settings, AnswerLayout("padding_free", False, 0, 1.0))
+    objective, batches = PolicyObjective(settings.algorithm, 8), buffer.next_step()
+    logprobs = torch.zeros(0, requires_grad=True)
+    outputs = TokenOutputs(logprobs, logprobs > 0)
+    loss, found = objective(outputs, batches[0], objective.denominators(batches))
+    assert loss.item() == 0 and not found["groups"].any()
+
+
+def test_sampling_that_takes_too_long_says_how_far_it_came():
+    watch = _Deadline(-1.0, 3)
+    watch(0, Delta(finish_reason="stop"))
+    with pytest.raises(SwiftError, match=r"1 of 3 answers after -1 s") as caught:
+        for _ in range(256):
+            watch(0, Delta())
+    assert caught.value.where == "sampling" and "--max_completion_length" in caught.value.fix
 
 
 def test_a_row_of_ones_own(tmp_path, monkeypatch):
