@@ -79,6 +79,10 @@ def test_flags_of_ms_swift_change_the_row():
     assert row.mismatch == "token_truncate" and row.beta == 0
     _, settings = settings_of(scale_rewards="batch", algo_args={"eps": 1e-6, "dual_clip": 3})
     assert settings.estimator == {"scale_rewards": "batch", "eps": 1e-6}
+    for word in ("none", "None", "false", False):
+        assert settings_of(scale_rewards=word)[1].estimator == {"scale_rewards": "none"}
+    assert settings_of(scale_rewards="none", advantage_estimator="rloo")[1].estimator == {}
+    assert settings_of(scale_rewards="null")[1].estimator == {}, "as if it were not there"
     assert settings.algorithm.knobs["dual_clip"] == 3
     _, settings = settings_of(rlhf_type="cispo", epsilon_high=4.0)
     assert settings.algorithm.knobs == {"cap": 4.0}

@@ -35,6 +35,13 @@ _KNOBS = {
 """Option -> part or knob of a row."""
 
 
+_SCALES = {
+    **dict.fromkeys(("dr_grpo", "rloo", "opo", "reinforce_mean"), "none"),
+    **dict.fromkeys(("batch", "reinforce_pp", "reinforce_pp_baseline"), "batch"),
+}
+"""What estimators without the option scale_rewards do."""
+
+
 @dataclass(frozen=True)
 class PolicySettings:
     """Attributes:
@@ -150,7 +157,7 @@ def _algorithm(config: Config) -> tuple[Algorithm, dict[str, Any]]:
             fix="--advantage_estimator rloo",
         )
     estimator = {name: value for name, value in policy.algo_args.items() if name in takes}
-    if policy.scale_rewards not in (None, "gdpo"):
+    if policy.scale_rewards not in (None, "gdpo", _SCALES.get(kind)):
         check_knobs(["scale_rewards"], takes, f"advantage_estimator {kind}", {"grpo": ("scale_rewards",)})
         estimator["scale_rewards"] = policy.scale_rewards
     knobs |= {name: value for name, value in policy.algo_args.items() if name not in takes}
