@@ -79,6 +79,12 @@ def test_what_is_no_reward_says_so():
         call("Scaled", batch_of("a"), facter=2)
     with pytest.raises(ConfigError, match="no such file"):
         find_reward("nowhere.py:reward", {})
+    with pytest.raises(ConfigError, match="judge needs url") as caught:
+        find_reward("judge", {})
+    assert caught.value.where == "--reward_args" and caught.value.fix.startswith('--reward_args \'{"judge"')
+    with pytest.raises(ConfigError, match="regex needs pattern") as caught:
+        find_reward("regex", {})
+    assert caught.value.fix == '--reward_args \'{"regex": {"pattern": ...}}\''
     with pytest.raises(KeyError, match="no column 'wanted'"):
         call("one_at_a_time", batch_of("a"))
     with pytest.raises(ConfigError, match="cannot be found by another process"):

@@ -6,6 +6,7 @@ The evaluators of `swift.evaluate.evaluators` are rewards, too, against the row'
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -51,7 +52,9 @@ def _regex(pattern: str, full: bool = True) -> Reward:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ConfigError("not a regular expression", where=repr(pattern), why=str(error)) from None
+        raise ConfigError(
+            f"{pattern!r} is no regular expression", where="--reward_args", why=str(error)
+        ) from None
     match = compiled.fullmatch if full else compiled.search
     return lambda completions: [float(match(text.strip()) is not None) for text in completions]
 
@@ -99,6 +102,9 @@ def _accuracy() -> Reward:
             where="--reward_funcs",
             fix="pip install 'swift-forge[eval]'",
         ) from None
+
+    # It warns of every call without a deadline of its own: here a call has one from outside.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def read(text: str) -> Any:
         inner = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
@@ -194,7 +200,15 @@ def _evaluator(name: str, metric: str) -> Callable[..., MayFail]:
         from swift.evaluate.evaluators import Case, find_evaluators
         from swift.evaluate.questions import Question
 
-        evaluator = find_evaluators([name], {name: options})[0]
+        try:
+            evaluator = find_evaluators([name], {name: options})[0]
+        except ConfigError as error:  # these options are given in another way here
+            if error.where == "--metric_args":
+                error.where, error.fix = (
+                    "--reward_args",
+                    error.fix and error.fix.replace("--metric", "--reward"),
+                )
+            raise
         scale = options.get("high", 10.0) if name == "judge" else 1.0
 
         def reward(

@@ -242,6 +242,18 @@ def _made(make: Callable[..., Any], options: Mapping[str, Any], text: str) -> Ca
                 why=f"it has: {', '.join(known) or 'none'}",
                 fix=f"did you mean {near}?" if near else None,
             )
+    missing = [
+        one.name
+        for one in known.values()
+        if one.default is one.empty
+        and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+        and one.name not in options
+    ]
+    if missing:
+        wanted = f'{{"{text}": {{"{missing[0]}": ...}}}}'
+        raise ConfigError(
+            f"{text} needs {' and '.join(missing)}", where="--reward_args", fix=f"--reward_args '{wanted}'"
+        )
     try:
         made: Callable[..., Any] = make(**options)
     except TypeError as error:

@@ -101,12 +101,10 @@ class Rewards:
         dropped = set(failures) if self.policy == "drop" else set()
         for place in range(len(batch)):
             if place not in failures and all(math.isnan(values[place]) for values in parts):
-                failures[place] = f"{where(place)}: no reward applies"
-                dropped.add(place)
+                dropped.add(place)  # no reward applies
         if len(dropped) == len(batch):
-            raise SwiftError(
-                "no answer of the batch has a reward", where=failures[0], fix="look at --reward_funcs"
-            )
+            why = failures.get(0, f"{where(0)}: no reward applies")
+            raise SwiftError("no answer of the batch has a reward", where=why, fix="look at --reward_funcs")
         return Scores(parts, failures, frozenset(dropped))
 
     def _failed(self, name: str, failure: RewardFailure, where: str, count: int, total: int) -> str:
