@@ -354,18 +354,21 @@ class RolloutSource:
         """Metrics of a batch, under the names of ms-swift and TRL."""
         totals = np.array([one.reward for one in everything])
         count = self.settings.num_generations
-        spread = np.array([_spread_of(group) for group in totals.reshape(-1, count)])
         lengths = np.array([len(one.tokens) for one in everything])
         cut = np.array([one.finish_reason == "length" for one in everything])
         found = {
             "reward": float(np.nanmean(totals)),
-            "reward_std": float(spread.mean()),
-            "frac_reward_zero_std": float((spread == 0).mean()),
             "completions/mean_length": float(lengths.mean()),
             "completions/min_length": float(lengths.min()),
             "completions/max_length": float(lengths.max()),
             "completions/clipped_ratio": float(cut.mean()),
         }
+        if count > 1:
+            spread = np.array([_spread_of(group) for group in totals.reshape(-1, count)])
+            found |= {
+                "reward_std": float(spread.mean()),
+                "frac_reward_zero_std": float((spread == 0).mean()),
+            }
         for name in everything[0].rewards:
             values = np.array([one.rewards[name] for one in everything])
             values = values[~np.isnan(values)]
