@@ -67,6 +67,12 @@ class PolicySettings:
         """Optimizer steps for one batch of answers."""
         return self.num_updates * self.num_iterations
 
+    @property
+    def needs_entropies(self) -> bool:
+        """Tokens are chosen by the entropy of the policy."""
+        knobs = self.algorithm.knobs
+        return knobs.get("top_entropy_quantile", 1.0) < 1 or knobs.get("entropy_threshold") is not None
+
     @classmethod
     def read(cls, config: Config, in_step: int) -> PolicySettings:
         """From options that `derive_policy` has completed; ``in_step``: answers of an optimizer step, over all ranks.
@@ -149,7 +155,9 @@ def _algorithm(config: Config) -> tuple[Algorithm, dict[str, Any]]:
         knobs.get("advantage", policy.algo_args.get("advantage"))
         or find_algorithm(policy.algo or "grpo").advantage
     )
-    takes = knobs_of(lookup(ESTIMATORS, kind, "estimator of advantages"))
+    if "beta" in policy.algo_args:
+        raise ConfigError("beta is an option of its own", where="--algo_args", fix="--beta 0.04")
+    takes = set(knobs_of(lookup(ESTIMATORS, kind, "estimator of advantages"))) - {"beta", "mask", "token_kl"}
     if kind == "remax":
         raise ConfigError(
             "remax needs the rewards of greedy answers, which are not sampled here",

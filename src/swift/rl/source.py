@@ -279,7 +279,7 @@ class RolloutSource:
         """Old and reference log-probabilities and entropies, where they are needed."""
         algorithm, old = self.settings.algorithm, self.settings.old_logprobs
         needs_old = old == "recompute" or (self.replay is not None and old == "policy")
-        needs_entropy = algorithm.knobs.get("top_entropy_quantile", 1.0) < 1
+        needs_entropy = self.settings.needs_entropies
         if old == "sampler":
             for one in chosen:
                 one.old_logprobs = one.sampler_logprobs
