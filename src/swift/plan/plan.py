@@ -11,6 +11,7 @@ from typing import Any
 
 from swift.config.adapter_names import split_name
 from swift.config.bind import dump
+from swift.config.policy_rules import steps_of_prompts
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError, UsageError
 from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
@@ -307,12 +308,14 @@ def _steps(
         train_share = 1 - _count_validation(resolved, rows, []) / rows.rows
     num_samples = round(rows.rows * len(lengths) / len(rows.lengths) * train_share)
     longest = rows.longest or (max(lengths) if rows.sequences == 1 else None)
+    known = None
     if (
         resolved.config.rlhf.is_policy
     ):  # the rows are prompts: each gets several answers, as long as they may be
         prompts, answer = _answers(resolved)
         lengths = [-(-length // prompts) + answer for length in lengths]
-        num_samples *= resolved.config.policy.num_generations
+        known = steps_of_prompts(resolved.config.policy, num_samples, answers_in_step(resolved))
+        num_samples *= resolved.config.policy.num_generations * resolved.config.policy.num_iterations
     epoch = plan_epoch(
         lengths,
         max(1, num_samples),
@@ -322,7 +325,7 @@ def _steps(
         group_by_length=section.group_by_length,
         ranks=resolved.config.parallel.data_parallel_size,
     )
-    per_epoch, total, warmup = step_counts(epoch.micro_batches, training)
+    per_epoch, total, warmup = step_counts(epoch.micro_batches, training, known)
     if epoch.padding > 0.3 and mode != "packed":
         warnings.append(f"{epoch.padding:.0%} of each batch is padding: --packing true avoids it")
     mean = sum(lengths) / len(lengths)
