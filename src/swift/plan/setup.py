@@ -206,8 +206,7 @@ def _reference_bytes(resolved: Resolved, facts: ModelFacts, setup: Setup) -> int
                 facts = ModelFacts.read(Path(rlhf.ref_model).expanduser())
         layers, size = linear_layers(facts, {}), DTYPE_BYTES[setup.compute]
         return frozen_bytes(facts, layers, config.quantization, size) or facts.num_parameters * size
-    starts_at_base = config.tuner.tuner_type != "lora" or config.tuner.init_weights in ("default", "gaussian")
-    if setup.is_lora and starts_at_base and not config.model.adapters:
+    if setup.is_lora and config.tuner.init_weights != "loftq" and not config.model.adapters:
         return 0
     return setup.trainable * setup.trainable_bytes
 

@@ -124,12 +124,14 @@ def build(
         dtype=prepared.dtype,
         total_steps=steps,
         base=prepared.model_path,
-        restored=checkpoint is not None,
+        # LoftQ's start is the reference of preference learning, whatever the adapter has become since.
+        restored=checkpoint is not None
+        and not (config.rlhf.rlhf_type and config.tuner.init_weights == "loftq"),
         name=name,
     )
+    reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
     if checkpoint is not None:
         load_checkpoint(checkpoint, tuned=tuned)
-    reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
     engine = make_engine(
         tuned,
         resolved,
