@@ -172,7 +172,6 @@ def _check_training(resolved: Resolved) -> None:
     sharded = config.parallel.data_parallel_shard_size > 1 or bool(divided)
     if divided:
         _check_divided(resolved, divided)
-    place = f"{config.parallel.num_processes} processes"
     whole = {f"rlhf_type {config.rlhf.rlhf_type} samples": config.rlhf.is_policy}
     whole["eval_tasks are answered"] = config.evaluation.eval_tasks is not None
     for what in (what for what, wanted in whole.items() if wanted and "pipeline_parallel_size" in divided):
@@ -195,14 +194,19 @@ def _check_training(resolved: Resolved) -> None:
         )
     if config.training.torch_compile:
         resolved.refuse("torch_compile", "torch.compile is for one process", fix="leave it out")
-    if not sharded:
-        if config.parallel.offload:
-            resolved.refuse(
-                "offload",
-                "offloading is for sharded weights",
-                fix=f"--data_parallel_shard_size {config.parallel.data_parallel_size}",
-            )
-        return
+    if sharded:
+        _check_sharded(resolved, divided)
+    elif config.parallel.offload:
+        resolved.refuse(
+            "offload",
+            "offloading is for sharded weights",
+            fix=f"--data_parallel_shard_size {config.parallel.data_parallel_size}",
+        )
+
+
+def _check_sharded(resolved: Resolved, divided: list[str]) -> None:
+    """What a model of which each process has a part cannot do. ``divided``: by which sizes beside its shards."""
+    config, tuner = resolved.config, resolved.config.tuner
     if config.model.torch_dtype == "float16":
         resolved.refuse(
             "torch_dtype",
@@ -237,6 +241,7 @@ def _check_training(resolved: Resolved) -> None:
             fix="--data_parallel_shard_size N, which shards its bytes",
         )
     if config.quantization.needs_torchao or tuner.lisa_activated_layers or tuner.longlora_group_size:
+        place = f"{config.parallel.num_processes} processes"
         resolved.refuse(place, "quantisation-aware, float8, LISA and LongLoRA training cannot be sharded")
     if config.training.neftune_noise_alpha:
         resolved.refuse("neftune_noise_alpha", "noisy embeddings cannot be sharded", fix="leave it out")
