@@ -113,7 +113,6 @@ class Engine(Control):
         self.inventory: Inventory | None = None
         self._take, self._build = take, build
         self._pool = ThreadPoolExecutor(threads, "swift-launch") if threads else None
-        self._build_host = build_host
         self._hosts: set[str] = set()
         self._fuses = Choice(home)  # what was measured; nothing is measured here
         self._hosts_lock = threading.Lock()
@@ -410,7 +409,7 @@ class Engine(Control):
         with self._hosts_lock:
             if host in self._hosts:
                 return
-            launch = self._build_host(self.home, job, env, self.inventory, grace_seconds=self.grace_seconds)
+            launch = build_host(self.home, job, env, self.inventory, grace_seconds=self.grace_seconds)
             with contextlib.suppress(AlreadyRunning):
                 self.runner.launch(host, 1, launch, self.warm and not job.spec.cold)
             self._hosts.add(host)

@@ -19,7 +19,6 @@ from swift.models.counting import count_by_config, count_tensors, decoder_sizes,
 
 __all__ = ["ModelFacts", "check_model_folder", "read_safetensors_header", "resolve_model_path"]
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
