@@ -341,12 +341,11 @@ def _asked(name: str) -> int | None:
 
 def _take_environment(resolved: Resolved) -> None:
     """ms-swift's variables, where no option is given."""
-    section = resolved.config.parallel
     for name in _FROM_ENVIRONMENT:
         text = os.environ.get(name.upper(), "")
         if text and not resolved.is_explicit(name) and processes_of_launcher() is None:
-            setattr(section, name, text if name == "master_addr" else _asked(name.upper()))
-            resolved.sources[name] = Source("derived", f"derived from {name.upper()} of the environment")
+            value = text if name == "master_addr" else _asked(name.upper())
+            resolved.put(name, value, Source("derived", f"derived from {name.upper()} of the environment"))
 
 
 def _processes(resolved: Resolved) -> tuple[int | None, str]:
@@ -386,8 +385,7 @@ def _ring_over_all(resolved: Resolved, processes: int | None, said_by: str) -> N
 def _set(resolved: Resolved, name: str, value: Any, because: str) -> None:
     if value == resolved.value(name) and resolved.sources[name].kind == "default":
         return
-    setattr(resolved.config.parallel, name, value)
-    resolved.sources[name] = Source("derived", f"derived from {because}")
+    resolved.put(name, value, Source("derived", f"derived from {because}"))
 
 
 @dataclass(frozen=True)
@@ -449,13 +447,10 @@ _TUNING = frozenset(
 def _take_file(resolved: Resolved, settings: dict[str, Any], zero: dict[str, Any], place: str) -> bool:
     """Take over what a DeepSpeed file says, name what is left; returns whether states are offloaded."""
     known = {"zero_optimization", "fp16", "bf16", *_FILE_OPTIONS, "steps_per_print", "wall_clock_breakdown"}
-    config = resolved.config
     for key, name in _FILE_OPTIONS.items():
         value = settings.get(key, "auto")
-        section = config.training
         if value != "auto" and resolved.sources[name].kind in ("default", "derived"):
-            setattr(section, name, value)
-            resolved.sources[name] = Source("file", f"{place}: {key}")
+            resolved.put(name, value, Source("file", f"{place}: {key}"))
     for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         enabled = settings.get(key, {}).get("enabled", "auto")
         if enabled is True and not resolved.is_explicit("torch_dtype"):
@@ -464,8 +459,7 @@ def _take_file(resolved: Resolved, settings: dict[str, Any], zero: dict[str, Any
                 resolved.warnings.append(
                     f"{place}: fp16: shards compute in bfloat16, whose range needs no scaling of the loss"
                 )
-            config.model.torch_dtype = dtype  # type: ignore[assignment]
-            resolved.sources["torch_dtype"] = Source("file", f"{place}: {key}")
+            resolved.put("torch_dtype", dtype, Source("file", f"{place}: {key}"))
     devices = {zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
     if "nvme" in devices:
         raise ConfigError(

@@ -158,9 +158,7 @@ def apply(resolved: Resolved, command: Command, *, partial: bool) -> None:
         if rule.target in taken and _may_derive(rule, resolved):
             value = rule.compute(resolved)
             if value is not None:
-                section = getattr(resolved.config, options()[rule.target].section)
-                setattr(section, rule.target, value)
-                resolved.sources[rule.target] = rule.source(resolved)
+                resolved.put(rule.target, value, rule.source(resolved))
     if not partial:
         _check_required(resolved, command)
     for check in _CHECKS:
