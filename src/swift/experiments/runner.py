@@ -301,10 +301,9 @@ class Supervisors:
         stop(self.home.job_dir(job_id), attempt, grace_seconds)
 
     def watch(self, job_id: str, attempt: int) -> int | None:
-        record = read_json(self.home.attempt_dir(job_id, attempt) / "supervisor.json")
-        if record is None or not hasattr(os, "pidfd_open"):
+        identity = _supervisor(self.home.attempt_dir(job_id, attempt))
+        if identity is None or not hasattr(os, "pidfd_open"):
             return None
-        identity = ProcessIdentity(**record["identity"])
         try:
             descriptor = os.pidfd_open(identity.pid)
         except OSError:
