@@ -17,7 +17,13 @@ from swift.core.format import format_bytes
 from swift.core.registry import closest
 from swift.models.counting import count_by_config, count_tensors, decoder_sizes, routed_parameters
 
-__all__ = ["ModelFacts", "check_model_folder", "read_safetensors_header", "resolve_model_path"]
+__all__ = [
+    "ModelFacts",
+    "check_model_folder",
+    "read_safetensors_header",
+    "resolve_model_path",
+    "stored_tensors",
+]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -277,6 +283,12 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
     header.pop("__metadata__", None)
     ends = [entry["data_offsets"][1] for entry in header.values()]
     return header, 8 + length + max(ends, default=0)
+
+
+def stored_tensors(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> header entry (``shape``, ``dtype``) of every tensor in the safetensors files of a folder."""
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    return {name: entry for file in files for name, entry in read_safetensors_header(file)[0].items()}
 
 
 def _check_complete(file: Path) -> None:
