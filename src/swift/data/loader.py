@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import TypeVar, cast
 
-from swift.core.errors import SwiftError, TransientError
+from swift.core.errors import TransientError
 from swift.data.batching import BatchSchedule, MicroBatch, Mode, deal
 from swift.data.collate import Batch, batch_of
 from swift.data.layout import Layout, lay_out, lay_out_in_worker

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any, Generic, TypeVar
 
-from swift.core.errors import SwiftError, TransientError
+from swift.core.errors import TransientError
 
 __all__ = ["WorkerPool"]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from swift.core.errors import ConfigError, SwiftError, TransientError
+from swift.core.errors import ConfigError, TransientError
 from swift.inference.engines.base import Delta, Request, SamplingOptions
 from swift.inference.engines.blocking import Completion
 from swift.inference.engines.embedded_core import EmbeddedCore
