@@ -9,6 +9,7 @@ __all__ = [
     "ModelError",
     "NotOnHub",
     "SwiftError",
+    "Terminated",
     "TransientError",
     "UsageError",
 ]
@@ -46,6 +47,10 @@ class SwiftError(Exception):
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
+
+
+class Terminated(SystemExit):
+    """SIGTERM has come: what is open is closed on the way out, as after Ctrl-C."""
 
 
 class TransientError(SwiftError):
