@@ -1,7 +1,7 @@
 """A tokenizer without transformers: what `swift.models.template.Template` needs of one, over the tokenizers library.
 
-Importing transformers and loading its tokenizer costs more than a whole plan may. And a guess for models whose tokenizer
-is not on this disk.
+Importing transformers and loading its tokenizer costs more than a whole plan may. And a guess, for models whose
+tokenizer is not on this disk.
 """
 
 from __future__ import annotations
