@@ -52,6 +52,7 @@ def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"messages": [{"content": "x"}]}, 422, "messages.0.role"),
         ({"messages": [{"role": "user", "content": 7}]}, 422, "messages.0.content"),
         ({"messages": HELLO, "model": "other"}, 404, "these are served: tiny"),
+        ({"messages": HELLO, "max_tokens": 0}, 400, "one token at least"),
         ({"messages": HELLO, "max_tokens": 5000}, 400, "takes 512 together"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "takes 512 together"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "wizard"),
