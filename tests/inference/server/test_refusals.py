@@ -81,6 +81,11 @@ def test_what_cannot_be_answered(
     assert not engine.open
 
 
+def test_the_fault_of_the_form_that_was_meant_is_told(url: str) -> None:
+    error = refused(httpx.post(url + "/v1/embeddings", json={"model": "tiny", "input": []}), 422)
+    assert "at least 1 item" in error["message"]
+
+
 def test_prompts_that_are_too_long_have_openais_code(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="tiny", prompt=[5] * 600)

@@ -77,6 +77,9 @@ def from_swift_error(error: SwiftError, param: str | None = None) -> ApiError:
 def from_validation(errors: list[Any]) -> ApiError:
     """The first thing that does not fit the schema, and how many there are."""
     first = errors[0]
+    # Where a field takes several forms, the form that was meant has the fault that is not of type.
+    same = [error for error in errors if error["loc"][:2] == first["loc"][:2]]
+    first = next((error for error in same if not error["type"].endswith("_type")), first)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
