@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swift.config.adapter_names import split_name
 from swift.config.bind import dump
@@ -22,6 +22,7 @@ from swift.parallel.layout import Layout
 from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
+from swift.plan.light import GuessedTemplate, LightTokenizer
 from swift.plan.result import Plan
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 from swift.plan.serving import base_of_adapter, serving_memory
@@ -31,6 +32,9 @@ from swift.plan.speed import measure_pace, read_pace, remember, run_key, time_of
 from swift.plan.steps import Epoch, plan_epoch, step_counts
 from swift.plan.verdict import TIGHT_SHARE, fits
 from swift.rl.sizes import answers_in_step, derive_sizes
+
+if TYPE_CHECKING:
+    from swift.data.tokenise import TemplateLike
 
 __all__ = ["make_plan", "remember_run"]
 
@@ -86,15 +90,17 @@ def make_plan(
         data, lengths = _data(resolved, rows, warnings)
         widest = _widest(resolved, rows.sequences)
         if lengths:
-            steps, widest = _steps(resolved, rows, lengths, warnings)
+            steps, found = _steps(resolved, rows, lengths, warnings)
+            widest = widest if rows.is_guessed else found  # memory is not promised by a guess
         if facts is not None:
             setup = make_setup(resolved, facts, folder, device, widest, warnings)
             parts = exact(resolved, facts, folder, widest, setup) if exact else None
             memory = memory_of(resolved, facts, setup, device, steps, parts)
             if steps:
-                if probe and device_memory is None and device.count:
+                is_here = device_memory is None and device.count > 0
+                if probe and is_here:
                     _probe_once(resolved, device, setup)
-                time = time_of(resolved, facts, setup, device, steps)
+                time = {**time_of(resolved, facts, setup, device, steps), "can_be_measured": is_here}
     export: dict[str, Any] = {}
     if resolved.command == "export":
         read = partial(_plan_rows, resolved, folder, warnings)
@@ -111,6 +117,7 @@ def make_plan(
                 fix="--device cuda --device_memory 24GiB",
             )
         longest = rows.longest or (-(-max(lengths) // rows.sequences) if lengths else None)
+        longest = None if rows.is_guessed else longest
         largest = partial(_widest, sequences=rows.sequences, longest=longest)
         limit = int(TIGHT_SHARE * device.memory_bytes)
         solution = solve(Situation(resolved, facts, folder, device, limit, largest))
@@ -227,10 +234,11 @@ def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
 
 def _plan_rows(resolved: Resolved, folder: Path | None, warnings: list[str]) -> RowPlan:
     section = resolved.config.data
-    template = None
-    if folder is not None and section.dataset:
+    template: TemplateLike | None = None
+    if folder is None and section.dataset:
+        template = GuessedTemplate()
+    elif folder is not None and section.dataset:
         from swift.models.template import Template
-        from swift.plan.light import LightTokenizer
 
         try:
             template = Template(LightTokenizer(folder), resolved.config.template, resolved.command == "pt")
@@ -239,6 +247,7 @@ def _plan_rows(resolved: Resolved, folder: Path | None, warnings: list[str]) -> 
         except SwiftError as error:
             warnings.append(f"tokens are not counted: {_one_line(error)}")
     rows = plan_rows(resolved, section.dataset, section.dataset_weights, template)
+    rows.is_guessed = folder is None
     shown = rows.warnings[:3]
     warnings += shown
     if len(rows.warnings) > len(shown):
@@ -269,6 +278,7 @@ def _data(resolved: Resolved, rows: RowPlan, warnings: list[str]) -> tuple[dict[
         "validation_rows": validation,
         "tokens": None if tokens is None else round(tokens * share),
         "tokens_exact": rows.tokens_exact and share == 1,
+        "tokens_guessed": rows.is_guessed,
         "sampled_rows": rows.sampled,
         "longer_than_max_length": round(long / len(rows.lengths), 4) if rows.lengths else None,
         "datasets": rows.datasets,
@@ -340,7 +350,8 @@ def _steps(
         "epochs": round(total / per_epoch, 3),
         "exact": epoch.exact
         and rows.rows_exact
-        and (rows.tokens_exact or section.truncation_strategy != "delete"),
+        and (rows.tokens_exact or section.truncation_strategy != "delete")
+        and not (rows.is_guessed and mode == "packed"),
         "warmup_steps": warmup,
         "schedule": training.lr_scheduler_type,
         "learning_rate": training.learning_rate,
