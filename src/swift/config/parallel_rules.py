@@ -24,14 +24,17 @@ _FROM_ENVIRONMENT = ("nnodes", "node_rank", "master_addr", "master_port")
 _SHARDED_OPTIMIZERS = ("adamw", "sgd", "adafactor", "rmsprop", "adagrad", "adamax")
 
 
-def settle_parallel(resolved: Resolved) -> None:
+def settle_parallel(resolved: Resolved, *, recorded: bool) -> None:
     """Fill the sizes that nobody gave. Raises ConfigError when they cannot be filled.
 
     What a run has recorded without anybody having typed it is settled anew: it may go on with other processes.
+    ``recorded``: no process is started; the environment may be that of a run which goes on in another layout.
     """
     section = resolved.config.parallel
-    _take_environment(resolved)
-    processes, said_by = _processes(resolved)
+    processes, said_by = None, ""
+    if not recorded:
+        _take_environment(resolved)
+        processes, said_by = _processes(resolved)
     zero = _zero(resolved)
     _ring_over_all(resolved, processes, said_by)
     total, shard, copies = (

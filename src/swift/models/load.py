@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from swift.core.errors import ModelError
 from swift.core.logging import get_logger, quiet_libraries
 from swift.core.registry import closest
 from swift.models.classifier import ClassifierHead, classifier_of, start_head
-from swift.models.facts import ModelFacts, check_model_folder
+from swift.models.facts import ModelFacts, check_model_folder, read_model_config
 from swift.models.quantised import (
     check_loadable,
     check_packages,
@@ -281,7 +280,7 @@ def find_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model class and config: by name where transformers has it, which avoids importing the Auto classes."""
     import transformers
 
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_model_config(folder)
     remote = trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
     architectures = raw.get("architectures") or []
     if not remote:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swift.config.adapter_names import split_name
 from swift.config.bind import dump
@@ -23,6 +23,7 @@ from swift.parallel.layout import Layout
 from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
+from swift.plan.light import GuessedTemplate, LightTokenizer
 from swift.plan.result import Plan
 from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
 from swift.plan.serving import base_of_adapter, serving_memory
@@ -32,6 +33,9 @@ from swift.plan.speed import measure_pace, read_pace, remember, run_key, time_of
 from swift.plan.steps import Epoch, plan_epoch, step_counts
 from swift.plan.verdict import TIGHT_SHARE, fits
 from swift.rl.sizes import answers_in_step, derive_sizes
+
+if TYPE_CHECKING:
+    from swift.data.tokenise import TemplateLike
 
 __all__ = ["make_plan", "remember_run"]
 
@@ -66,11 +70,12 @@ def make_plan(
         _check_layout(resolved, facts, warnings)
     _derive(resolved, facts, device, warnings)
     _look_for_files(resolved, warnings)
-    run = _Run(resolved, facts, folder, device, warnings)
+    is_here = device_memory is None and device.count != 0
+    run = _Run(resolved, facts, folder, device, is_here, warnings)
     training: _Training | None = None
     parts: dict[str, Any] = {}
     if resolved.command in ("pt", "sft", "rlhf"):
-        training = _plan_training(run, lengths, exact, probe and device_memory is None)
+        training = _plan_training(run, lengths, exact, probe)
         parts = training.parts
     elif resolved.command == "export":
         read = partial(_plan_rows, resolved, folder, warnings)
@@ -94,12 +99,13 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Run:
-    """What is planned and for which device; ``warnings`` grow while it is looked at."""
+    """What is planned and for which device, maybe one of this machine; ``warnings`` grow while it is looked at."""
 
     resolved: Resolved
     facts: ModelFacts | None
     folder: Path | None
     device: DeviceFacts
+    is_here: bool
     warnings: list[str]
 
 
@@ -125,17 +131,20 @@ def _plan_training(
     parts: dict[str, dict[str, Any]] = {"data": data, "steps": {}}
     widest = _widest(resolved, rows.sequences)
     if fitting:
-        parts["steps"], widest = _steps(resolved, rows, fitting, run.warnings)
+        parts["steps"], found = _steps(resolved, rows, fitting, run.warnings)
+        widest = widest if rows.is_guessed else found  # memory is not promised by a guess
     setup: Setup | None = None
     if facts is not None:
         setup = make_setup(resolved, facts, run.folder, device, widest, run.warnings)
         traced = exact(resolved, facts, run.folder, widest, setup) if exact else None
         parts["memory"] = memory_of(resolved, facts, setup, device, parts["steps"], traced)
         if parts["steps"]:
-            if probe and device.count:
+            if probe and run.is_here:
                 _probe_once(resolved, device, setup)
-            parts["time"] = time_of(resolved, facts, setup, device, parts["steps"])
+            time = time_of(resolved, facts, setup, device, parts["steps"])
+            parts["time"] = {**time, "can_be_measured": run.is_here}
     longest = rows.longest or (-(-max(fitting) // rows.sequences) if fitting else None)
+    longest = None if rows.is_guessed else longest
     return _Training(parts, setup, partial(_widest, sequences=rows.sequences, longest=longest))
 
 
@@ -257,10 +266,11 @@ def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
 
 def _plan_rows(resolved: Resolved, folder: Path | None, warnings: list[str]) -> RowPlan:
     section = resolved.config.data
-    template = None
-    if folder is not None and section.dataset:
+    template: TemplateLike | None = None
+    if folder is None and section.dataset:
+        template = GuessedTemplate()
+    elif folder is not None and section.dataset:
         from swift.models.template import Template
-        from swift.plan.light import LightTokenizer
 
         try:
             template = Template(LightTokenizer(folder), resolved.config.template, resolved.command == "pt")
@@ -269,6 +279,7 @@ def _plan_rows(resolved: Resolved, folder: Path | None, warnings: list[str]) -> 
         except SwiftError as error:
             warnings.append(f"tokens are not counted: {_one_line(error)}")
     rows = plan_rows(resolved, section.dataset, section.dataset_weights, template)
+    rows.is_guessed = folder is None
     shown = rows.warnings[:3]
     warnings += shown
     if len(rows.warnings) > len(shown):
@@ -299,6 +310,7 @@ def _data(resolved: Resolved, rows: RowPlan, warnings: list[str]) -> tuple[dict[
         "validation_rows": validation,
         "tokens": None if tokens is None else round(tokens * share),
         "tokens_exact": rows.tokens_exact and share == 1,
+        "tokens_guessed": rows.is_guessed,
         "sampled_rows": rows.sampled,
         "longer_than_max_length": round(long / len(rows.lengths), 4) if rows.lengths else None,
         "datasets": rows.datasets,
@@ -370,7 +382,8 @@ def _steps(
         "epochs": round(total / per_epoch, 3),
         "exact": epoch.exact
         and rows.rows_exact
-        and (rows.tokens_exact or section.truncation_strategy != "delete"),
+        and (rows.tokens_exact or section.truncation_strategy != "delete")
+        and not (rows.is_guessed and mode == "packed"),
         "warmup_steps": warmup,
         "schedule": training.lr_scheduler_type,
         "learning_rate": training.learning_rate,

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from swift.config.export_rules import METHODS, Method
 from swift.config.schema import Resolved
 from swift.core.devices import describe_cpu
@@ -169,12 +171,19 @@ def _work_folder(target: Path, fingerprint: str, say: Callable[[str], None]) -> 
             mark.write_text(fingerprint)
         yield work
         shutil.rmtree(work)
-    except BaseException:
+    except BaseException as error:
         done = [work / name for name in ("merged", "original", "quantised")]
         if not any(entry.exists() for entry in done):
             shutil.rmtree(work)
         else:
             say(f"what is done so far is in {work}; the same command goes on from there")
+        if isinstance(error, (OSError, SafetensorError)):
+            raise SwiftError(
+                "a file cannot be written or read",
+                where=str(getattr(error, "filename", None) or work),
+                why=str(error),
+                fix="free some space, or --output_dir elsewhere",
+            ) from error
         raise
     finally:
         lock.release()

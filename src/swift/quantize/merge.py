@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import folder_bytes, free_bytes
@@ -84,11 +86,11 @@ def merge_context(
 
     try:
         difference = merge_to_folder(bundle.model, tokenizer, folder, probes=probes, finish=finish)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SwiftError(
             "the merged model cannot be written",
             where=str(folder),
-            why=error.strerror,
+            why=str(error),
             fix="--output_dir elsewhere",
         ) from error
     say(f"check     {difference}")

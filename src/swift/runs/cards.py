@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from swift.core.format import format_bytes, format_count, format_duration
+from swift.runs.metrics import read_metrics
 
 __all__ = ["end_card_lines", "plan_card_lines", "print_card", "print_end_card", "print_plan_card"]
 
@@ -161,6 +162,8 @@ def _data_lines(data: Mapping[str, Any]) -> Lines:
     text = f"{data['rows']:,} rows"
     if data.get("tokens"):
         how = "counted" if data["tokens_exact"] else f"estimated from {data['sampled_rows']:,} rows"
+        if data.get("tokens_guessed"):
+            how = "guessed by the size of the texts: the tokenizer is not on this disk"
         text += f", {format_count(data['tokens'])} tokens ({how})"
     if data.get("validation_rows"):
         text += f"; validation {data['validation_rows']:,} rows"
@@ -193,6 +196,8 @@ def _memory_text(memory: Mapping[str, Any]) -> str:
 def _time_text(time: Mapping[str, Any]) -> str:
     flops = f"{time['flops_per_step'] / 1e12:.3g} TFLOP a step"
     if time["seconds"] is None:
+        if not time.get("can_be_measured", True):
+            return f"not known ({flops}): it is measured where the device is"
         return f"not known yet ({flops}): swift plan ... --exact measures this machine once, a first run does as well"
     return f"about {format_duration(time['seconds'])} by {time['source']} ({flops})"
 
@@ -222,7 +227,10 @@ def end_card_lines(folder: Path, summary: Mapping[str, Any]) -> Lines:
     """Label and text of what came out, and the commands one would type next."""
     lines: Lines = []
     loss = [f"{summary[key]:.4f}" for key in ("first_loss", "last_loss") if summary.get(key) is not None]
-    if loss:
+    rewards = _rewards(folder)
+    if rewards:  # a policy's loss says little
+        lines.append(("reward", f"{rewards[0]:.4f} -> {rewards[-1]:.4f}"))
+    elif loss:
         lines.append(("loss", " -> ".join(loss)))
     evaluation = summary.get("evaluation") or {}
     if evaluation:
@@ -242,6 +250,14 @@ def end_card_lines(folder: Path, summary: Mapping[str, Any]) -> Lines:
     if kept:
         lines.append(("checkpoints", ", ".join(kept)))
     return lines + _next_commands(folder, summary)
+
+
+def _rewards(folder: Path) -> list[float]:
+    """Of the sampled answers; none where nothing was sampled."""
+    file = folder / "metrics.jsonl"
+    if not (folder / "rollouts").is_dir() or not file.is_file():
+        return []
+    return [row["reward"] for row in read_metrics(file) if row.get("reward") is not None]
 
 
 def _work_text(summary: Mapping[str, Any]) -> str:
@@ -271,6 +287,8 @@ def _next_commands(folder: Path, summary: Mapping[str, Any]) -> Lines:
     if summary.get("task_type"):  # it writes no text
         flag = "--adapters" if adapter.is_file() else "--model"
         commands[0] = f"swift deploy {flag} {checkpoint}"
+    if (folder / "rollouts").is_dir():
+        commands.append(f"swift rollouts show {shlex.quote(str(folder))}")
     if summary.get("stop_reason"):
         commands.append(f"swift resume {shlex.quote(str(folder))}")
     return [("next" if place == 0 else "", command) for place, command in enumerate(commands)]

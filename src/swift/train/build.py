@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from swift.config.schema import Resolved
-from swift.core.errors import SwiftError
+from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import free_bytes
 from swift.core.format import format_bytes
 from swift.data.collate import collate
@@ -399,9 +399,18 @@ def _metric_names(prepared: Prepared, objective: Objective) -> tuple[str, ...]:
 
 
 def check_place_in_data(prepared: Prepared) -> None:
-    """Raise SwiftError when the checkpoint's place in the data means another one by now."""
+    """Raise SwiftError when the checkpoint's place in the data means another one by now, or is behind the end."""
     checkpoint = prepared.checkpoint
-    if checkpoint is None or read_state(checkpoint).cursor_fingerprint in ("", _cursor_fingerprint(prepared)):
+    if checkpoint is None:
+        return
+    state, total = read_state(checkpoint), prepared.plan.total_steps
+    if state.step > total:  # else its config.yaml would say less than was trained
+        raise ConfigError(
+            f"{state.step} steps are done already, {total} are asked for",
+            where=str(checkpoint),
+            fix=f"--max_steps with more than {state.step}, or resume an earlier checkpoint-N of the run",
+        )
+    if state.cursor_fingerprint in ("", _cursor_fingerprint(prepared)):
         return
     raise SwiftError(
         "the data or its batching changed since the checkpoint, so the run cannot go on exactly",
