@@ -97,7 +97,7 @@ def make_plan(
             parts = exact(resolved, facts, folder, widest, setup) if exact else None
             memory = memory_of(resolved, facts, setup, device, steps, parts)
             if steps:
-                is_here = device_memory is None and device.count > 0
+                is_here = device_memory is None and bool(device.count)
                 if probe and is_here:
                     _probe_once(resolved, device, setup)
                 time = {**time_of(resolved, facts, setup, device, steps), "can_be_measured": is_here}
