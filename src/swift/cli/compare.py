@@ -20,7 +20,7 @@ _DISPENSABLE = (
     "rouge2", "rouge1", "best_eval_loss", "eval_perplexity", "best loss", "eval_token_accuracy", "device-hours",
     "memory (estimate)", "tokens", "evaluation.loss", "retries", "time", "rougeL", "exact_match", "last loss",
 )  # fmt: skip
-"""Columns that a narrow terminal goes without, the first one first, then those of suites; never the one that decides."""
+"""Columns that a narrow terminal goes without, the first one first, then suites'; never the one that decides."""
 _WIDTH = 120
 """Where the output is no terminal."""
 _SIDEWAYS = 6

@@ -360,7 +360,7 @@ def _read_evaluation(outcome: Outcome, path: Path) -> None:
 
 
 def _read_figures(outcome: Outcome, path: Path) -> None:
-    """Of EvalScope and lm-eval, which keep the rows in forms of their own: means, and intervals where they tell some."""
+    """Of EvalScope and lm-eval, which keep rows in forms of their own: means, and intervals where they tell some."""
     results = read_json(path)
     outcome.evaluation |= {
         name: value for name, value in results.get("metrics", {}).items() if is_number(value)
