@@ -90,16 +90,8 @@ def _dispatch(words: list[str]) -> int:
 
 
 _CLOSED_ON_SIGTERM = (
-    "data",
-    "download",
-    "eval",
-    "export",
-    "infer",
-    "merge-lora",
-    "models",
-    "plan",
-    "toolchain",
-)
+    "data", "demo", "download", "eval", "export", "infer", "merge-lora", "models", "plan", "run", "toolchain",
+)  # fmt: skip
 """Trainings, servers and services see to it themselves: they save, or end what they answer."""
 
 
