@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,14 @@ def test_importing_the_command_is_light() -> None:
         "import sys, swift.cli.doctor; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     assert doctor._child(program, 60.0) == "[]\n"
+
+
+def test_every_extra_that_is_named_brings_the_package() -> None:
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    extras = settings["project"]["optional-dependencies"]
+    assert set(extras) - {"dev", "bench"} == {
+        doctor.extra_of(name) for name in doctor.OPTIONAL if name not in doctor.INSTALL
+    }
+    for name in doctor.OPTIONAL:
+        if name not in doctor.INSTALL:
+            assert any(entry.startswith(name) for entry in extras[doctor.extra_of(name)]), name

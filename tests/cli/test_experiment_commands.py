@@ -176,9 +176,9 @@ def test_run_inline_needs_no_service(home, swift, tmp_path):
     assert find_service(home) is None
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_inline_run_is_ended_or_killed(home, tmp_path, sent):
-    """Ctrl-C: nothing outlives the process, all is paused for ``swift resume``. Killed: the rest can be cancelled."""
+    """Ctrl-C, SIGTERM: nothing outlives it, all is paused for ``swift resume``. Killed: the rest can be cancelled."""
     waits = {"command": "data", "words": ["show", str(tmp_path / "pipe")]}
     os.mkfifo(tmp_path / "pipe")  # reading it takes for ever
     path = tmp_path / "pair.yaml"
@@ -198,8 +198,8 @@ def test_an_inline_run_is_ended_or_killed(home, tmp_path, sent):
         wait_for(lambda: any(job.state == "running" for job in store.jobs()), "a job to run")
         process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
-    if sent == signal.SIGINT:
-        assert process.returncode == 130 and "swift resume pair" in errors
+    if sent != signal.SIGKILL:
+        assert process.returncode == 128 + sent and "swift resume pair" in errors
         assert [job.state for job in store.jobs()] == ["paused", "paused"]
         return
     assert end_left_jobs(home) == 2

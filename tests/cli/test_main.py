@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -171,3 +174,23 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     )
     assert done.stdout == "{\n"
     assert done.stderr == ""
+
+
+def test_sigterm_closes_what_a_command_has_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = []
+
+    def run(argv: list[str]) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(60)
+        finally:
+            left.append(argv)
+        return 0
+
+    monkeypatch.setattr(main_module, "load_command", lambda _: run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["eval", "x"]) == 143
+    assert left == [["x"]] and capsys.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -228,6 +228,29 @@ def test_a_small_lead_on_few_rows_is_called_chance(make_run: MakeRun) -> None:
     assert (winner.experiment, winner.not_clearly_better_than) == ("a", ["b"])
 
 
+def test_figures_of_programs_of_others_are_compared(make_run: MakeRun) -> None:
+    """EvalScope and lm-eval leave no rows in our form, but means, and some of them intervals."""
+    jobs = []
+    for name, right in (("a", 0.25), ("b", 0.75)):
+        run = make_run(name)
+        interval = {"mean": right, "low": 0.1, "high": 0.9, "num_rows": 8}
+        figures = {"acc": right, "f1": right / 2, "num_rows": 8, "intervals": {"acc": interval}}
+        metrics = {"quiz.acc": right, "quiz.f1": right / 2}
+        (run / "eval" / "evaluate").mkdir(parents=True)
+        results = {"backend": "evalscope", "tasks": {"quiz": figures}, "metrics": metrics}
+        (run / "eval" / "evaluate" / "results.json").write_text(json.dumps(results))
+        jobs.append(job(name, run))
+    comparison = collect(jobs, metric="quiz.f1")
+    assert comparison.winner is not None and comparison.winner.experiment == "b"
+    assert [row.value("quiz.f1") for row in comparison.rows] == [0.375, 0.125]
+    assert comparison.rows[0].evaluation["num_rows"] == 8
+    cells = {column.title: column.cells for column in table_of(comparison)}
+    assert cells["quiz.f1"] == ["0.375", "0.125"]
+    assert cells["quiz.acc"][0].startswith("0.75 [0.1, 0.9")
+    lines = table_lines(table_of(comparison), 30, "quiz.f1")
+    assert "quiz.acc" in lines[-1] and "quiz.f1" in "".join(lines[:-1])
+
+
 def test_pairs_are_the_shared_rows_only(make_run: MakeRun) -> None:
     jobs = [
         job("a", make_run("a", answers=[1.0] * 5)),

@@ -65,6 +65,15 @@ def test_stages_for_failures_do_not_start_and_impossible_jobs_are_named() -> Non
     assert rows["huge"]["problems"] == ["asks for 8 devices, this machine has 2 alike with 5.0 GiB"]
 
 
+def test_what_a_problem_says_is_no_warning_as_well() -> None:
+    spec = job("a")
+    spec.estimate.update(
+        problems=["x.jsonl: no such file\n  fix: y"], warnings=["x.jsonl: no such file", "other"]
+    )
+    (row,) = forecast([spec], INVENTORY)["jobs"]
+    assert row["warnings"] == ["other"]
+
+
 @pytest.mark.parametrize(
     ("needs", "says"),
     [

@@ -19,7 +19,7 @@ from swift.config.sections.template import TemplateSection
 from swift.config.sections.vllm import VllmSection
 from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.inference.context import InferenceContext
-from swift.inference.engines.base import EngineBusy, Grammar, Request, SamplingOptions
+from swift.inference.engines.base import EngineBusy, EngineClosing, Grammar, Request, SamplingOptions
 from swift.inference.engines.vllm import VllmEngine, make
 from swift.inference.engines.vllm_server import Launch, check_weights, server_arguments, server_variables
 
@@ -152,13 +152,13 @@ def test_closing_lets_requests_end_and_cancels_those_that_do_not(place: Path) ->
         assert engine._child is not None
         pid = engine._child.pid
         streams = [engine.submit(Request(str(n), [50])) for n in range(2)]
-        with pytest.raises(EngineBusy, match="queue is full"):
+        with pytest.raises(EngineBusy, match="running and waiting"):
             engine.submit(Request("third", [50]))
         assert (engine.stats().running, engine.stats().waiting) == (1, 1)
         await anext(streams[0])
         await engine.close(drain_seconds=0.05)
         assert [delta.finish_reason async for delta in streams[0]] == ["abort"]
-        with pytest.raises(EngineBusy):
+        with pytest.raises(EngineClosing):
             engine.submit(Request("late", [1]))
         assert not exists(pid)
 

@@ -69,6 +69,25 @@ def test_large_data_is_estimated_and_says_so(work: Path) -> None:
     assert plan_of(work, data="large.jsonl#100")["data"]["rows"] == 100
 
 
+def test_steps_without_the_models_tokenizer_follow_from_the_size_of_the_texts(work: Path) -> None:
+    (work / "by-hand.jsonl").write_text(
+        '{"query": "123456789", "response": "\u6c49\u5b57"}\n' * 40
+    )  # 9 and 6 bytes
+    plans = []
+    for name in ("by-hand.jsonl", "small.jsonl"):
+        argv = ["--model", "qwen3-0.6b", "--dataset", str(work / name), "--device", "cuda"]
+        resolved = resolve("sft", argv, planning=True)
+        plans.append(make_plan(resolved, device_memory=24 << 30, solving=True).to_dict())
+    first = plans[0]
+    assert first["data"]["tokens"] == 40 * (4 + 10)  # 15 bytes are 4 tokens, and two turns of 5
+    assert first["data"]["tokens_guessed"] and not first["data"]["tokens_exact"]
+    assert (first["steps"]["total"], first["steps"]["steps_per_epoch"]) == (9, 3)  # 16 rows a step
+    assert first["time"]["seconds"] is None and not first["time"]["can_be_measured"]
+    # What may fit is not told by a guess: both as for rows of full length.
+    assert plans[1]["memory"]["parts"] == first["memory"]["parts"]
+    assert plans[1]["solution"] == first["solution"]
+
+
 def test_steps_by_hand(work: Path) -> None:
     # 38 training rows (5 % of 40 aside): 10 micro-batches of 4, 4 steps of 3 an epoch, 8 in 2 epochs, 25 % warm-up
     flags = "--split_dataset_ratio 0.05 --per_device_train_batch_size 4 --gradient_accumulation_steps 3"

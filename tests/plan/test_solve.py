@@ -58,6 +58,15 @@ def test_answers_are_written_in_more_goes_where_their_keys_and_values_do_not_fit
     assert parts["temporary"] > 8 * parts["weights"], "the whole model is there while its answers are sampled"
 
 
+def test_full_training_stays_full_where_its_copies_in_float32_are_what_is_too_much() -> None:
+    assert plan_of("--tuner_type full", 80).solution["flags"] == "--param_dtype bfloat16"
+    assert (
+        plan_of("--tuner_type full --torch_dtype float32", 80)
+        .solution["flags"]
+        .startswith("--tuner_type lora")
+    )
+
+
 def test_no_change_can_be_left_out() -> None:
     words = "--tuner_type full --per_device_train_batch_size 8"
     solution = plan_of(words, 24).solution

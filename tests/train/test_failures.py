@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from swift.core.errors import ConfigError, DataError, ModelError, SwiftError
+from swift.core.errors import ConfigError, DataError, ModelError, SwiftError, TransientError
 from swift.data.batching import BatchSchedule
 from swift.runs.metrics import read_metrics
 from swift.runs.status import read_status
@@ -39,6 +39,9 @@ def caused(cause):
         (caused(OSError(errno.ENOSPC, "No space left on device")), "disk"),
         (caused(SafetensorError("I/O error: No space left on device (os error 28)")), "disk"),
         (caused(OSError(errno.EIO, "I/O error")), "crash"),
+        (caused(FileNotFoundError(errno.ENOENT, "No such file")), "refused"),
+        (SwiftError("there is no metric 'eval_f1'"), "refused"),  # the next attempt would say the same
+        (TransientError("a worker process died"), "crash"),
         (ValueError("anything"), "crash"),
     ],
 )

@@ -192,6 +192,16 @@ def test_resumed_runs_are_bit_equal(run_training, tmp_path, pairs, options):
     train_and_resume(run_training, tmp_path, **{**common, **options})
 
 
+@pytest.mark.parametrize("start", ["adapter", "pissa"])
+def test_adapters_resume_with_the_reference_they_began_with(run_training, tmp_path, pairs, start):
+    options = {"command": "rlhf", "dataset": pairs, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
+    if start == "adapter":
+        options["adapters"] = [str(run_training(run_name="before", max_steps=2).folder / "last")]
+    else:
+        options["init_weights"] = start
+    train_and_resume(run_training, tmp_path, **options)
+
+
 def test_full_training_resumes_with_the_reference_it_began_with(run_training, tmp_path, pairs):
     import shutil
 

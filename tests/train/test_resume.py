@@ -225,6 +225,10 @@ def test_a_run_can_be_resumed_from_anywhere_with_other_options_and_remembers_the
     )
     monkeypatch.chdir(tmp_path)
     config = str(first.folder / "config.yaml")
+    written = Path(config).read_text()
+    with pytest.raises(ConfigError, match="2 steps are done already, 1 are asked for"):
+        train(resolve("sft", [config, "--resume_from_checkpoint", str(first.folder), "--max_steps", "1"]))
+    assert Path(config).read_text() == written  # which says what was trained
     longer = resolve("sft", [config, "--resume_from_checkpoint", str(first.folder), "--max_steps", "4"])
     assert train(longer, say=lambda text: None).summary["steps"] == 4
     recorded = load_run_config(first.folder)

@@ -20,7 +20,7 @@ _DISPENSABLE = (
     "rouge2", "rouge1", "best_eval_loss", "eval_perplexity", "best loss", "eval_token_accuracy", "device-hours",
     "memory (estimate)", "tokens", "evaluation.loss", "retries", "time", "rougeL", "exact_match", "last loss",
 )  # fmt: skip
-"""Columns that a narrow terminal goes without, the first one first; never the one that decides."""
+"""Columns that a narrow terminal goes without, the first one first, then suites'; never the one that decides."""
 _WIDTH = 120
 """Where the output is no terminal."""
 _SIDEWAYS = 6
@@ -130,7 +130,8 @@ def table_lines(columns: Sequence[Column], width: int | None, metric: str) -> li
     text, hidden = upright(), []
     if not fits(text) and len(columns[0].cells) <= _SIDEWAYS and fits(sideways()):
         text = sideways()
-    for title in _DISPENSABLE:
+    suites = [column.title for column in reversed(shown) if "." in column.title]
+    for title in (*_DISPENSABLE, *suites):
         if fits(text):
             break
         if title != metric and any(column.title == title for column in shown):

@@ -21,7 +21,7 @@ from typing import Any
 from swift.core.errors import UsageError
 from swift.core.format import format_bytes
 
-__all__ = ["examine", "import_probe", "other_owners", "run", "thread_warning"]
+__all__ = ["examine", "extra_of", "import_probe", "other_owners", "run", "thread_warning"]
 
 USAGE = "usage: swift doctor [--json]\n\nReport devices, versions and what is missing for what. Exit 1 on problems."
 CORE = (
@@ -49,6 +49,10 @@ OPTIONAL = {
     "torchao": "8-bit weights (--quant_method torchao)",
     "schedulefree": "--optim schedule_free_adamw",
     "peft": "DoRA, AdaLoRA, VeRA, OFT, BOFT, IA3, LoHa, LoKr, FourierFT, Bone; LoRA on fused experts",
+    "llguidance": "answers of a given form from the server (JSON, regular expressions, grammars, required tool calls)",
+    "math-verify": "--metric math",
+    "sacrebleu": "--metric bleu, chrf",
+    "jsonschema-rs": "--reward_funcs json_schema",
 }
 """Distribution -> what it is good for."""
 INSTALL = {"flash-attn": "pip install flash-attn --no-build-isolation"}
@@ -339,13 +343,21 @@ def _print(report: dict[str, Any]) -> None:
         print("no problems found")
 
 
-def _how(name: str) -> str:
-    extra = {
+def extra_of(name: str) -> str:
+    """The extra of swift-forge that brings a distribution."""
+    return {
         **dict.fromkeys(CUDA_EXTRA, "cuda"),
         "optuna": "sweep",
         "modelscope-hub": "modelscope",
-        "peft": "dev",
+        "peft": "tuners",
+        "llguidance": "serve",
+        "math-verify": "eval",
+        "sacrebleu": "eval",
+        "jsonschema-rs": "eval",
         "bitsandbytes": "bnb",
         "schedulefree": "optim",
     }.get(name, name)
-    return INSTALL.get(name, f"pip install 'swift-forge[{extra}]'")
+
+
+def _how(name: str) -> str:
+    return INSTALL.get(name, f"pip install 'swift-forge[{extra_of(name)}]'")

@@ -1,16 +1,19 @@
 """The ``swift`` command: finds the command, runs it, and turns failures into lines and exit codes.
 
-Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from swift.cli.table import COMMANDS, LATER_COMMANDS, Command, find_command, load_command
-from swift.core.errors import SwiftError, UsageError
+from swift.core.errors import SwiftError, Terminated, UsageError
 from swift.core.registry import suggest
 
 __all__ = ["main", "megatron"]
@@ -33,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader (head, less) went away. Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,7 +85,31 @@ def _dispatch(words: list[str]) -> int:
             if command.name == "plan" and rest[0] in COMMANDS:
                 command = COMMANDS[rest[0]]
             return _print_help(command, asked)
-    return load_command(command)(rest)
+    with _closing_on_sigterm(command.name):
+        return load_command(command)(rest)
+
+
+_CLOSED_ON_SIGTERM = (
+    "data", "demo", "download", "eval", "export", "infer", "merge-lora", "models", "plan", "run", "toolchain",
+)  # fmt: skip
+"""Trainings, servers and services see to it themselves: they save, or end what they answer."""
+
+
+@contextlib.contextmanager
+def _closing_on_sigterm(name: str) -> Iterator[None]:
+    """Within the block SIGTERM raises Terminated, so that folders on the way are removed and children ended."""
+    if name not in _CLOSED_ON_SIGTERM or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _help(words: list[str]) -> int:

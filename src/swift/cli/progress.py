@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from swift.core.errors import Terminated
+
 
 class AnswerProgress:
-    """A progress line on a terminal, nothing elsewhere; on Ctrl-C it says how to go on."""
+    """A progress line on a terminal, nothing elsewhere; on Ctrl-C and SIGTERM it says how to go on."""
 
     def __init__(self, go_on: str, total: int | None = None) -> None:
         from rich.console import Console
@@ -29,5 +31,5 @@ class AnswerProgress:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._bar.stop()
-        if kind is KeyboardInterrupt:
+        if kind in (KeyboardInterrupt, Terminated):
             print(f"stopped; {self._go_on}", file=sys.stderr)

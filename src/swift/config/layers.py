@@ -312,7 +312,7 @@ class Binder:
         if self.unknown:
             raise unknown_options(self.unknown)
 
-    def finish(self, files: list[str], planning: bool, partial: bool) -> Resolved:
+    def finish(self, files: list[str], planning: bool, partial: bool, recorded: bool = False) -> Resolved:
         """Lay the layers over one another, derive what nobody set, check what belongs together."""
         self.refuse_unknown()
         switches = frozenset(name for name, on in self.switches.items() if on)
@@ -364,7 +364,7 @@ class Binder:
             list(files),
             planning,
         )
-        rules.apply(resolved, self.command, partial=partial)
+        rules.apply(resolved, self.command, partial=partial, recorded=recorded)
         return resolved
 
 

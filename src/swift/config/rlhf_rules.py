@@ -12,7 +12,6 @@ from swift.config.sections.rlhf import DPO_TYPES, LATER_TYPES, PAIR_TYPES, POLIC
 __all__ = ["RLHF_DERIVATIONS", "RLHF_OPTIONS", "check_rlhf", "rlhf_metrics"]
 
 
-_REFERENCE = ("ref_model", "ref_adapters", "precompute_ref_log_probs")
 _ALONE = {"kto": ("kto", "apo_zero_unpaired"), "orpo": ("orpo",), "simpo": ("simpo",), "cpo": ("cpo",)}
 """Types with losses of their own, the default first; dpo has all the others."""
 _PAIRED = (

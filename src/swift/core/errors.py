@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataError", "HubError", "ModelError", "NotOnHub", "SwiftError", "UsageError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "HubError",
+    "ModelError",
+    "NotOnHub",
+    "SwiftError",
+    "Terminated",
+    "TransientError",
+    "UsageError",
+]
 
 
 class SwiftError(Exception):
@@ -37,6 +47,14 @@ class SwiftError(Exception):
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
+
+
+class Terminated(SystemExit):
+    """SIGTERM has come: what is open is closed on the way out, as after Ctrl-C."""
+
+
+class TransientError(SwiftError):
+    """Somebody else died or did not answer in time: the same again may succeed (the queue tries it)."""
 
 
 class UsageError(SwiftError):

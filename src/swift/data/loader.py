@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import TypeVar, cast
 
-from swift.core.errors import SwiftError
+from swift.core.errors import TransientError
 from swift.data.batching import BatchSchedule, MicroBatch, Mode, deal
 from swift.data.collate import Batch, batch_of
 from swift.data.layout import Layout, lay_out, lay_out_in_worker
@@ -145,7 +145,7 @@ def ahead(items: Iterator[T], count: int, deadline_seconds: float) -> Generator[
             except queue.Empty:
                 message = f"no batch for {deadline_seconds:.0f} s"
                 why = "the loading thread is stuck, or the disk that holds the tokens is"
-                raise SwiftError(message, where=_STAGE, why=why) from None
+                raise TransientError(message, where=_STAGE, why=why) from None
             if item is _End:
                 return
             if isinstance(item, BaseException):

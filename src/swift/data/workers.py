@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any, Generic, TypeVar
 
-from swift.core.errors import SwiftError
+from swift.core.errors import TransientError
 
 __all__ = ["WorkerPool"]
 
@@ -82,11 +82,11 @@ class WorkerPool(Generic[In, Out]):
                 waiting.popleft()
         except BrokenProcessPool as error:
             message = "a worker process died"
-            raise SwiftError(message, where=self.stage, why=str(error), fix=self.fix) from error
+            raise TransientError(message, where=self.stage, why=str(error), fix=self.fix) from error
         except TimeoutError as error:
             why = "its processes are stuck, or the disk they read from is"
             message = f"no result for {self.deadline_seconds:.0f} s"
-            raise SwiftError(message, where=self.stage, why=why) from error
+            raise TransientError(message, where=self.stage, why=why) from error
         finally:
             for future in waiting:
                 future.cancel()

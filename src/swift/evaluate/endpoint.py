@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from swift.core.errors import SwiftError
+from swift.core.errors import TransientError
 from swift.core.logging import get_logger
 
 __all__ = ["Endpoint", "EndpointError"]
@@ -25,7 +25,7 @@ _HELLO_SECONDS = 30.0
 """For the list of models: a server that is not there is told soon."""
 
 
-class EndpointError(SwiftError):
+class EndpointError(TransientError):
     """The server said no, or nothing in time."""
 
 

@@ -69,12 +69,17 @@ def write_metrics(path: Path, summary: Mapping[str, Any]) -> Path:
     return target
 
 
+def _elsewhere(path: Path) -> str:
+    """The option that puts results into another file: of swift eval, or of swift infer."""
+    return "--eval_name NEW or --eval_output_dir FOLDER" if path.name == SAMPLES else "--result_path NEW_FILE"
+
+
 def _unwritable(path: Path, error: OSError) -> SwiftError:
     return SwiftError(
         "the results cannot be written",
         where=str(path),
         why=error.strerror,
-        fix="free some space, or --result_path elsewhere; the same command goes on where it stopped",
+        fix=f"free some space, or {_elsewhere(path)}; the same command goes on where it stopped",
     )
 
 
@@ -110,7 +115,7 @@ class ResultFile:
                     "this is not a result of swift infer",
                     where=f"{self.path}:{number}",
                     why=str(error),
-                    fix="--result_path NEW_FILE",
+                    fix=_elsewhere(self.path),
                 ) from None
             end += len(line)
         if end < len(content):
@@ -123,7 +128,7 @@ class ResultFile:
                 raise ConfigError(
                     f"row {index} in this file was answered for other data, another model or other options",
                     where=str(self.path),
-                    fix="--result_path NEW_FILE",
+                    fix=_elsewhere(self.path),
                 )
 
     def append(self, results: Sequence[Mapping[str, Any]]) -> None:

@@ -31,14 +31,15 @@ def find_samples(place: str) -> Path:
         return path
     if (path / SAMPLES).is_file():
         return path / SAMPLES
-    for theirs in _THEIRS:
-        if (path / theirs).exists():
-            raise UsageError(
-                "the answers of this evaluation are in the files of the program that made it",
-                where=place,
-                fix=f"look into {path / theirs}",
-            )
     found = [*path.glob(f"eval/*/{SAMPLES}"), *path.glob("infer-*.jsonl")]
+    theirs = [path / name for name in _THEIRS if (path / name).exists()]
+    theirs += [] if found else [file for name in _THEIRS for file in path.glob(f"eval/*/{name}")]
+    if theirs:
+        raise UsageError(
+            "the answers of this evaluation are in the files of the program that made it",
+            where=place,
+            fix=f"look into {theirs[0]}; swift compare shows its figures",
+        )
     if not found:
         raise UsageError("there are no results", where=place, fix="swift eval --model RUN --val_dataset FILE")
     return max(found, key=lambda file: file.stat().st_mtime)

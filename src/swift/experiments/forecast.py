@@ -187,6 +187,7 @@ def _remember(line: _Line, reason: str) -> None:
 def _row(line: _Line, refused: Decision | None) -> dict[str, Any]:
     spec, place = line.spec, line.placement
     starts_at_once = line.order is not None and line.start == 0
+    problems = [*([refused.reason] if refused else []), *spec.estimate.get("problems", [])]
     return {
         "name": spec.name,
         "experiment": spec.experiment,
@@ -205,8 +206,12 @@ def _row(line: _Line, refused: Decision | None) -> dict[str, Any]:
         "wait": None if starts_at_once else "; ".join(line.reasons) or None,
         "after": [{"job": need.job, "condition": need.condition} for need in spec.after],
         "run_dir": spec.run_dir,
-        "problems": [*([refused.reason] if refused else []), *spec.estimate.get("problems", [])],
-        "warnings": spec.estimate.get("warnings", []),
+        "problems": problems,
+        "warnings": [
+            warning
+            for warning in spec.estimate.get("warnings", [])
+            if not any(warning in text for text in problems)
+        ],
     }
 
 

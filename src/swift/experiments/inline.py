@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from swift.core.errors import UsageError
+from swift.core.errors import Terminated, UsageError
 from swift.experiments.engine import Engine
 from swift.experiments.follow import follow
 from swift.experiments.home import Home
@@ -30,8 +30,8 @@ def run_inline(
 ) -> tuple[str, list[Job]]:
     """Submit, run to the end, return (group, jobs).
 
-    Jobs that were queued in this home before run as well: it is the same queue. At Ctrl-C the submitted jobs are
-    paused, running ones with a checkpoint: none outlives this process, and ``swift resume NAME`` goes on.
+    Jobs that were queued in this home before run as well: it is the same queue. At Ctrl-C and SIGTERM the submitted
+    jobs are paused, running ones with a checkpoint: none outlives this process, and ``swift resume NAME`` goes on.
 
     Args:
         follow_: shows progress; calls its last argument to let the engine work for about so many seconds.
@@ -58,7 +58,7 @@ def run_inline(
         engine.tick()
         try:
             return group.name, follow_(home, engine.store, group.name, work)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             _pause(engine, group.name)
             raise
     finally:

@@ -12,10 +12,10 @@ import yaml
 
 from swift.config.sections.generation import METRICS
 from swift.core.errors import DataError
+from swift.core.files import read_json
 from swift.evaluate.results import RESULTS, SAMPLES, row_metrics
 from swift.evaluate.statistics import Interval, bootstrap, is_number
 from swift.experiments.home import Home
-from swift.experiments.progress import read_json
 from swift.experiments.serving import SERVING
 from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec
 from swift.runs.folder import RunFolder
@@ -143,6 +143,18 @@ class Outcome:
             *own, *self.training, *answers, *(["evaluation.loss"] if "loss" in self.evaluation else [])
         ]  # fmt: skip
 
+    def measured(self) -> list[str]:
+        """What the evaluation tells of the model: means with intervals, figures of all rows at once, and everything
+        that a program of others measured."""
+        names = dict.fromkeys((*self.intervals, *self.evaluation))
+        return [
+            name
+            for name in names
+            if name in self.intervals
+            or name.rpartition(".")[2].startswith("corpus_")
+            or (not self.answers and name.rpartition(".")[2] not in _COUNTS)
+        ]
+
 
 _COUNTS = ("num_rows", "num_references", "num_bad_rows", "max_new_tokens", "judge_failures")
 
@@ -194,6 +206,9 @@ def read_outcome(jobs: Sequence[Job], home: Home | None, now: float) -> Outcome:
     for path in _evaluation_files(main, jobs):
         if path.exists():
             _read_evaluation(outcome, path)
+            break
+        if path.name == SAMPLES and (path.parent / RESULTS).exists():
+            _read_figures(outcome, path.parent / RESULTS)
             break
     return outcome
 
@@ -312,9 +327,11 @@ def _evaluation_files(main: Job, jobs: Iterable[Job]) -> list[Path]:
     if main.spec.run_dir is None:
         return files
     run = Path(main.spec.cwd) / main.spec.run_dir
-    others = [file for file in run.glob(f"eval/*/{SAMPLES}") if file.parent != run / RESULT_FOLDER]
+    found = [*run.glob(f"eval/*/{SAMPLES}"), *run.glob(f"eval/*/{RESULTS}")]
+    others = [file for file in found if file.parent != run / RESULT_FOLDER]
     newest = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
-    return [*files[:1], run / RESULT_FOLDER / SAMPLES, *files[1:], *newest]
+    named = dict.fromkeys(file.parent / SAMPLES for file in newest)
+    return [*files[:1], run / RESULT_FOLDER / SAMPLES, *files[1:], *named]
 
 
 def _read_evaluation(outcome: Outcome, path: Path) -> None:
@@ -340,6 +357,23 @@ def _read_evaluation(outcome: Outcome, path: Path) -> None:
     )
     outcome.evaluation |= {name: value for name, value in summary.items() if is_number(value)}
     outcome.evaluation["num_rows"] = len(results)
+
+
+def _read_figures(outcome: Outcome, path: Path) -> None:
+    """Of EvalScope and lm-eval, which keep rows in forms of their own: means, and intervals where they tell some."""
+    results = read_json(path)
+    outcome.evaluation |= {
+        name: value for name, value in results.get("metrics", {}).items() if is_number(value)
+    }
+    tasks = results.get("tasks", {})
+    for task, figures in tasks.items():
+        outcome.intervals |= {
+            f"{task}.{name}": Interval(**interval) for name, interval in figures.get("intervals", {}).items()
+        }
+    if not outcome.evaluation:
+        outcome.problems.append(f"{path} holds no metrics")
+        return
+    outcome.evaluation["num_rows"] = sum(figures.get("num_rows") or 0 for figures in tasks.values())
 
 
 def _answers(results: Sequence[dict[str, Any]]) -> list[Answer]:

@@ -68,12 +68,7 @@ def table_of(comparison: Comparison) -> list[Column]:
                 "evaluation.loss" if name == "loss" else name,
                 [_with_interval(row.evaluation.get(name), row.intervals.get(name)) for row in rows],
             )
-            for name in dict.fromkeys(
-                name
-                for row in rows
-                for name in (*row.intervals, *row.evaluation)
-                if name in row.intervals or name.rpartition(".")[2].startswith("corpus_")
-            )
+            for name in dict.fromkeys(name for row in rows for name in row.measured())
         ),
         Column("tokens", [_unless_none(format_count, row.num_tokens) for row in rows]),
         Column(

@@ -6,7 +6,6 @@ prompt come from the run's ``config.yaml``. Options set on the command line win.
 
 from __future__ import annotations
 
-import json
 import shlex
 import textwrap
 from dataclasses import dataclass, field
@@ -22,13 +21,13 @@ from swift.config.sections.template import TemplateSection
 from swift.core.errors import ConfigError, ModelError
 from swift.hubs.names import is_repo_name
 from swift.models.classifier import ClassifierHead, is_classifier_name
-from swift.models.facts import read_safetensors_header
+from swift.models.facts import read_model_config, read_safetensors_header
 from swift.models.load import ModelBundle, load_bundle
 from swift.models.locate import derive_chat_template, locate_model
 from swift.runs.folder import RunFolder
 from swift.tuners.merge import unpack_base
 from swift.tuners.peft_format import adapter_folder, is_adapter_folder, load_adapter, read_adapter_config
-from swift.tuners.peft_names import CONFIG_FILE, WEIGHTS_FILE, needs_rounded_base
+from swift.tuners.peft_names import WEIGHTS_FILE, needs_rounded_base
 
 __all__ = ["InferenceContext", "find_context", "load_context"]
 
@@ -186,7 +185,7 @@ def load_context(context: InferenceContext, resolved: Resolved) -> ModelBundle:
 
 def _score_head(adapter: Path, recorded: Resolved | None) -> ClassifierHead | None:
     """The score head that an adapter was trained with, None for adapters of a model that writes text."""
-    config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_adapter_config(adapter)
     if config.get("task_type") != "SEQ_CLS":
         return None
     header = read_safetensors_header(adapter / WEIGHTS_FILE)[0]
@@ -198,7 +197,7 @@ def _score_head(adapter: Path, recorded: Resolved | None) -> ClassifierHead | No
 
 def _stored_head(model: Path) -> ClassifierHead | None:
     """The score head of a whole model, None where it writes text."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = read_model_config(model)
     if not any(map(is_classifier_name, config.get("architectures") or [])):
         return None
     num_labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)  # transformers' default
@@ -238,7 +237,7 @@ def _run_config(source: Path) -> tuple[Resolved | None, Path | None]:
 
 def _base_model(adapter: Path, recorded: Resolved | None, section: ModelSection) -> Path:
     """The folder of the adapter's base: where it was, else (an adapter from elsewhere) by its name on a hub."""
-    config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_adapter_config(adapter)
     names = [recorded.config.model.model if recorded else None, config.get("base_model_name_or_path")]
     named = [name for name in dict.fromkeys(names) if name]
     for name in named:

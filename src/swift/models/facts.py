@@ -17,9 +17,16 @@ from swift.core.format import format_bytes
 from swift.core.registry import closest
 from swift.models.counting import count_by_config, count_tensors, decoder_sizes, routed_parameters
 
-__all__ = ["ModelFacts", "check_model_folder", "read_safetensors_header", "resolve_model_path"]
+__all__ = [
+    "ModelFacts",
+    "check_model_folder",
+    "read_json_object",
+    "read_model_config",
+    "read_safetensors_header",
+    "resolve_model_path",
+    "stored_tensors",
+]
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -88,7 +95,7 @@ class ModelFacts:
         Raises:
             ModelError: config.json is missing, or is not a decoder's.
         """
-        raw = _read_config(folder)
+        raw = read_model_config(folder)
         try:
             weights = weight_files(folder)
             tensors = _tensors(weights)
@@ -215,7 +222,7 @@ def check_model_folder(folder: Path, need_weights: bool = True, need_tokenizer: 
     """Raise ModelError for what would otherwise fail late: missing, incomplete or truncated files."""
     if not folder.is_dir():
         raise ModelError("there is no such folder", where=str(folder))
-    _read_config(folder)
+    read_model_config(folder)
     if need_tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
             "the model folder has no tokenizer",
@@ -280,6 +287,12 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length + max(ends, default=0)
 
 
+def stored_tensors(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> header entry (``shape``, ``dtype``) of every tensor in the safetensors files of a folder."""
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    return {name: entry for file in files for name, entry in read_safetensors_header(file)[0].items()}
+
+
 def _check_complete(file: Path) -> None:
     _, expected = read_safetensors_header(file)
     actual = file.stat().st_size
@@ -292,7 +305,8 @@ def _check_complete(file: Path) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder. Raises ModelError when there is none, or it is not JSON."""
     file = folder / "config.json"
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -302,13 +316,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
             why="it holds an adapter, not a model" if adapter else None,
             fix=f"--adapters {folder}" if adapter else "--model must name a Hugging Face model folder",
         )
+    return read_json_object(file)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A file of a model folder. Raises ModelError when it is not a JSON object."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError("config.json is not valid JSON", where=str(file), why=str(error)) from error
-    if not isinstance(config, dict):
-        raise ModelError("config.json is not a JSON object", where=str(file))
-    return config
+        fix = "download or copy it again"
+        raise ModelError(
+            f"{file.name} is not valid JSON", where=str(file), why=str(error), fix=fix
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file.name} is not a JSON object", where=str(file))
+    return content
 
 
 def _tied(raw: dict[str, Any], config: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 from swift.config.sections.parallel import ParallelSection
 from swift.core.devices import cpu_count
-from swift.core.errors import SwiftError
+from swift.core.errors import SwiftError, TransientError
 from swift.core.process import descendants, die_with_parent, identify, send_signal
 from swift.parallel.late import describe_ranks, leave_stacks_in
 
@@ -230,7 +230,7 @@ def _report_loss(rank: int) -> None:
         file.write(text)
 
 
-class LostOthers(SwiftError):
+class LostOthers(TransientError):
     """Another process died, or did not come to where all have to meet."""
 
     exit_code = EXIT_LOST

@@ -19,7 +19,7 @@ from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from swift.core.backends.base import backend_of
-from swift.core.errors import SwiftError
+from swift.core.errors import SwiftError, TransientError
 from swift.parallel.engine import StepCounts
 from swift.parallel.layout import Layout
 from swift.parallel.mesh import build_mesh
@@ -168,11 +168,12 @@ class World:
             try:
                 store.wait([key], datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
             except (distributed.DistStoreError, RuntimeError) as error:
-                raise SwiftError(
+                raise TransientError(
                     f"rank {rank} is not done after {seconds:.0f} s, or is gone", where=stage, why=str(error)
                 ) from error
             if told := json.loads(store.get(key)):
-                failure = SwiftError(told["message"], where=told["where"], why=told["why"], fix=told["fix"])
+                kind = TransientError if told["may_pass"] else SwiftError
+                failure = kind(told["message"], where=told["where"], why=told["why"], fix=told["fix"])
                 failure.exit_code = told["exit_code"]
                 raise failure
         found: list[Any] = [None] * self.size
@@ -197,9 +198,9 @@ def said_by_main(value: T) -> T:
 def _told(error: BaseException, rank: int, stage: str) -> dict[str, Any]:
     """Of what other ranks raise for it."""
     if not isinstance(error, SwiftError):
-        error = SwiftError(f"rank {rank} has failed", where=stage, why=f"{type(error).__name__}: {error}")
+        error = TransientError(f"rank {rank} has failed", where=stage, why=f"{type(error).__name__}: {error}")
     names = ("message", "where", "why", "fix", "exit_code")
-    return {name: getattr(error, name) for name in names}
+    return {name: getattr(error, name) for name in names} | {"may_pass": isinstance(error, TransientError)}
 
 
 def join(layout: Layout, device_type: str, timeout_seconds: int) -> World:

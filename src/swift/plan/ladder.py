@@ -91,6 +91,17 @@ def smaller_optimizer(options: Options) -> Change | None:
     return Change({"optim": f"{paged}adamw_8bit"}, "AdamW in 8 bits")
 
 
+def narrow_weights(options: Options) -> Change | None:
+    """Full training without float32 copies, where it computes in bfloat16 anyway: small updates are rounded away."""
+    computes = options.get("torch_dtype", "auto")
+    on_cpu = str(options.get("device", "cpu")).startswith("cpu")
+    if options.get("tuner_type") not in ("full", "llamapro") or options.get("param_dtype") == "bfloat16":
+        return None
+    if computes != "bfloat16" and (on_cpu or computes != "auto"):
+        return None
+    return Change({"param_dtype": "bfloat16"}, "trained weights in bfloat16, without float32 copies")
+
+
 def adapters_only(options: Options) -> Change | None:
     """LoRA in the place of full training."""
     if options.get("tuner_type") not in ("full", "llamapro"):
@@ -139,6 +150,7 @@ LADDER: tuple[Callable[[Options], Change | None], ...] = (
     fewer_at_once,
     smaller_chunks,
     smaller_optimizer,
+    narrow_weights,
     adapters_only,
     quantised_base,
     offload,

@@ -1,18 +1,20 @@
 """A tokenizer without transformers: what `swift.models.template.Template` needs of one, over the tokenizers library.
 
-Importing transformers and loading its tokenizer costs more than a whole plan may.
+Importing transformers and loading its tokenizer costs more than a whole plan may. And a guess, for models whose
+tokenizer is not on this disk.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swift.core.errors import ModelError
 
-__all__ = ["LightTokenizer"]
+__all__ = ["BYTES_PER_TOKEN", "GuessedTemplate", "LightTokenizer"]
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -72,6 +74,50 @@ class LightTokenizer:
     ) -> dict[str, list[list[Any]]]:
         encodings = self.backend_tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return {"input_ids": [e.ids for e in encodings], "offset_mapping": [e.offsets for e in encodings]}
+
+
+BYTES_PER_TOKEN = 4
+"""Of UTF-8, as large vocabularies have it for English; also for Chinese, where a token is a character or two."""
+_TURN_TOKENS = 5
+"""What chat templates write around a message."""
+
+
+@dataclass(frozen=True)
+class _Guessed:
+    input_ids: list[int]
+    labels: list[int]
+    weights: None = None
+
+
+class GuessedTemplate:
+    """As many tokens as texts of this length have in general: enough for steps and time, not for a limit of memory."""
+
+    fingerprint = "guessed"
+
+    def encode_many(
+        self, samples: Sequence[tuple[list[dict[str, Any]], list[Any] | None]], /
+    ) -> list[_Guessed]:
+        found = [self.encode_sequence(messages, tools) for messages, tools in samples]
+        return [_Guessed(ids, ids) for ids in found]
+
+    def encode_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> list[int]:
+        return self.encode_sequence(messages, tools)
+
+    def encode_sequence(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        end_token: bool = False,
+    ) -> list[int]:
+        said = [message.get("content") or "" for message in messages]
+        texts = [text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for text in said]
+        size = sum(len(text.encode(errors="replace")) for text in texts) + (
+            len(json.dumps(tools)) if tools else 0
+        )
+        return [0] * (-(-size // BYTES_PER_TOKEN) + _TURN_TOKENS * len(texts))
 
 
 def _text(token: Any) -> str:

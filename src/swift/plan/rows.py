@@ -44,6 +44,7 @@ class RowPlan:
         is_cut: the lengths are those after the truncation policy, which holds for each sequence of a row.
         sequences: that a row becomes: 2 of a pair of answers.
         longest: tokens of the longest sequence of such rows; None: not known.
+        is_guessed: the lengths are guessed from those of the texts.
     """
 
     rows: int = 0
@@ -55,11 +56,12 @@ class RowPlan:
     is_cut: bool = False
     sequences: int = 1
     longest: int | None = None
+    is_guessed: bool = False
 
     @property
     def tokens_exact(self) -> bool:
         """True when every row was tokenised."""
-        return self.rows_exact and self.sampled > 0 and len(self.lengths) == self.rows
+        return not self.is_guessed and self.rows_exact and self.sampled > 0 and len(self.lengths) == self.rows
 
     def estimate_tokens(self, max_length: int | None, truncation: str) -> int | None:
         """Tokens of an epoch after the truncation policy; None without a sample."""

@@ -88,7 +88,9 @@ def base_of_adapter(entry: str) -> str | None:
     folder = _adapter_folder(Path(split_name(entry)[1]).expanduser())
     if folder is None:
         return None
-    name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    name = config.get("base_model_name_or_path")
     return str(name) if name else None

@@ -23,18 +23,10 @@ def fits(plan: Plan, device: DeviceFacts) -> bool | None:
     elif plan.memory and device.memory_bytes is not None:
         verdict = plan.memory["total"] <= TIGHT_SHARE * device.memory_bytes
         if not verdict:
+            needed, there = format_bytes(plan.memory["total"]), format_bytes(device.memory_bytes)
+            hint = _more_room(plan, device)
             plan.warnings.append(
-                f"memory: about {format_bytes(plan.memory['total'])} on a {device.kind} device of"
-                f" {format_bytes(device.memory_bytes)}; "
-                + (
-                    (
-                        "a machine with more memory"
-                        if device.kind == "cpu"
-                        else "another machine, or --device cpu"
-                    )
-                    if plan.export
-                    else f"swift plan {plan.command} ... --solve says what makes it fit"
-                )
+                f"memory: about {needed} on a {device.kind} device of {there}" + (f"; {hint}" if hint else "")
             )
     if plan.memory:
         plan.memory["fits"] = verdict
@@ -42,6 +34,8 @@ def fits(plan: Plan, device: DeviceFacts) -> bool | None:
         disk = plan.memory["disk"]
         if disk["total_bytes"] > disk["free_bytes"]:
             what, fix = ("checkpoints need", "--save_total_limit 1 keeps fewer")
+            if disk.get("checkpoints") == 1:
+                fix = "--output_dir on another disk, or --save_only_model true (no resume)"
             if plan.export:
                 what, fix = ("an export needs", "--output_dir on another disk")
             plan.warnings.append(
@@ -54,3 +48,10 @@ def fits(plan: Plan, device: DeviceFacts) -> bool | None:
         )
         verdict = False
     return verdict
+
+
+def _more_room(plan: Plan, device: DeviceFacts) -> str:
+    """Where to look for what makes it fit; empty when the plan has said it."""
+    if plan.export:
+        return "a machine with more memory" if device.kind == "cpu" else "another machine, or --device cpu"
+    return "" if plan.solution else f"swift plan {plan.command} ... --solve says what makes it fit"

@@ -17,12 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from swift.config.export_rules import METHODS, Method
 from swift.config.schema import Resolved
 from swift.core.devices import describe_cpu
 from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.core.files import atomic_directory, atomic_write_json, free_bytes, remove_partial
 from swift.core.format import format_bytes
+from swift.evaluate.evaluation import set_threads
 from swift.inference.context import InferenceContext, find_context
 from swift.inference.engines.vllm_server import check_weights
 from swift.models.facts import ModelFacts
@@ -54,10 +57,7 @@ def export(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path
     if note := context.note():
         say(note)
     keep_stored_precision(resolved, context.model)
-    if resolved.config.training.num_threads is not None:
-        import torch
-
-        torch.set_num_threads(resolved.config.training.num_threads)
+    set_threads(resolved)
     from swift.quantize.layers import kept_layers
 
     options, trusted = resolved.config.export, resolved.config.model.trust_remote_code
@@ -171,12 +171,19 @@ def _work_folder(target: Path, fingerprint: str, say: Callable[[str], None]) -> 
             mark.write_text(fingerprint)
         yield work
         shutil.rmtree(work)
-    except BaseException:
+    except BaseException as error:
         done = [work / name for name in ("merged", "original", "quantised")]
         if not any(entry.exists() for entry in done):
             shutil.rmtree(work)
         else:
             say(f"what is done so far is in {work}; the same command goes on from there")
+        if isinstance(error, (OSError, SafetensorError)):
+            raise SwiftError(
+                "a file cannot be written or read",
+                where=str(getattr(error, "filename", None) or work),
+                why=str(error),
+                fix="free some space, or --output_dir elsewhere",
+            ) from error
         raise
     finally:
         lock.release()

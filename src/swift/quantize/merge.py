@@ -6,10 +6,13 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import folder_bytes, free_bytes
 from swift.core.format import format_bytes
+from swift.evaluate.evaluation import set_threads
 from swift.inference.context import InferenceContext, find_context
 from swift.models.compare import LogitsDifference
 from swift.models.facts import ModelFacts
@@ -36,10 +39,7 @@ def merge(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path,
     _check_disk(context.model, folder)
     if note := context.note():
         say(note)
-    if resolved.config.training.num_threads is not None:
-        import torch
-
-        torch.set_num_threads(resolved.config.training.num_threads)
+    set_threads(resolved)
     keep_stored_precision(resolved, context.model)
     report = merge_context(resolved, context, folder, say)
     say(f"merged    {folder}")
@@ -86,11 +86,11 @@ def merge_context(
 
     try:
         difference = merge_to_folder(bundle.model, tokenizer, folder, probes=probes, finish=finish)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SwiftError(
             "the merged model cannot be written",
             where=str(folder),
-            why=error.strerror,
+            why=str(error),
             fix="--output_dir elsewhere",
         ) from error
     say(f"check     {difference}")

@@ -10,7 +10,7 @@ from typing import Any
 from swift.config.bind import resolve
 from swift.config.policy_rules import reward_name
 from swift.config.schema import Config
-from swift.core.errors import ConfigError, SwiftError
+from swift.core.errors import ConfigError, SwiftError, TransientError
 from swift.core.logging import get_logger
 from swift.core.registry import closest
 from swift.parallel.world import World
@@ -111,7 +111,7 @@ class Rewards:
     def _failed(self, name: str, failure: RewardFailure, where: str, count: int, total: int) -> str:
         text = f"{where}: the reward {name} {failure.kind}: {failure.why}"
         if self.policy == "stop" or count == total:
-            raise SwiftError(
+            raise TransientError(
                 f"the reward {name} {failure.kind}" + (f" for all {total} answers" if count == total else ""),
                 where=where,
                 why=failure.why,

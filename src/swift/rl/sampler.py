@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from swift.core.errors import ConfigError, SwiftError
+from swift.core.errors import ConfigError, TransientError
 from swift.inference.engines.base import Delta, Request, SamplingOptions
 from swift.inference.engines.blocking import Completion
 from swift.inference.engines.embedded_core import EmbeddedCore
@@ -132,7 +132,7 @@ class EmbeddedSampler:
 
     def _trajectory(self, job: SamplingJob, answer: Completion, version: int) -> Trajectory:
         if answer.finish_reason not in ("stop", "length"):
-            raise SwiftError(
+            raise TransientError(
                 "an answer could not be sampled",
                 where=f"sampling, {job.row[0]}{job.row[1]}",
                 why=answer.error,
@@ -200,7 +200,7 @@ class _Deadline:
         self._calls += 1
         self._done += delta.finish_reason is not None
         if self._calls % _CHECKED_EVERY == 0 and time.monotonic() > self.end:
-            raise SwiftError(
+            raise TransientError(
                 f"{self._done} of {self.num_jobs} answers after {self.seconds:.0f} s",
                 where="sampling",
                 fix="a smaller --max_completion_length or --generation_batch_size",

@@ -162,6 +162,8 @@ def _data_lines(data: Mapping[str, Any]) -> Lines:
     text = f"{data['rows']:,} rows"
     if data.get("tokens"):
         how = "counted" if data["tokens_exact"] else f"estimated from {data['sampled_rows']:,} rows"
+        if data.get("tokens_guessed"):
+            how = "guessed by the size of the texts: the tokenizer is not on this disk"
         text += f", {format_count(data['tokens'])} tokens ({how})"
     if data.get("validation_rows"):
         text += f"; validation {data['validation_rows']:,} rows"
@@ -194,6 +196,8 @@ def _memory_text(memory: Mapping[str, Any]) -> str:
 def _time_text(time: Mapping[str, Any]) -> str:
     flops = f"{time['flops_per_step'] / 1e12:.3g} TFLOP a step"
     if time["seconds"] is None:
+        if not time.get("can_be_measured", True):
+            return f"not known ({flops}): it is measured where the device is"
         return f"not known yet ({flops}): swift plan ... --exact measures this machine once, a first run does as well"
     return f"about {format_duration(time['seconds'])} by {time['source']} ({flops})"
 

@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 
-from swift.core.errors import ConfigError, DataError, ModelError, SwiftError, UsageError
+from swift.core.errors import ConfigError, DataError, ModelError, SwiftError, TransientError, UsageError
 
 __all__ = ["FailureKind", "NonFiniteError", "failure_kind"]
 
-FailureKind = Literal["out_of_memory", "nonfinite", "data", "config", "disk", "crash"]
+FailureKind = Literal["out_of_memory", "nonfinite", "data", "config", "disk", "refused", "crash"]
 
+_STAYS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 
 
@@ -22,14 +23,21 @@ class NonFiniteError(SwiftError):
 
 
 def failure_kind(error: BaseException) -> FailureKind:
-    """The kind of a run's last error; causes behind it count (a checkpoint that met a full disk)."""
+    """The kind of a run's last error; causes behind it count (a checkpoint that met a full disk).
+
+    ``refused``: explained, and the next attempt would say the same.
+    """
     seen: BaseException | None = error
+    may_pass = False
     while seen is not None:
         kind = _kind(seen)
         if kind is not None:
             return kind
+        may_pass |= isinstance(seen, TransientError) or (
+            isinstance(seen, OSError) and not isinstance(seen, _STAYS)
+        )
         seen = seen.__cause__
-    return "crash"
+    return "refused" if isinstance(error, SwiftError) and not may_pass else "crash"
 
 
 def _kind(error: BaseException) -> FailureKind | None:

@@ -130,7 +130,11 @@ def check_tuner_options(resolved: Resolved, adapter: Path) -> None:
 
     Raises ConfigError: its folder decides how it is made; options beside it would be ignored.
     """
-    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    file = adapter / "adapter_config.json"
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError("broken adapter configuration", where=str(file), why=str(error)) from None
     for name in type(resolved.config.tuner).model_fields:
         if name == "tuner_type" or not resolved.is_explicit(name):
             continue

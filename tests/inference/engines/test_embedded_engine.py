@@ -17,7 +17,7 @@ from engine_models import in_loop, lively, prompts
 
 from swift.config.sections.engine import EngineSection
 from swift.core.errors import ConfigError, ModelError
-from swift.inference.engines.base import Delta, EngineBusy, Grammar, Request, SamplingOptions
+from swift.inference.engines.base import Delta, EngineBusy, EngineClosing, Grammar, Request, SamplingOptions
 from swift.inference.engines.embedded import EmbeddedEngine
 from swift.inference.engines.embedded_core import Completion, EmbeddedCore
 from swift.models.load import ModelBundle
@@ -116,8 +116,24 @@ async def test_a_full_queue_and_a_closing_engine_refuse(bundle: ModelBundle) -> 
         await engine.close(drain_seconds=0.0)
         rest = await read(closing)
         assert rest.finish_reason == "abort"
-        with pytest.raises(EngineBusy, match="shutting down"):
+        with pytest.raises(EngineClosing, match="shutting down"):
             engine.submit(Request("late", [5], GREEDY))
+        with pytest.raises(EngineClosing, match="shutting down"):
+            await engine.load_adapter("late", Path("nowhere"))
+
+
+@in_loop
+async def test_commands_that_a_closed_engine_has_not_come_to_are_told(bundle: ModelBundle) -> None:
+    held = threading.Event()
+    async with running(bundle) as engine:
+        engine._inbox.put(lambda: held.wait(60))
+        waiting = asyncio.create_task(engine.load_adapter("a", Path("nowhere")))
+        closing = asyncio.create_task(engine.close())
+        await asyncio.sleep(0)  # the command lies in the inbox, and the thread will find that it shall end
+        held.set()
+        await closing
+        with pytest.raises(EngineClosing, match="shutting down"):
+            await waiting
 
 
 @in_loop

@@ -123,8 +123,11 @@ class _Answer:
                 engine.open.discard(self.request.id)
             first = False
             await asyncio.sleep(0)
-            while engine.held.is_set():
+            while engine.held.is_set() and not engine.closed:
                 await asyncio.sleep(0.005)
+            if engine.closed and not last:
+                yield Delta(finish_reason="abort")
+                return
 
     def _info(self, token: int, number: int | None) -> TokenInfo:
         top = tuple((token + step, -(token + step) / 1000) for step in range(number or 0))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ import openai
 import pytest
 from scripted import ScriptedEngine, running, with_limits
 
-from swift.inference.engines.base import Delta
+from swift.inference.engines.base import Delta, EngineClosing
 from swift.inference.server.service import Service
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -51,6 +52,7 @@ def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"messages": [{"content": "x"}]}, 422, "messages.0.role"),
         ({"messages": [{"role": "user", "content": 7}]}, 422, "messages.0.content"),
         ({"messages": HELLO, "model": "other"}, 404, "these are served: tiny"),
+        ({"messages": HELLO, "max_tokens": 0}, 400, "one token at least"),
         ({"messages": HELLO, "max_tokens": 5000}, 400, "takes 512 together"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "takes 512 together"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "wizard"),
@@ -77,6 +79,11 @@ def test_what_cannot_be_answered(
         answer = httpx.post(url + CHAT, content=raw, headers={"Content-Type": "application/json"})
         assert said in refused(answer, status)["message"]
     assert not engine.open
+
+
+def test_the_fault_of_the_form_that_was_meant_is_told(url: str) -> None:
+    error = refused(httpx.post(url + "/v1/embeddings", json={"model": "tiny", "input": []}), 422)
+    assert "at least 1 item" in error["message"]
 
 
 def test_prompts_that_are_too_long_have_openais_code(client: openai.OpenAI) -> None:
@@ -189,6 +196,34 @@ def test_an_error_of_the_engine_is_a_fault(url: str, engine: ScriptedEngine, mon
 
     monkeypatch.setattr(engine, "submit", lambda request: deltas())
     refused(httpx.post(url + CHAT, json={"messages": HELLO}), 500)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/load_lora_adapter", "/v1/score"])
+def test_an_engine_that_closes_or_does_not_answer_is_no_fault_of_the_request(
+    service: Service, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+) -> None:
+    bodies: dict[str, Any] = {
+        CHAT: {"messages": HELLO},
+        "/v1/load_lora_adapter": {"lora_name": "late", "lora_path": str(tmp_path)},
+        "/v1/score": {"text_1": "a", "text_2": "b"},
+    }
+    first = next(iter(service.models.values()))
+    task = "reranker" if path == "/v1/score" else "causal_lm"
+    served = replace(
+        service,
+        models={first.name: replace(first, task=task)},
+        read_adapter=lambda name, folder: replace(first, name=name, folder=folder, adapter=name),
+    )
+
+    def closes(*_: Any, **__: Any) -> Any:
+        raise EngineClosing("the engine is shutting down")
+
+    for name in ("submit", "load_adapter", "pool"):
+        monkeypatch.setattr(engine, name, closes)
+    with running(served) as url:
+        answer = httpx.post(url + path, json=bodies[path])
+    assert "shutting down" in refused(answer, 503)["message"] and answer.headers["retry-after"] == "5"
+    assert list(served.models) == [first.name]
 
 
 @pytest.mark.parametrize("stream", [False, True])

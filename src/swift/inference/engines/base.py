@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from swift.core.errors import TransientError
+
 __all__ = [
     "Delta",
     "EngineBusy",
+    "EngineClosing",
     "EngineStats",
     "FinishReason",
     "Grammar",
@@ -129,8 +132,12 @@ class Delta:
     error: str | None = None
 
 
-class EngineBusy(Exception):
-    """The engine takes no further request now (its queue is full, or it is draining)."""
+class EngineBusy(TransientError):
+    """The engine takes no further request now: its queue is full."""
+
+
+class EngineClosing(TransientError):
+    """The engine takes no further request: it is going down."""
 
 
 @dataclass(frozen=True)

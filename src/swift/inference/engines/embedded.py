@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from typing import Any
 from swift.config.schema import Resolved
 from swift.config.sections.engine import EngineSection
 from swift.config.sections.task import TaskSection
-from swift.core.errors import ConfigError, SwiftError
+from swift.core.errors import ConfigError, SwiftError, TransientError
 from swift.core.logging import get_logger
 from swift.inference.context import InferenceContext, load_context
-from swift.inference.engines.base import Delta, EngineBusy, EngineStats, Request
+from swift.inference.engines.base import Delta, EngineBusy, EngineClosing, EngineStats, Request
 from swift.inference.engines.embedded_core import EmbeddedCore, Event
 from swift.inference.engines.embedded_grammar import GrammarState
 from swift.models.load import ModelBundle
@@ -60,6 +60,7 @@ class EmbeddedEngine:
         self._is_closing = self._stops = False
         self._pools: list[tuple[list[Sequence[int]], str | None, Future[list[list[float]]]]] = []
         self._leaving: dict[str, Future[None]] = {}
+        self._waits: set[Future[Any]] = set()
         self._thread = threading.Thread(target=self._work, name="swift-engine", daemon=True)
         self._ready: Future[None] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -94,7 +95,7 @@ class EmbeddedEngine:
         """See `InferenceEngine.submit`. A grammar is compiled in another thread: when it is bad, ConfigError comes
         with the first delta asked for."""
         if self._is_closing:
-            raise EngineBusy("the engine is shutting down")
+            raise EngineClosing("the engine is shutting down")
         if request.id in self._streams:
             raise ConfigError(f"there is a request {request.id!r} already")
         if self.core.is_full(self._num_queued):
@@ -112,7 +113,7 @@ class EmbeddedEngine:
             self._num_queued -= 1
             try:
                 self.core.add(stream.request, grammar)
-            except (SwiftError, EngineBusy) as error:
+            except SwiftError as error:
                 self._later(stream.fail, error)
 
         self._inbox.put(add)
@@ -162,6 +163,9 @@ class EmbeddedEngine:
         self._stops = True
         self._inbox.put(lambda: None)
         await asyncio.to_thread(self._thread.join, _COMMAND_SECONDS)
+        for result in list(self._waits):  # commands that the thread has not come to
+            with contextlib.suppress(InvalidStateError):
+                result.set_exception(EngineClosing("the engine is shutting down"))
         for stream in list(self._streams.values()):
             stream.put(Delta(finish_reason="abort"))
         self._streams.clear()
@@ -174,12 +178,15 @@ class EmbeddedEngine:
 
     async def _wait(self, result: Future[Any], stage: str) -> Any:
         if self._is_closing:
-            raise EngineBusy("the engine is shutting down")
+            raise EngineClosing("the engine is shutting down")
+        self._waits.add(result)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(result), _COMMAND_SECONDS)
         except TimeoutError:
             why = f"{_COMMAND_SECONDS:.0f} s have passed"
-            raise SwiftError("the engine does not answer", where=stage, why=why) from None
+            raise TransientError("the engine does not answer", where=stage, why=why) from None
+        finally:
+            self._waits.discard(result)
 
     # -- the thread's side ------------------------------------------------------------------------------------
 

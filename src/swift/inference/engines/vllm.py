@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from swift.config.schema import Config, Resolved
 from swift.config.sections.vllm import VllmSection
 from swift.core.devices import describe_cpu
-from swift.core.errors import ConfigError, SwiftError
-from swift.inference.engines.base import Delta, EngineBusy, EngineStats, Request
+from swift.core.errors import ConfigError, SwiftError, TransientError
+from swift.inference.engines.base import Delta, EngineBusy, EngineClosing, EngineStats, Request
 from swift.inference.engines.vllm_server import (
     BASE,
     Launch,
@@ -146,7 +146,7 @@ class VllmEngine:
 
     def _check_alive(self, what: str) -> None:
         if self._child is None or self._child.poll() is not None:
-            raise SwiftError(
+            raise TransientError(
                 f"vLLM {what}", where=str(self.log), why=self._child.log_tail() if self._child else None
             )
 
@@ -162,11 +162,10 @@ class VllmEngine:
 
     def submit(self, request: Request) -> AsyncIterator[Delta]:
         """See the protocol. A grammar that vLLM refuses raises ConfigError from the iterator."""
-        if (
-            self._closing
-            or len(self._answers) >= self.launch.options.max_num_seqs + self.launch.options.max_waiting
-        ):
-            raise EngineBusy("draining" if self._closing else "the queue is full")
+        if self._closing:
+            raise EngineClosing("the engine is shutting down")
+        if len(self._answers) >= self.launch.options.max_num_seqs + self.launch.options.max_waiting:
+            raise EngineBusy(f"{len(self._answers)} requests are running and waiting")
         self._check_alive("has ended")
         if len(request.prompt) + 1 > self.max_model_len:
             raise ConfigError(
@@ -298,7 +297,7 @@ class VllmEngine:
             answer = await self._client.request(method, path, json=body)
         except httpx.HTTPError as error:
             self._check_alive("has ended")
-            raise SwiftError(f"vLLM did not answer {path}: {error!r}", where=str(self.log)) from None
+            raise TransientError(f"vLLM did not answer {path}: {error!r}", where=str(self.log)) from None
         if answer.status_code >= 400:
             raise SwiftError(f"vLLM refuses {path}: {error_text(answer.text)}", where=str(self.log))
         return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text

@@ -14,13 +14,14 @@ import psutil
 from swift.config.sections.engine import EngineSection
 from swift.config.sections.vllm import VllmSection
 from swift.core.errors import ConfigError, ModelError
+from swift.models.facts import read_model_config
 
 __all__ = ["BASE", "Launch", "check_adapter", "check_weights", "server_arguments", "server_variables"]
 
 BASE = "base"
+"""What the base model is called inside the server."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM 0.32, ``v1/attention/backends/cpu_attn.py``."""
-"""What the base model is called inside the server."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told as the highest rank."""
 MAX_CPU_CACHE_GIB = 8.0
@@ -75,7 +76,7 @@ def check_weights(model: Path, features: Sequence[str]) -> None:
 
     Weights of 4 bits and fewer need AVX-512; attention knows the `CPU_HEAD_SIZES` only.
     """
-    whole = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    whole = read_model_config(model)
     heads = whole.get("num_attention_heads")
     size = whole.get("head_dim") or (whole["hidden_size"] // heads if heads else None)
     if size is not None and size not in CPU_HEAD_SIZES:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from swift.inference.engines.table import make_engine
 from swift.inference.server.limits import Defaults, Limits
 from swift.inference.server.names import Served, context_of_adapter, find_served
 from swift.inference.server.service import ServedModel, Service
-from swift.models.facts import ModelFacts
+from swift.models.facts import ModelFacts, read_json_object
 from swift.models.load import load_tokenizer
 from swift.models.template import Template
 
@@ -54,6 +54,7 @@ def deploy(resolved: Resolved, say: Callable[[str], None]) -> None:
         log_interval_seconds=section.throughput_interval,
         ready_file=Path(section.ready_file).expanduser() if section.ready_file else None,
     )
+    _check_ready_file(listening.ready_file)
     served = find_served(resolved)
     for context in (served.context, *served.adapters.values()):
         note = context.note()
@@ -90,6 +91,20 @@ def deploy(resolved: Resolved, say: Callable[[str], None]) -> None:
         asyncio.run(serve(app, service, listening, listener, start, ready))
     finally:
         listener.close()
+
+
+def _check_ready_file(file: Path | None) -> None:
+    """Raise ConfigError where it could not be written once the model is loaded."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "the file cannot be written", where=f"--ready_file {file}", why=error.strerror
+        ) from error
 
 
 def make_service(served: Served, engine: InferenceEngine, resolved: Resolved) -> Service:
@@ -148,7 +163,7 @@ def _defaults(resolved: Resolved, model: Path) -> Defaults:
     """What requests get that do not say: options that were set, else generation_config.json, else OpenAI's."""
     options = resolved.config.generation
     file = model / "generation_config.json"
-    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stored = read_json_object(file) if file.is_file() else {}
     if stored.get("do_sample") is False:  # its temperature has no effect in transformers either
         stored = {"repetition_penalty": stored.get("repetition_penalty")}
 

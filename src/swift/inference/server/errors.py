@@ -3,14 +3,15 @@
 400: the request is understood but cannot be answered by this model (too long, a bad grammar, tools it does not know,
 not JSON); 401: the key; 404: model or route; 413: the body; 422: the body does not fit the schema (a missing field, a
 wrong type, a value out of range); 429: the queue is full; 499: the client has gone; 500: our fault, with an id that
-is also in the log; 503: starting or draining; 504: a deadline.
+is also in the log; 503: starting, draining, or the engine does not answer; 504: a deadline.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from swift.core.errors import SwiftError
+from swift.core.errors import SwiftError, TransientError
+from swift.inference.engines.base import EngineBusy
 
 __all__ = ["ApiError", "check_unicode", "error_body", "from_swift_error", "from_validation"]
 
@@ -62,7 +63,12 @@ def error_body(
 
 
 def from_swift_error(error: SwiftError, param: str | None = None) -> ApiError:
-    """What the engine, the template or an adapter refuses is the request's fault; ``param``: the field of it."""
+    """What the engine, the template or an adapter refuses is the request's fault (``param``: the field of it), but
+    for a full queue and an engine that is going down or does not answer."""
+    if isinstance(error, EngineBusy):
+        return ApiError(429, f"too many requests wait already: {error.message}", retry_after_seconds=1)
+    if isinstance(error, TransientError):
+        return ApiError(503, error.message, retry_after_seconds=5)
     where = f"{error.where}: " if error.where else ""
     why, fix = f" ({error.why})" if error.why else "", f"; {error.fix}" if error.fix else ""
     return ApiError(400, f"{where}{error.message}{why}{fix}", param=param)
@@ -71,6 +77,9 @@ def from_swift_error(error: SwiftError, param: str | None = None) -> ApiError:
 def from_validation(errors: list[Any]) -> ApiError:
     """The first thing that does not fit the schema, and how many there are."""
     first = errors[0]
+    # Where a field takes several forms, the form that was meant has the fault that is not of type.
+    same = [error for error in errors if error["loc"][:2] == first["loc"][:2]]
+    first = next((error for error in same if not error["type"].endswith("_type")), first)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"

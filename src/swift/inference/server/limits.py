@@ -108,6 +108,10 @@ def _max_tokens(
         )
     given = [body.max_tokens, body.max_completion_tokens, body.max_completion_length]
     asked = next((value for value in given if value is not None), None)
+    if asked == 0 and not isinstance(
+        body, CompletionRequest
+    ):  # there: nothing but the prompt's log-probabilities
+        raise ApiError(400, "max_tokens 0: an answer has one token at least", param="max_tokens")
     if asked is not None and limits.answer_tokens is not None and asked > limits.answer_tokens:
         raise ApiError(
             400,

@@ -141,13 +141,16 @@ class _Server(uvicorn.Server):
         self._service, self._drain_seconds = service, drain_seconds
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of SIGTERM and SIGINT: the first lets answers be completed, the second ends them, the third everything."""
         if self._service.state == "ready":
             self._service.state = "draining"
             self._loop.call_soon_threadsafe(self._begin)
-        elif not self.should_exit:
+        elif self._service.state == "draining" and not (self._hurry.is_set() or self.should_exit):
+            self._loop.call_soon_threadsafe(self._hurry.set)
+        elif self._service.state == "starting" and not self.should_exit:
             self.should_exit = True
         else:  # a model that takes its time to load cannot be asked to stop
             os._exit(128 + sig)
@@ -158,15 +161,22 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._drain_seconds):
-                while self._service.open_requests:
-                    await asyncio.sleep(DRAIN_POLL_SECONDS)
-        if self._service.open_requests:
-            logger.warning(
-                "%d requests are cut off after %g s", self._service.open_requests, self._drain_seconds
-            )
+        started = time.monotonic()
+        if not await self._all_answered(self._drain_seconds, self._hurry):
+            seconds = time.monotonic() - started
+            logger.warning("%d requests are cut off after %.1f s", self._service.open_requests, seconds)
+            # They hear 503, or an error as the last event of a stream: uvicorn would only close their connections.
+            await self._service.engine.close()
+            await self._all_answered(CUT_SECONDS)
         self.should_exit = True
+
+    async def _all_answered(self, seconds: float, hurry: asyncio.Event | None = None) -> bool:
+        """Wait until no request is open. False when that takes too long, or somebody is in a hurry."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._service.open_requests and not (hurry and hurry.is_set()):
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+        return not self._service.open_requests
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close everything. Clients that are owed no answer are not waited for: TLS asks them to say goodbye, which

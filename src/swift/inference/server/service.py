@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar
 from swift.core.errors import SwiftError
 from swift.inference.engines.base import (
     Delta,
-    EngineBusy,
     Grammar,
     InferenceEngine,
     Request,
@@ -155,9 +154,6 @@ class Service:
         try:
             for prompt, sampling in requests:
                 exchange.submit(Request(uuid.uuid4().hex, prompt, sampling, model.adapter))
-        except EngineBusy as error:
-            await exchange.close()
-            raise _busy(error) from error
         except SwiftError as error:
             await exchange.close()
             raise from_swift_error(error) from error
@@ -192,8 +188,6 @@ class Exchange:
         try:
             async for number, delta in self._all():
                 yield number, delta
-        except EngineBusy as error:
-            raise _busy(error) from error
         except SwiftError as error:
             raise from_swift_error(error) from error
 
@@ -288,7 +282,3 @@ class Exchange:
         stats = self.service.engine.stats()
         queue = "" if self.num_tokens else f" ({stats.running} running, {stats.waiting} waiting)"
         return f"not done within {self.service.limits.request_seconds:g} s: {stage}{queue}"
-
-
-def _busy(error: EngineBusy) -> ApiError:
-    return ApiError(429, f"too many requests wait already: {error}", retry_after_seconds=1)
