@@ -350,14 +350,12 @@ def _steps(
         train_share = 1 - _count_validation(resolved, rows, []) / rows.rows
     num_samples = round(rows.rows * len(lengths) / len(rows.lengths) * train_share)
     longest = rows.longest or (max(lengths) if rows.sequences == 1 else None)
-    known = None
-    if (
-        resolved.config.rlhf.is_policy
-    ):  # the rows are prompts: each gets several answers, as long as they may be
+    known, policy = None, resolved.config.policy
+    if resolved.config.rlhf.is_policy:  # rows are prompts: each gets answers, as long as they may be
         prompts, answer = _answers(resolved)
         lengths = [-(-length // prompts) + answer for length in lengths]
-        known = steps_of_prompts(resolved.config.policy, num_samples, answers_in_step(resolved))
-        num_samples *= resolved.config.policy.num_generations * resolved.config.policy.num_iterations
+        known = steps_of_prompts(policy, num_samples, answers_in_step(resolved))
+        num_samples *= policy.num_generations * policy.num_iterations
     epoch = plan_epoch(
         lengths,
         max(1, num_samples),
