@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swift.config.adapter_names import split_name
 from swift.config.bind import dump
@@ -33,9 +33,6 @@ from swift.plan.speed import measure_pace, read_pace, remember, run_key, time_of
 from swift.plan.steps import Epoch, plan_epoch, step_counts
 from swift.plan.verdict import TIGHT_SHARE, fits
 from swift.rl.sizes import answers_in_step, derive_sizes
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["make_plan", "remember_run"]
 
