@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -189,6 +190,7 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write results/serve_load.{md,json}")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped, too
     with tempfile.TemporaryDirectory() as scratch:
         text, values = measure(Path(scratch), arguments)
     if arguments.write:
@@ -263,8 +265,8 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> tuple[str, dict[str
         for number in range(arguments.rounds + 1):
             for clients in arguments.clients:
                 for name, (server, requests) in works.items():
-                    one = asyncio.run(load(server, requests, clients))
-                    if number:  # the first round warms up
+                    one = asyncio.run(load(server, requests if number else requests[:clients], clients))
+                    if number:  # before, one request of each client warms up
                         loads.setdefault(f"{name}, {clients} clients", []).append(one)
     finally:
         for server in (ours, peer, *others.values()):

@@ -75,14 +75,41 @@ def train(
     return SwiftTrainer(config, callbacks=callbacks, **options).train()
 
 
+class _Rows:
+    """Data that is given as rows: each data set becomes a file, named for what it holds."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, str] = {}
+
+    def name(self, source: Any) -> str | None:
+        """The name of a data set; that of rows is a file which `write` makes."""
+        if source is None or isinstance(source, str | Path):
+            return None if source is None else str(source)
+        import hashlib
+        import json
+
+        from swift.core.home import swift_home
+
+        text = "".join(json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in source)
+        path = swift_home() / "rows" / f"{hashlib.blake2b(text.encode(), digest_size=10).hexdigest()}.jsonl"
+        self._files[path] = text
+        return str(path)
+
+    def write(self) -> None:
+        from swift.core.files import atomic_write_text
+
+        for path, text in self._files.items():
+            atomic_write_text(path, text)
+
+
 class DPOTrainer(SwiftTrainer):
     """Learns from preferences, as ``swift rlhf`` does; ``rlhf_type`` may name another method than dpo.
 
     Args:
         model: a transformers model (the one of its folder is meant), or a name as on the command line.
         tokenizer: that of the model; it is read from the model's folder.
-        train_dataset: a file, or the name of a data set.
-        eval_dataset: the same to validate with.
+        train_dataset: a file, the name of a data set, or rows (dicts; also a data set of the library datasets).
+        eval_dataset: as ``train_dataset``, to validate with.
         ref_model: the reference, as ``model``; default: the model as training begins.
         callbacks: observers of the run.
         options: further options of ``swift rlhf``, such as ``beta`` and ``loss_type``.
@@ -95,18 +122,24 @@ class DPOTrainer(SwiftTrainer):
         self,
         model: PreTrainedModel | str | Path,
         tokenizer: Any = None,
-        train_dataset: str | Path | None = None,
+        train_dataset: Any = None,
         *,
-        eval_dataset: str | Path | None = None,
+        eval_dataset: Any = None,
         ref_model: PreTrainedModel | str | Path | None = None,
         callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
         given = {"model": model, "ref_model": ref_model}
         names = {name: str(getattr(value, "name_or_path", value)) for name, value in given.items() if value}
-        data = {"dataset": train_dataset, "val_dataset": eval_dataset}
-        files = {name: str(value) for name, value in data.items() if value is not None}
+        self._rows = _Rows()
+        data = {"dataset": self._rows.name(train_dataset), "val_dataset": self._rows.name(eval_dataset)}
+        files = {name: value for name, value in data.items() if value is not None}
         super().__init__({"command": "rlhf", **names, **files, **options}, callbacks=callbacks)
+
+    def train(self) -> RunResult:
+        """Run to the end; returns the run folder and the summary."""
+        self._rows.write()
+        return super().train()
 
 
 class GRPOTrainer:
@@ -143,12 +176,12 @@ class GRPOTrainer:
     ) -> None:
         if beta is None and {"rlhf_type", "algo"}.isdisjoint(options):
             beta = 0.1
-        self._rows: dict[str, list[Any]] = {}
+        self._rows = _Rows()
         given: dict[str, Any] = {
             "model": str(getattr(model, "name_or_path", model)),
             "rlhf_type": "grpo",
-            "dataset": self._data(train_dataset),
-            "val_dataset": self._data(eval_dataset),
+            "dataset": self._rows.name(train_dataset),
+            "val_dataset": self._rows.name(eval_dataset),
             "reward_model": [reward_model] if isinstance(reward_model, str) else reward_model,
             "reward_funcs": _reward_names(reward_funcs),
             "beta": beta,
@@ -157,30 +190,13 @@ class GRPOTrainer:
         self.resolved: Resolved = resolve("rlhf", values=self._values, planning=True)
         self.tokenizer, self.train_dataset, self.callbacks = tokenizer, train_dataset, callbacks
 
-    def _data(self, source: Any) -> str | None:
-        """The name of a data set; that of rows is a file which `train` writes."""
-        if source is None or isinstance(source, str | Path):
-            return None if source is None else str(source)
-        import hashlib
-        import json
-
-        from swift.core.home import swift_home
-
-        lines = [json.dumps(dict(row), ensure_ascii=False, default=str) for row in source]
-        digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=10).hexdigest()
-        path = str(swift_home() / "rows" / f"{digest}.jsonl")
-        self._rows[path] = lines
-        return path
-
     def train(self) -> RunResult:
         """Run to the end; returns the run folder and the summary. Raises ConfigError for what can only be planned."""
-        from swift.core.files import atomic_write_text
         from swift.rl.run import train as run_training
         from swift.train.callbacks.progress import ProgressLine
 
         self.resolved = resolve("rlhf", values=self._values)
-        for path, lines in self._rows.items():
-            atomic_write_text(Path(path), "".join(f"{line}\n" for line in lines))
+        self._rows.write()
         return run_training(self.resolved, callbacks=[ProgressLine(), *self.callbacks])
 
 

@@ -182,3 +182,9 @@ def test_a_word_that_needs_another_option() -> None:
         resolved = resolve("sft", ["--lr_scheduler_type", "cosine_with_min_lr", *rate], partial=True)
         assert resolved.warnings == []
         assert resolved.value("min_lr_ratio") == pytest.approx(0.1)
+
+
+def test_aot_pair_is_the_unpaired_form():
+    """TRL renamed it for what it compares: sorted log-ratios of chosen and of rejected answers."""
+    values = {"model": "m", "dataset": "d", "loss_type": "aot_pair"}
+    assert resolve("rlhf", values=values).config.rlhf.rlhf_loss_type == ["aot_unpaired"]

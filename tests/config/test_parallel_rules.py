@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from swift.config.bind import resolve
+from swift.config.bind import dump_text, load_run_config, resolve
 from swift.config.fusing import fusing_problem
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError
@@ -195,3 +195,17 @@ def test_a_deepspeed_file_is_taken_over(tmp_path: Path) -> None:
     )
     file.write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}')
     assert "NVMe" in refused(*words[4:])
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "NPROC_PER_NODE"])
+def test_a_recorded_layout_is_read_whatever_processes_there_are_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """A run that goes on in another layout reads what it was: three processes are no hindrance."""
+    text = dump_text(resolve("sft", [*NEEDED, "--tp_size", "2", "--fsdp", "full", "--dp_size", "2"]))
+    (tmp_path / "config.yaml").write_text(text)
+    monkeypatch.setenv(variable, "3")
+    read = load_run_config(tmp_path)
+    assert read.config.parallel.tensor_parallel_size == 2
+    with pytest.raises(ConfigError, match="3 processes"):
+        resolve("sft", [str(tmp_path / "config.yaml")])

@@ -431,3 +431,9 @@ def test_batches_and_rates_that_cannot_be(words: list[str], message: str) -> Non
     with pytest.raises(ConfigError) as caught:
         resolve("sft", [*NEEDED, *words])
     assert caught.value.render() == message
+
+
+def test_another_kind_of_work_is_no_advice() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve("rlhf", values={"model": "m", "dataset": "d", "temperature": 0.5})
+    assert caught.value.message == "has no effect with rlhf_type dpo" and caught.value.fix == "leave it out"

@@ -229,7 +229,7 @@ def test_everything_too_long(uneven: str) -> None:
         load(5, dataset=[uneven])
     assert caught.value.why == "3 rows read, 3 longer than max_length 5"
     assert caught.value.fix is not None
-    assert "--truncation_strategy right" in caught.value.fix
+    assert "--truncation_strategy left" in caught.value.fix
 
 
 def test_describe_rows() -> None:

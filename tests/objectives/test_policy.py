@@ -569,3 +569,45 @@ def test_spellings_of_ms_swift():
     assert with_knobs("grpo", {"loss_type": "cispo"}).knobs == {}, "no cap of 0.2 is left over from the clip"
     assert with_knobs("grpo", {"advantage_estimator": "rloo"}).advantage == "rloo"
     assert replace(OWN, knobs={}) == with_knobs(replace(OWN, knobs={}), {})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"ref_logprobs": OLD[:1]}, "ref_logprobs must be"),
+        ({"entropies": OLD[:, :1], "top_entropy_quantile": 0.5}, "entropies must be"),
+        ({"groups": torch.tensor([0])}, "groups must be"),
+        ({"sampler_logprobs": OLD[:, :2]}, "sampler_logprobs must be"),
+        ({"adv": A[:1]}, "advantages are"),
+        ({"mismatch": "token_mask"}, "sampler_logprobs"),
+        ({"kl": "k9"}, "unknown KL estimator"),
+        ({"loss_type": "real"}, "compares the samples of a prompt"),
+        ({"top_entropy_quantile": 2.0, "entropies": OLD}, "not a share"),
+    ],
+)
+def test_nothing_is_broadcast_or_left_out_in_silence(options, reason):
+    with pytest.raises((ConfigError, ValueError), match=reason):
+        run("grpo", **options)
+
+
+def test_advantages_refuse_what_they_cannot_use():
+    with pytest.raises(ValueError, match="infinite reward"):
+        adv("grpo", [math.inf, 0])
+    with pytest.raises(ValueError, match="lengths must be"):
+        adv("opo", [1, 0], lengths=torch.tensor([1]))
+    with pytest.raises(ConfigError, match="of one prompt"):
+        advantages("grpo", torch.tensor([1.0, 0.0]), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    """Ratios of 10^6 stay finite, and 4,000 tokens are added up exactly."""
+    logprobs = torch.tensor([[-1.0]], dtype=dtype, requires_grad=True)
+    far = torch.tensor([[-15.0]], dtype=dtype)
+    loss, metrics = policy_loss("grpo", logprobs, far, torch.tensor([-1.0]), torch.ones(1, 1))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.exp(14), rel=1e-6) == metrics["ratio"].item()
+    assert logprobs.grad.dtype == dtype
+    many = torch.full((1, 4000), -0.125, dtype=dtype)
+    loss, _ = policy_loss("dapo", many, many - 0.0078125, torch.tensor([1.0]), torch.ones(1, 4000))
+    assert loss.item() == pytest.approx(-math.exp(0.0078125), rel=1e-6)

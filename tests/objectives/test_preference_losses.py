@@ -147,3 +147,29 @@ def test_which_losses_read_a_reference():
         "sft",
     }
     assert needs_reference("dpo")
+
+
+def test_shapes_and_numbers_that_make_no_sense_are_refused():
+    two, three = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.0, -3.0])
+    with pytest.raises(ValueError, match=r"rejected must be \[batch\] = \[2\]"):
+        preference_loss("dpo", two, one(-1), beta=0.1)
+    with pytest.raises(ValueError, match="chosen_lengths must be"):
+        preference_loss("simpo", two, two, beta=2.0, chosen_lengths=one(1), rejected_lengths=two)
+    with pytest.raises(ValueError, match="ref_chosen must be"):
+        preference_loss("dpo", two, two, one(1), two, beta=0.1)
+    with pytest.raises(ValueError, match="desirable must be"):
+        kto_loss(two, two, torch.tensor([1, 0, 1]), 0.0, beta=0.1)
+    with pytest.raises(ValueError, match="margin must be"):
+        reward_loss(two, two, three)
+    with pytest.raises(ConfigError, match="above 0"):
+        preference_loss("ipo", two, two, beta=0.0)
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        preference_loss("dpo", two, two, beta=0.1, label_smoothing=3.0)
+
+
+def test_half_precision_is_computed_in_float32():
+    """1,001 tokens would be 1,000 in bfloat16."""
+    sums = (torch.tensor([value], dtype=torch.bfloat16) for value in (-300.0, -310.0))
+    lengths = {"chosen_lengths": torch.tensor([1001]), "rejected_lengths": torch.tensor([1001])}
+    loss = preference_loss("simpo", *sums, beta=2.0, **lengths)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(1 - 2 * 10 / 1001)), rel=1e-6)

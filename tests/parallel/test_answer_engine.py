@@ -114,6 +114,13 @@ def assert_same(first, second, tolerance=1e-10):
     assert worst < tolerance, worst
 
 
+def _smoothed_exo(x):
+    exo = x.sigmoid() * (F.logsigmoid(x) - math.log(0.999)) + (-x).sigmoid() * (
+        F.logsigmoid(-x) - math.log(1e-3)
+    )
+    return exo - F.logsigmoid(x)
+
+
 LOSSES = {
     "dpo": ({}, lambda c, r: -F.logsigmoid(0.1 * ((c.sum() - c.ref) - (r.sum() - r.ref)))),
     "ipo": (
@@ -131,6 +138,10 @@ LOSSES = {
             - 0.2 * (F.logsigmoid(0.1 * (c.sum() - c.ref)) + F.logsigmoid(-0.1 * (r.sum() - r.ref)))
             - c.mean()
         ),
+    ),
+    "a mixture in which only exo_pair is smoothed": (
+        {"loss_type": ["sigmoid", "exo_pair"]},
+        lambda c, r: _smoothed_exo(0.1 * ((c.sum() - c.ref) - (r.sum() - r.ref))),
     ),
     "simpo": (
         {"rlhf_type": "simpo"},

@@ -115,6 +115,17 @@ CASES = {
         {"global_batch_size": 12, "padding_free": False, "split_dataset_ratio": 0.15, "eval_steps": 3},
     ),
     "pre-training, offloaded": ("pt", {"deepspeed": "zero3_offload", "tuner_type": "full"}),
+    "stopped early": (
+        "sft",
+        {
+            "fsdp": "full",
+            "split_dataset_ratio": 0.1,
+            "eval_steps": 1,
+            "early_stop_interval": 2,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": True,  # the loss falls: never better
+        },
+    ),
     "stream": ("sft", {"streaming": True, "shuffle_buffer_size": 20}),
     "dpo, copies": ("rlhf", {"rlhf_type": "dpo"}),
     "dpo, shards": ("rlhf", {"rlhf_type": "dpo", "fsdp": "full"}),
@@ -188,6 +199,8 @@ def test_two_ranks_report_what_one_process_does(tiny_model_dir, data, tmp_path, 
     assert len(expected) >= 5
     folder, _ = pool(2).run(train_on, command, {**options, "output_dir": str(tmp_path / "two")})
     same(rows_of(folder), expected)
+    if name == "stopped early":
+        assert max(row["step"] for row in expected) == 3
     assert {path.name for path in (folder / "logs").iterdir()} >= {
         "rank-0.jsonl",
         "rank-1.jsonl",

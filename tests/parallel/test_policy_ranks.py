@@ -311,8 +311,9 @@ def test_what_is_not_computed_in_double_precision(options, tmp_path, monkeypatch
 def test_copies_learn_again_from_kept_answers(options, tmp_path, monkeypatch):
     options |= {"beta": 0.0, "max_steps": 2}
     first, wanted, _ = alone({**options, "output_dir": str(tmp_path / "one")}, monkeypatch, True)
-    del options["val_dataset"], options["eval_steps"]
-    again = {**options, "replay": str(first), "reward_funcs": [], "output_dir": str(tmp_path / "two")}
+    for name in ("val_dataset", "eval_steps", "reward_funcs", "reward_num_proc"):
+        del options[name]
+    again = {**options, "replay": str(first), "output_dir": str(tmp_path / "two")}
     _, gradients, _ = on_ranks(train_on, {**again, **LAYOUTS["copies"]}, True)[0]
     same_gradients(gradients, wanted)
 

@@ -114,7 +114,8 @@ def arguments(name, home):
     data = home / f"rows-{list(CASES).index(name)}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in _rows(length, flags)))
     words = f"--model {model} --dataset {data} --device cpu --max_length {length} --max_steps 2 --save_strategy no"
-    words += f" --truncation_strategy right --split_dataset_ratio 0 --output_dir {home / 'out'}"
+    cut = "left" if "grpo" in flags else "right"  # a prompt ends where its answer begins
+    words += f" --truncation_strategy {cut} --split_dataset_ratio 0 --output_dir {home / 'out'}"
     if "accumulation" not in flags:
         words += " --gradient_accumulation_steps 2"
     return command, [*words.split(), *flags.replace("MODEL", str(model)).split()]

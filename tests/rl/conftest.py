@@ -25,10 +25,11 @@ def run_policy(tiny_model_dir, tmp_path, monkeypatch):
             "learning_rate": 1e-2,
             "max_steps": 2,
             "logging_steps": 1,
-            "reward_funcs": [f"{reward_samples.__file__}:length", "task"],
-            "reward_num_proc": 1,
             **options,
         }
+        if "replay" not in options and options.get("reward_funcs") != []:
+            rewards = [f"{reward_samples.__file__}:length", "task"]
+            values = {"reward_funcs": rewards, "reward_num_proc": 1, **values}
         return train(resolve("rlhf", values=values), callbacks=callbacks, say=lambda text: None)
 
     return run

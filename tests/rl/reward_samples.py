@@ -17,6 +17,11 @@ def trl_length(prompts, completions, **kwargs):
     return [float(len(one[0]["content"])) for one in completions]
 
 
+def trl_annotated(completions: list[list[dict[str, str]]], wanted: list[str], **kwargs):
+    """As trl.rewards.accuracy_reward: messages, without prompts."""
+    return [float(one[0]["content"] == right) for one, right in zip(completions, wanted, strict=True)]
+
+
 def one_at_a_time(completion, wanted):
     return float(completion == wanted)
 

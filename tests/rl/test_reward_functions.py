@@ -1,6 +1,10 @@
 """Rewards in every form that people write them, and what a bad one does."""
 
+import http.server
+import json
 import math
+import socketserver
+import threading
 from pathlib import Path
 
 import pytest
@@ -36,11 +40,32 @@ def test_every_form_of_a_reward():
     batch = batch_of("ab", "abc", wanted=["ab", "x"])
     assert call("length", batch) == [2.0, 3.0]
     assert call("trl_length", batch) == [2.0, 3.0]
+    assert call("trl_annotated", batch) == [1.0, 0.0]
     assert call("one_at_a_time", batch) == [1.0, 0.0]
     assert call("later", batch) == [6.0, 7.0]
     assert call("Scaled", batch, factor=3.0) == [6.0, 9.0]
     assert find_reward("reward_samples:length", {})(batch) == [2.0, 3.0]
     assert math.isnan(call("nan", batch_of("nan"))[0]) and math.isnan(call("nan", batch_of("none"))[0])
+
+
+def test_a_package_offers_rewards_under_a_name(tmp_path, monkeypatch):
+    about = tmp_path / "their_rewards-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-rewards\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[swift.rewards]\nvowels = their_rewards:vowels\n")
+    (tmp_path / "their_rewards.py").write_text(
+        "def vowels(completions): return [sum(c in 'aeiou' for c in text) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_reward("vowels", {})(batch_of("banana", "xyz")) == [3.0, 0.0]
+
+
+def test_a_plugin_of_ms_swift_is_told_what_to_leave_out(tmp_path):
+    file = tmp_path / "plugin.py"
+    file.write_text("from swift.plugin import ORM, orms\nclass Mine(ORM):\n    pass\n")
+    with pytest.raises(ConfigError, match=r"No module named 'swift.plugin'") as caught:
+        find_reward(f"{file}:Mine", {})
+    assert "leave out the import" in caught.value.fix
 
 
 def test_what_is_no_reward_says_so():
@@ -54,6 +79,12 @@ def test_what_is_no_reward_says_so():
         call("Scaled", batch_of("a"), facter=2)
     with pytest.raises(ConfigError, match="no such file"):
         find_reward("nowhere.py:reward", {})
+    with pytest.raises(ConfigError, match="judge needs url") as caught:
+        find_reward("judge", {})
+    assert caught.value.where == "--reward_args" and caught.value.fix.startswith('--reward_args \'{"judge"')
+    with pytest.raises(ConfigError, match="regex needs pattern") as caught:
+        find_reward("regex", {})
+    assert caught.value.fix == '--reward_args \'{"regex": {"pattern": ...}}\''
     with pytest.raises(KeyError, match="no column 'wanted'"):
         call("one_at_a_time", batch_of("a"))
     with pytest.raises(ConfigError, match="cannot be found by another process"):
@@ -137,6 +168,47 @@ def test_what_is_only_slow_together_is_computed_one_by_one(pool):
     assert one(batch_of("a", "b")) == [([2.0, 2.0], {})]
     assert one._is_slow == {0}
     assert one(batch_of("a", "b", "c")) == [([2.0, 2.0, 2.0], {})]
+
+
+def test_a_judge_over_http_is_a_reward_and_fails_for_single_answers():
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    options = {"judge": {"url": f"http://127.0.0.1:{server.server_address[1]}/v1", "model": "j"}}
+    values = {"model": "m", "dataset": "d.jsonl", "rlhf_type": "grpo", "reward_funcs": ["judge"]}
+    rewards = Rewards(resolve("rlhf", values={**values, "reward_args": options, "reward_num_proc": 1}).config)
+    try:
+        scores = rewards(batch_of("fine", "odd", "fine", solution=["x"] * 3), lambda place: f"row {place}")
+    finally:
+        rewards.close()
+        server.shutdown()
+        server.server_close()
+    assert scores.parts == [[0.7, 0.0, 0.7]] and not scores.dropped
+    assert list(scores.failures) == [1] and "row 1: the reward judge failed" in scores.failures[1]
+
+
+class _Judge(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["content-length"])).decode()
+        text = "no idea" if "odd" in asked else "Score: 7"
+        reply = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+        body = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_process_that_was_killed_while_idle_is_replaced(pool):
+    one = pool("length", timeout=60.0)
+    assert one(batch_of("a", "bc")) == [([1.0, 2.0], {})]
+    for worker in one._workers:
+        worker.process.kill()
+        worker.process.wait()
+    assert one(batch_of("a", "bc")) == [([1.0, 2.0], {})]
 
 
 @pytest.mark.parametrize(

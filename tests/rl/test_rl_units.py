@@ -1,19 +1,24 @@
 """Parts of policy optimisation on their own: tasks, seeds, batches, buffers, settings, the sampler."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from swift.config.bind import resolve
 from swift.config.sections.rlhf import POLICY_LOSSES, POLICY_TYPES
-from swift.core.errors import ConfigError, DataError
+from swift.core.errors import ConfigError, DataError, SwiftError
 from swift.data.tasks import TASKS, score, task_file, task_rows
+from swift.inference.engines.base import Delta
 from swift.objectives.base import TokenOutputs
 from swift.objectives.policy.algorithms import ALGORITHMS, LOSS_TYPES
 from swift.objectives.policy.objective import PolicyObjective
 from swift.rl.buffer import RolloutBuffer, micro_batches
+from swift.rl.sampler import _Deadline
 from swift.rl.settings import PolicySettings, derive_policy
 from swift.rl.trajectory import AnswerLayout, Trajectory, request_seed, rollout_batch
+from swift.train.config_record import recorded
 
 
 def trajectory(prompt, tokens, mask=None, group=0, sample=0, advantage=1.0):
@@ -74,6 +79,10 @@ def test_flags_of_ms_swift_change_the_row():
     assert row.mismatch == "token_truncate" and row.beta == 0
     _, settings = settings_of(scale_rewards="batch", algo_args={"eps": 1e-6, "dual_clip": 3})
     assert settings.estimator == {"scale_rewards": "batch", "eps": 1e-6}
+    for word in ("none", "None", "false", False):
+        assert settings_of(scale_rewards=word)[1].estimator == {"scale_rewards": "none"}
+    assert settings_of(scale_rewards="none", advantage_estimator="rloo")[1].estimator == {}
+    assert settings_of(scale_rewards="null")[1].estimator == {}, "as if it were not there"
     assert settings.algorithm.knobs["dual_clip"] == 3
     _, settings = settings_of(rlhf_type="cispo", epsilon_high=4.0)
     assert settings.algorithm.knobs == {"cap": 4.0}
@@ -82,6 +91,34 @@ def test_flags_of_ms_swift_change_the_row():
     )
     assert resolved.config.policy.generation_batch_size == 32
     assert (settings.num_prompts, settings.num_updates, settings.steps_per_batch) == (4, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "why"),
+    [
+        ({"beta": 0, "ref_model": "m"}, "ref_model", "beta is 0"),
+        ({"rlhf_type": "dapo", "sync_ref_model": True}, "sync_ref_model", "beta is 0"),
+        ({"rlhf_type": "dapo", "kl_estimator": "k2"}, "kl_estimator", "beta is 0"),
+        ({"rlhf_type": "rloo", "kl_estimator": "k3"}, "kl_estimator", "part of the reward"),
+        ({"old_logprobs": "sampler", "mismatch": "token_mask"}, "mismatch", "sampler itself"),
+        ({"max_resample_times": 2}, "max_resample_times", "sampled again"),
+        ({"soft_cache_length": 8}, "soft_cache_length", "not punished"),
+        ({"cosine_max_len": 8}, "cosine_max_len", "cosine is not"),
+        ({"repetition_n_grams": 2}, "repetition_n_grams", "repetition is not"),
+        ({"chord_mu_peak": 0.5}, "chord_mu_peak", "no expert"),
+        ({"probe_sequences": 0, "max_mismatch": 1.0}, "max_mismatch", "nothing is compared"),
+        ({"replay": "run"}, "reward_funcs", "another run"),
+        ({"reward_funcs": [], "reward_model": "rm", "reward_timeout": 9.0}, "reward_timeout", "no reward functions"),
+        ({"rlhf_type": "gdpo", "beta": 0.1, "kl_in_reward": True}, "kl_in_reward", None),
+    ],
+)  # fmt: skip
+def test_what_the_algorithm_leaves_without_effect_is_refused(options, name, why):
+    with pytest.raises(ConfigError) as caught:
+        settings_of(**options)
+    assert caught.value.where == f"--{name}" and caught.value.fix
+    assert why is None or why in caught.value.why
+    if name in ("kl_estimator", "ref_model"):
+        settings_of(**{**options, "beta": 0.1, "kl_in_reward": False, "rlhf_type": "grpo"})
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -203,14 +240,40 @@ def test_gradients_do_not_depend_on_the_split_nor_on_masked_tokens(name, split):
     assert torch.allclose(gradient(4 // split), gradient(4), atol=1e-10, rtol=0)
 
 
+def test_means_over_no_tokens_are_not_told():
+    answer = trajectory([1], [2, 3], mask=[0, 0])
+    settings = PolicySettings(ALGORITHMS["dapo"], {}, 1, 1, 1, 1, 1, 1, "policy")
+    buffer = RolloutBuffer([answer], settings, AnswerLayout("padding_free", False, 0, 1.0))
+    objective, batches = PolicyObjective(settings.algorithm, 8), buffer.next_step()
+    logprobs = torch.zeros(0, requires_grad=True)
+    outputs = TokenOutputs(logprobs, logprobs > 0)
+    loss, found = objective(outputs, batches[0], objective.denominators(batches))
+    assert loss.item() == 0 and not found["groups"].any()
+
+
+def test_sampling_that_takes_too_long_says_how_far_it_came():
+    watch = _Deadline(-1.0, 3)
+    watch(0, Delta(finish_reason="stop"))
+    with pytest.raises(SwiftError, match=r"1 of 3 answers after -1 s") as caught:
+        for _ in range(256):
+            watch(0, Delta())
+    assert caught.value.where == "sampling" and "--max_completion_length" in caught.value.fix
+
+
 def test_a_row_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "own_rows.py").write_text(
         "from swift.objectives.policy.algorithms import Algorithm\n"
         "MINE = Algorithm('none', advantage='rloo', beta=0.02)\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    resolved, settings = settings_of(algo="own_rows.MINE")
-    assert settings.algorithm.advantage == "rloo" and resolved.config.rlhf.beta == 0.02
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])  # the current folder is added
+    for algo in ("own_rows.MINE", "own_rows.py:MINE", f"{tmp_path}/own_rows.py:MINE"):
+        resolved, settings = settings_of(algo=algo)
+        assert settings.algorithm.advantage == "rloo" and resolved.config.rlhf.beta == 0.02
+    assert (
+        recorded(settings_of(algo="own_rows.py:MINE")[0]).config.policy.algo == f"{tmp_path}/own_rows.py:MINE"
+    )
+    monkeypatch.delitem(sys.modules, "own_rows")
     with pytest.raises(ConfigError, match="there is no algorithm at"):
         settings_of(algo="own_rows.YOURS")
 

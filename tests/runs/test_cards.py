@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,12 @@ def test_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path) ->
     (tmp_path / "my run" / "checkpoint-120").mkdir(parents=True)
     lines = end_card_lines(tmp_path / "my run", {**SUMMARY, "best_checkpoint": None})
     assert lines[-1] == ("next", f"swift infer --model '{tmp_path}/my run/last'")
+
+
+def test_a_policy_tells_its_rewards(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    rows = [{"step": 1, "reward": 0.25}, {"step": 2, "loss": 0.0}, {"step": 3, "reward": 0.75}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = end_card_lines(tmp_path, SUMMARY)
+    assert ("reward", "0.2500 -> 0.7500") in lines and "loss" not in dict(lines)
+    assert lines[-1][1] == f"swift rollouts show {tmp_path}"

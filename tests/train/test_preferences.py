@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,10 @@ def test_kto_tells_answers_apart(prefer, labelled):
     assert measured["eval_rewards/margins"] > 1
     assert measured["eval_kl"] >= 0
     assert run.summary["best_metric"] == measured["eval_rewards/margins"]
+    training = [line for line in lines(run) if "loss" in line]
+    assert training[-1]["rewards/margins"] == pytest.approx(
+        training[-1]["rewards/chosen"] - training[-1]["rewards/rejected"]
+    )
 
 
 def test_a_reward_model_ranks_pairs_and_transformers_loads_it(prefer, tiny_model_dir):
@@ -185,6 +190,16 @@ def test_the_adapter_that_training_goes_on_from_is_the_reference(prefer):
 def test_resumed_runs_are_bit_equal(run_training, tmp_path, pairs, options):
     common = {"command": "rlhf", "dataset": pairs, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
     train_and_resume(run_training, tmp_path, **{**common, **options})
+
+
+@pytest.mark.parametrize("start", ["adapter", "pissa"])
+def test_adapters_resume_with_the_reference_they_began_with(run_training, tmp_path, pairs, start):
+    options = {"command": "rlhf", "dataset": pairs, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
+    if start == "adapter":
+        options["adapters"] = [str(run_training(run_name="before", max_steps=2).folder / "last")]
+    else:
+        options["init_weights"] = start
+    train_and_resume(run_training, tmp_path, **options)
 
 
 def test_full_training_resumes_with_the_reference_it_began_with(run_training, tmp_path, pairs):
@@ -286,7 +301,11 @@ def test_the_python_trainer(tiny_model_dir, pairs, tmp_path, monkeypatch):
     options = {"output_dir": str(tmp_path / "out"), "max_steps": 2, "max_length": 160, "beta": 0.3}
     trainer = DPOTrainer(tiny_model_dir, train_dataset=pairs, loss_type="hinge", **options)
     assert trainer.resolved.value("rlhf_loss_type") == ["hinge"]
-    assert trainer.train().summary["steps"] == 2
+    from_file = trainer.train()
+    assert from_file.summary["steps"] == 2
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    from_rows = DPOTrainer(tiny_model_dir, train_dataset=rows, loss_type="hinge", **options).train()
+    assert losses(from_rows) == losses(from_file)
     config = {"model": str(tiny_model_dir), "train_type": "dpo", "dataset": pairs, **options}
     assert SwiftTrainer(config).resolved.value("beta") == 0.3
 

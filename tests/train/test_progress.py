@@ -67,3 +67,5 @@ def test_terminal_line_ends_with_the_run() -> None:
 
 def test_unknown_values_are_left_out() -> None:
     assert describe({"loss": None, "tokens_per_second": None}, None) == ""
+    failing = describe({"reward": 0.5, "failed_rewards": 3.0}, None)
+    assert failing == "reward 0.5000  3 answers whose reward failed (log.txt)"

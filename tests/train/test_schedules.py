@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swift.core.errors import UsageError
+from swift.config.schema import options
 from swift.train.schedules import learning_rate_schedule
 
 
@@ -44,6 +44,6 @@ def test_warmup_stable_decay_by_hand():
     assert [rate(step) for step in range(12)] == pytest.approx(expected)
 
 
-def test_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UsageError, match="cosine"):
-        learning_rate_schedule("cosin", peak=1, total_steps=1, warmup_steps=0)
+def test_every_schedule_that_can_be_chosen_begins_at_the_peak():
+    for name in options()["lr_scheduler_type"].kind.choices:
+        assert learning_rate_schedule(name, peak=3e-4, total_steps=9, warmup_steps=2)(2) == 3e-4

@@ -40,6 +40,7 @@ def infer(resolved: Resolved) -> dict[str, Any]:
             the model is loaded.
     """
     from swift.data.hub import pin_datasets
+    from swift.evaluate.evaluation import identity_of
     from swift.evaluate.results import write_metrics
     from swift.inference.context import find_context
 
@@ -47,9 +48,8 @@ def infer(resolved: Resolved) -> dict[str, Any]:
     context = find_context(resolved)
     _say_note(context)
     path = _result_path(resolved, context)
-    identity = [str(folder.resolve()) for folder in (context.model, context.adapter) if folder is not None]
     work = _answer_rows if context.writes_text else _value_rows
-    summary, bad = work(resolved, context, path, identity)
+    summary, bad = work(resolved, context, path, identity_of(context))
     if bad:
         summary["num_bad_rows"] = len(bad)
         print(f"{len(bad)} bad rows left out; the first: {bad[0]}")

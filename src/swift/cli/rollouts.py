@@ -64,7 +64,7 @@ def _show(arguments: Any) -> int:
 
 
 def _summary(step: int, rows: list[dict[str, Any]]) -> str:
-    rewards = [row["reward"] for row in rows]
+    rewards = [row["reward"] for row in rows if not math.isnan(row["reward"])] or [math.nan]
     lengths = [len(row["tokens"]) for row in rows]
     cut = sum(row["finish_reason"] == "length" for row in rows)
     return (
@@ -83,7 +83,8 @@ def _picked(rows: list[dict[str, Any]], arguments: Any) -> list[dict[str, Any]]:
         wanted = groups[arguments.group]
         return [row for row in rows if (row["row"], row["row_number"], row["group"]) == wanted]
     count = arguments.best if arguments.best is not None else arguments.worst or _SHOWN
-    ordered = sorted(rows, key=lambda row: row["reward"], reverse=arguments.best is not None)
+    sign = 1 if arguments.best is None else -1
+    ordered = sorted(rows, key=lambda row: (math.isnan(row["reward"]), sign * row["reward"]))
     return ordered[:count]
 
 

@@ -37,6 +37,7 @@ def resolve(
     values: Mapping[str, Any] | None = None,
     planning: bool = False,
     partial: bool = False,
+    recorded: bool = False,
 ) -> Resolved:
     """Bind the words after ``swift COMMAND`` (files and flags) and a Python dict to the options of a command.
 
@@ -46,6 +47,7 @@ def resolve(
         values: options as a Python dict, flat, dotted or nested; they win over files, flags win over them.
         planning: what this version cannot do becomes a warning instead of an error (also with ``--dry_run``).
         partial: required options may be missing (to show or edit a configuration).
+        recorded: read what a run was, whatever processes the environment names for another.
 
     Raises ConfigError or UsageError (exit code 2) that say where, what, and what to do.
     """
@@ -63,7 +65,7 @@ def resolve(
     except ConfigError:
         binder.refuse_unknown()  # a wrong name is often why a value looks wrong
         raise
-    return binder.finish(files, planning, partial)
+    return binder.finish(files, planning, partial, recorded)
 
 
 def _command(name: str, planning: bool) -> Command:
@@ -181,7 +183,7 @@ def load_run_config(path: str | Path) -> Resolved:
     candidates = [path] if path.is_file() else [path / "config.yaml", path.resolve().parent / "config.yaml"]
     for candidate in candidates:
         if candidate.is_file():
-            return resolve(command_of(candidate), [str(candidate)], partial=True)
+            return resolve(command_of(candidate), [str(candidate)], partial=True, recorded=True)
     raise ConfigError(
         "no config.yaml here", where=str(path), fix="give a run folder, or one of its checkpoints"
     )

@@ -109,7 +109,10 @@ def _check_effects(resolved: Resolved) -> None:
     for rule in ONLY_WITH:
         value = resolved.value(rule.option)
         for name in _given(resolved, rule.names) if value not in rule.values else ():
-            fix = f"leave it out, or set --{rule.option} {_word(rule.values[0])}"
+            instead = next((one for one in rule.values if one is not None), None)
+            # A value that names another kind of work than the user's is no advice.
+            fits = instead is not None and None not in rule.values
+            fix = "leave it out" + (f", or set --{rule.option} {_word(instead)}" if fits else "")
             resolved.refuse(name, f"has no effect with {rule.option} {_word(value)}", fix=fix)
 
 

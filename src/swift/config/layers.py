@@ -210,8 +210,12 @@ class Binder:
             self.refused.append(_Refused(where, error.message, error.fix, prefix=""))
             return None
         raw = _without_paths(text if option.kind.is_textual else value)
-        is_word_for_nothing = option.kind.base == "choice" and "none" not in option.kind.choices
-        if (option.kind.optional or is_word_for_nothing) and is_none_word(raw):
+        # Where none is one of the values (scale_rewards none), it does not mean the default.
+        is_value = (
+            option.kind.base == "choice" and isinstance(raw, str) and raw.lower() in option.kind.choices
+        )
+        may_be_nothing = option.kind.optional or option.kind.base == "choice"
+        if may_be_nothing and is_none_word(raw) and not is_value:
             return _Entry(None, source, key, where)
         raw = self._translate(name, raw, where)
         if raw is _REFUSED:
@@ -226,6 +230,8 @@ class Binder:
             if raw and not taken:
                 return _REFUSED
             return [words.get(item, item) if isinstance(item, str) else item for item in taken]
+        if isinstance(raw, bool):
+            return words.get(str(raw).lower(), raw)  # scale_rewards: false
         if not isinstance(raw, str):
             return raw
         if name == "tuner_type" and TRAIN_TYPES.get(raw.lower()) == self.command.name:
@@ -306,7 +312,7 @@ class Binder:
         if self.unknown:
             raise unknown_options(self.unknown)
 
-    def finish(self, files: list[str], planning: bool, partial: bool) -> Resolved:
+    def finish(self, files: list[str], planning: bool, partial: bool, recorded: bool = False) -> Resolved:
         """Lay the layers over one another, derive what nobody set, check what belongs together."""
         self.refuse_unknown()
         switches = frozenset(name for name, on in self.switches.items() if on)
@@ -358,7 +364,7 @@ class Binder:
             list(files),
             planning,
         )
-        rules.apply(resolved, self.command, partial=partial)
+        rules.apply(resolved, self.command, partial=partial, recorded=recorded)
         return resolved
 
 

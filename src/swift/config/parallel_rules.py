@@ -24,14 +24,17 @@ _FROM_ENVIRONMENT = ("nnodes", "node_rank", "master_addr", "master_port")
 _SHARDED_OPTIMIZERS = ("adamw", "sgd", "adafactor", "rmsprop", "adagrad", "adamax")
 
 
-def settle_parallel(resolved: Resolved) -> None:
+def settle_parallel(resolved: Resolved, *, recorded: bool) -> None:
     """Fill the sizes that nobody gave. Raises ConfigError when they cannot be filled.
 
     What a run has recorded without anybody having typed it is settled anew: it may go on with other processes.
+    ``recorded``: no process is started; the environment may be that of a run which goes on in another layout.
     """
     section = resolved.config.parallel
-    _take_environment(resolved)
-    processes, said_by = _processes(resolved)
+    processes, said_by = None, ""
+    if not recorded:
+        _take_environment(resolved)
+        processes, said_by = _processes(resolved)
     zero = _zero(resolved)
     _ring_over_all(resolved, processes, said_by)
     total, shard, copies = (
@@ -172,7 +175,6 @@ def _check_training(resolved: Resolved) -> None:
     sharded = config.parallel.data_parallel_shard_size > 1 or bool(divided)
     if divided:
         _check_divided(resolved, divided)
-    place = f"{config.parallel.num_processes} processes"
     whole = {f"rlhf_type {config.rlhf.rlhf_type} samples": config.rlhf.is_policy}
     whole["eval_tasks are answered"] = config.evaluation.eval_tasks is not None
     for what in (what for what, wanted in whole.items() if wanted and "pipeline_parallel_size" in divided):
@@ -195,14 +197,19 @@ def _check_training(resolved: Resolved) -> None:
         )
     if config.training.torch_compile:
         resolved.refuse("torch_compile", "torch.compile is for one process", fix="leave it out")
-    if not sharded:
-        if config.parallel.offload:
-            resolved.refuse(
-                "offload",
-                "offloading is for sharded weights",
-                fix=f"--data_parallel_shard_size {config.parallel.data_parallel_size}",
-            )
-        return
+    if sharded:
+        _check_sharded(resolved, divided)
+    elif config.parallel.offload:
+        resolved.refuse(
+            "offload",
+            "offloading is for sharded weights",
+            fix=f"--data_parallel_shard_size {config.parallel.data_parallel_size}",
+        )
+
+
+def _check_sharded(resolved: Resolved, divided: list[str]) -> None:
+    """What a model of which each process has a part cannot do. ``divided``: by which sizes beside its shards."""
+    config, tuner = resolved.config, resolved.config.tuner
     if config.model.torch_dtype == "float16":
         resolved.refuse(
             "torch_dtype",
@@ -237,6 +244,7 @@ def _check_training(resolved: Resolved) -> None:
             fix="--data_parallel_shard_size N, which shards its bytes",
         )
     if config.quantization.needs_torchao or tuner.lisa_activated_layers or tuner.longlora_group_size:
+        place = f"{config.parallel.num_processes} processes"
         resolved.refuse(place, "quantisation-aware, float8, LISA and LongLoRA training cannot be sharded")
     if config.training.neftune_noise_alpha:
         resolved.refuse("neftune_noise_alpha", "noisy embeddings cannot be sharded", fix="leave it out")
@@ -336,12 +344,11 @@ def _asked(name: str) -> int | None:
 
 def _take_environment(resolved: Resolved) -> None:
     """ms-swift's variables, where no option is given."""
-    section = resolved.config.parallel
     for name in _FROM_ENVIRONMENT:
         text = os.environ.get(name.upper(), "")
         if text and not resolved.is_explicit(name) and processes_of_launcher() is None:
-            setattr(section, name, text if name == "master_addr" else _asked(name.upper()))
-            resolved.sources[name] = Source("derived", f"derived from {name.upper()} of the environment")
+            value = text if name == "master_addr" else _asked(name.upper())
+            resolved.put(name, value, Source("derived", f"derived from {name.upper()} of the environment"))
 
 
 def _processes(resolved: Resolved) -> tuple[int | None, str]:
@@ -381,8 +388,7 @@ def _ring_over_all(resolved: Resolved, processes: int | None, said_by: str) -> N
 def _set(resolved: Resolved, name: str, value: Any, because: str) -> None:
     if value == resolved.value(name) and resolved.sources[name].kind == "default":
         return
-    setattr(resolved.config.parallel, name, value)
-    resolved.sources[name] = Source("derived", f"derived from {because}")
+    resolved.put(name, value, Source("derived", f"derived from {because}"))
 
 
 @dataclass(frozen=True)
@@ -444,13 +450,10 @@ _TUNING = frozenset(
 def _take_file(resolved: Resolved, settings: dict[str, Any], zero: dict[str, Any], place: str) -> bool:
     """Take over what a DeepSpeed file says, name what is left; returns whether states are offloaded."""
     known = {"zero_optimization", "fp16", "bf16", *_FILE_OPTIONS, "steps_per_print", "wall_clock_breakdown"}
-    config = resolved.config
     for key, name in _FILE_OPTIONS.items():
         value = settings.get(key, "auto")
-        section = config.training
         if value != "auto" and resolved.sources[name].kind in ("default", "derived"):
-            setattr(section, name, value)
-            resolved.sources[name] = Source("file", f"{place}: {key}")
+            resolved.put(name, value, Source("file", f"{place}: {key}"))
     for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         enabled = settings.get(key, {}).get("enabled", "auto")
         if enabled is True and not resolved.is_explicit("torch_dtype"):
@@ -459,8 +462,7 @@ def _take_file(resolved: Resolved, settings: dict[str, Any], zero: dict[str, Any
                 resolved.warnings.append(
                     f"{place}: fp16: shards compute in bfloat16, whose range needs no scaling of the loss"
                 )
-            config.model.torch_dtype = dtype  # type: ignore[assignment]
-            resolved.sources["torch_dtype"] = Source("file", f"{place}: {key}")
+            resolved.put("torch_dtype", dtype, Source("file", f"{place}: {key}"))
     devices = {zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
     if "nvme" in devices:
         raise ConfigError(

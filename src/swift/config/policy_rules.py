@@ -36,13 +36,15 @@ _NOT_SAMPLED = (
     "repetition_penalty",
 )
 _ENGINE = ("max_num_seqs", "max_cache_tokens", "memory_utilization")
+_LEARNED = ("packing", "streaming", "debug_mode", "loss_scale", "use_loss_scale")
+"""What is about texts that are learned as they stand in the data."""
 _UNGROUPED = ("reinforce_pp", "reinforce_mean")
 
 POLICY_OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (tuple(SECTIONS["policy"].model_fields), "rlhf_type", POLICY_TYPES),
     (_NOT_SAMPLED, "rlhf_type", (None, *LATER_TYPES)),
     (_ENGINE, "rlhf_type", (None, *POLICY_TYPES, *LATER_TYPES)),
-    (("packing", "streaming"), "rlhf_type", (None, *PREFERENCE_TYPES, *LATER_TYPES)),
+    (_LEARNED, "rlhf_type", (None, *PREFERENCE_TYPES, *LATER_TYPES)),
     (("ref_model_sync_steps", "ref_model_mixup_alpha"), "sync_ref_model", (True,)),
     (("vllm_config",), "use_vllm_sampler", (True,)),
 )
@@ -125,6 +127,19 @@ def check_policy(resolved: Resolved) -> None:
             "chord learns from an expert's answers as well",
             where="--chord_sft_dataset",
             fix="--chord_sft_dataset FILE",
+        )
+    kind = config.rlhf.rlhf_type
+    if policy.algo not in (None, kind) and kind != "grpo":
+        raise resolved.error(
+            "algo",
+            f"is another algorithm than rlhf_type {kind}",
+            fix=f"--rlhf_type grpo --algo {policy.algo}",
+        )
+    if config.data.truncation_strategy == "right":
+        resolved.refuse(
+            "truncation_strategy",
+            "would cut a prompt off where the answer begins",
+            fix="--truncation_strategy left (or delete), or a larger --max_length",
         )
     _check_sizes(resolved)
 

@@ -12,7 +12,6 @@ from swift.config.sections.rlhf import DPO_TYPES, LATER_TYPES, PAIR_TYPES, POLIC
 __all__ = ["RLHF_DERIVATIONS", "RLHF_OPTIONS", "check_rlhf", "rlhf_metrics"]
 
 
-_REFERENCE = ("ref_model", "ref_adapters", "precompute_ref_log_probs")
 _ALONE = {"kto": ("kto", "apo_zero_unpaired"), "orpo": ("orpo",), "simpo": ("simpo",), "cpo": ("cpo",)}
 """Types with losses of their own, the default first; dpo has all the others."""
 _PAIRED = (
@@ -59,7 +58,7 @@ def _beta(resolved: Resolved) -> float | None:
 
 def _smoothing(resolved: Resolved) -> float | None:
     rlhf = resolved.config.rlhf
-    return (1e-3 if "exo_pair" in rlhf.rlhf_loss_type else 0.0) if rlhf.reads_pairs else None
+    return (1e-3 if rlhf.rlhf_loss_type == ["exo_pair"] else 0.0) if rlhf.reads_pairs else None
 
 
 def _cpo_alpha(resolved: Resolved) -> float | None:
@@ -147,7 +146,8 @@ def _check_losses(resolved: Resolved) -> None:
     rlhf = resolved.config.rlhf
     kind, losses = rlhf.rlhf_type or "", rlhf.rlhf_loss_type
     if rlhf.beta == 0:
-        raise resolved.error("beta", "must be above 0")
+        fix = "leave it out: 0.1 (simpo 2.0)" + ("; or --reference_free true" if kind in DPO_TYPES else "")
+        raise resolved.error("beta", "must be above 0", fix=fix)
     known = () if kind == "rm" else ("ipo",) if kind == "ipo" else _ALONE.get(kind, _PAIRED)
     for loss in losses:
         if loss not in known:
@@ -170,7 +170,7 @@ def _check_losses(resolved: Resolved) -> None:
             f"has no effect on {' and '.join(losses)}",
             fix=f"leave it out; it belongs to {', '.join(sorted(_SMOOTHED))}",
         )
-    if "exo_pair" in losses and not rlhf.label_smoothing:
+    if "exo_pair" in losses and not rlhf.label_smoothing and resolved.is_explicit("label_smoothing"):
         raise resolved.error("label_smoothing", "exo_pair needs more than 0", fix="leave it out: 0.001")
     if resolved.is_explicit("discopop_tau") and "discopop" not in losses:
         raise resolved.error(

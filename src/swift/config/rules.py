@@ -148,19 +148,17 @@ DERIVATIONS: tuple[Derivation, ...] = (
 )
 
 
-def apply(resolved: Resolved, command: Command, *, partial: bool) -> None:
+def apply(resolved: Resolved, command: Command, *, partial: bool, recorded: bool) -> None:
     """Fill derived values, then check. A plan gets warnings of what only a run needs."""
     taken = command.options()
     take_environment(resolved, taken)
     if "tensor_parallel_size" in taken:
-        settle_parallel(resolved)
+        settle_parallel(resolved, recorded=recorded)
     for rule in DERIVATIONS:
         if rule.target in taken and _may_derive(rule, resolved):
             value = rule.compute(resolved)
             if value is not None:
-                section = getattr(resolved.config, options()[rule.target].section)
-                setattr(section, rule.target, value)
-                resolved.sources[rule.target] = rule.source(resolved)
+                resolved.put(rule.target, value, rule.source(resolved))
     if not partial:
         _check_required(resolved, command)
     for check in _CHECKS:

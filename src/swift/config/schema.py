@@ -158,6 +158,11 @@ class Resolved:
         """The value of an option by its flat name."""
         return getattr(getattr(self.config, options()[name].section), name)
 
+    def put(self, name: str, value: Any, source: Source) -> None:
+        """Give an option a value, and say where it comes from. Raises ValidationError for one it cannot have."""
+        setattr(getattr(self.config, options()[name].section), name, value)
+        self.sources[name] = source
+
     def is_explicit(self, name: str) -> bool:
         """True when the user set this option (flag, file or Python)."""
         return self.sources[name].kind in ("flag", "file", "python")
@@ -185,7 +190,5 @@ class Resolved:
 
     def derive(self, name: str, value: Any, because: str) -> None:
         """Fill an option that nobody set, and remember why. An option with a value is left alone."""
-        section = getattr(self.config, options()[name].section)
-        if getattr(section, name) is None:
-            setattr(section, name, value)
-            self.sources[name] = Source("derived", f"derived from {because}")
+        if self.value(name) is None:
+            self.put(name, value, Source("derived", f"derived from {because}"))

@@ -138,16 +138,16 @@ def take_environment(resolved: Resolved, taken: Iterable[str]) -> None:
         written = os.environ.get(name.upper())
         if written is None or task.task_type == "causal_lm" or resolved.sources[name].kind != "default":
             continue
+        place = f"{name.upper()} of the environment"
         try:
-            setattr(task, name, written)
+            resolved.put(name, written, Source("derived", f"derived from {place}"))
         except ValidationError as error:
             raise ConfigError(
                 f"{written!r} is no value of {name}",
-                where=f"{name.upper()} of the environment",
+                where=place,
                 why=error.errors()[0]["msg"],
                 fix=f"unset {name.upper()}",
             ) from None
-        resolved.sources[name] = Source("derived", f"derived from {name.upper()} of the environment")
 
 
 def check_task(resolved: Resolved) -> None:

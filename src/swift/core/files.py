@@ -18,6 +18,7 @@ __all__ = [
     "folder_bytes",
     "free_bytes",
     "fsync_directory",
+    "read_json",
     "replace_symlink",
 ]
 
@@ -71,6 +72,15 @@ def atomic_write_text(path: Path, text: str, *, durable: bool = True) -> None:
         raise
     if durable:
         fsync_directory(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when the file is not there (yet) or is not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def atomic_write_json(path: Path, value: Any, *, durable: bool = True, indent: int | None = 2) -> None:

@@ -1,16 +1,11 @@
-"""Named things that can be looked up, with the nearest name when the lookup fails."""
+"""The name somebody meant, when the one they wrote is not known."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Generic, TypeVar
-
-from swift.core.errors import UsageError
-
-T = TypeVar("T")
 
 
 def closest(name: str, candidates: Iterable[str]) -> str | None:
@@ -33,47 +28,3 @@ def looks_like_hub_name(name: str) -> bool:
     owner, _, rest = name.partition("/")
     is_name = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, rest))
     return is_name and not Path(owner).is_dir()
-
-
-class Registry(Generic[T]):
-    """A table from name to object.
-
-    Args:
-        kind: what the names stand for, used in messages ("schedule", "callback").
-    """
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._entries: dict[str, T] = {}
-
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: ``@schedules.register("cosine")``. Raises ValueError when the name is taken."""
-
-        def add(entry: T) -> T:
-            if name in self._entries:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._entries[name] = entry
-            return entry
-
-        return add
-
-    def get(self, name: str) -> T:
-        """The entry, or UsageError naming the nearest one."""
-        if name in self._entries:
-            return self._entries[name]
-        near = closest(name, self._entries)
-        raise UsageError(
-            f"unknown {self.kind} {name!r}",
-            why=f"known: {', '.join(sorted(self._entries))}",
-            fix=f"did you mean {near!r}?" if near else None,
-        )
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def items(self) -> Iterable[tuple[str, T]]:
-        """All (name, entry) pairs in the order of registration."""
-        return self._entries.items()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from swift.data.batching import MicroBatch, Mode
@@ -61,16 +63,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
-            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
-            reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
-            mismatched=None if self.mismatched is None else self.mismatched.to(device),
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        mismatched = None if self.mismatched is None else self.mismatched.to(device)
+        return replace(self, **moved, mismatched=mismatched)
 
 
 def collate(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: int = 0) -> Batch:
@@ -84,20 +83,8 @@ def collate(dataset: TokenDataset, rows: MicroBatch, mode: Mode, pad_token_id: i
 
 def batch_of(layout: Layout) -> Batch:
     """The arrays as tensors that share their memory."""
-    return Batch(
-        input_ids=torch.from_numpy(layout.input_ids),
-        position_ids=torch.from_numpy(layout.position_ids),
-        targets=torch.from_numpy(layout.targets),
-        weights=None if layout.weights is None else torch.from_numpy(layout.weights),
-        document_lengths=layout.document_lengths,
-        num_tokens=layout.num_tokens,
-        num_targets=layout.num_targets,
-        sample_ids=layout.sample_ids,
-        samples_per_row=layout.samples_per_row,
-        groups=layout.groups,
-        labels=None if layout.labels is None else torch.from_numpy(layout.labels),
-        target_counts=layout.target_counts,
-        reference=None if layout.reference is None else torch.from_numpy(layout.reference),
-        mismatched=None if layout.mismatched is None else batch_of(layout.mismatched),
-        document_continues=layout.document_continues,
-    )
+    values: dict[str, Any] = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in vars(layout).items()
+    }
+    return Batch(**values | {"mismatched": layout.mismatched and batch_of(layout.mismatched)})

@@ -29,6 +29,7 @@ __all__ = [
     "QUERY_COLUMNS",
     "RESPONSE_COLUMNS",
     "SYSTEM_COLUMNS",
+    "FaultError",
     "RowError",
     "Sample",
     "to_messages",
@@ -98,8 +99,8 @@ class Sample:
     location: str = ""
 
 
-class _FaultError(Exception):
-    """What is wrong with a row; ``to_sample`` adds where."""
+class FaultError(ValueError):
+    """What is wrong with a row; ``to_sample`` and ``swift.data.groups`` add where."""
 
 
 def to_sample(row: Row) -> Sample:
@@ -110,23 +111,15 @@ def to_sample(row: Row) -> Sample:
     try:
         for name in _MEDIA_COLUMNS:
             if columns.get(name):
-                raise _FaultError(f'"{name}": images, audio and video cannot be read in this version')
+                raise FaultError(f'"{name}": images, audio and video cannot be read in this version')
         messages = _read_messages(columns)
         system = _take_text(columns, SYSTEM_COLUMNS)
         if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         tools = _read_tools(columns.pop("tools", None))
-    except _FaultError as fault:
+    except FaultError as fault:
         raise RowError(row.location, str(fault)) from None
     return Sample(messages, tools, columns, row.location)
-
-
-def to_messages(raw: list[Any], column: str) -> list[dict[str, Any]]:
-    """A list of messages in our form; ValueError with the reason when it is none."""
-    try:
-        return _normalise(raw, column)
-    except _FaultError as fault:
-        raise ValueError(str(fault)) from None
 
 
 def _read_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,11 +131,11 @@ def _read_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:
         return _chosen_and_rejected(columns)
     for name in ("messages", "conversations", "conversation"):
         if name in columns:
-            return _normalise(_as_list(columns.pop(name), name), name)
+            return to_messages(_as_list(columns.pop(name), name), name)
     if "completion" in columns and "prompt" in columns:
         return _prompt_completion(columns)
     if isinstance(columns.get("prompt"), list):  # a preference or reward row: the answers are other columns
-        return _normalise(columns.pop("prompt"), "prompt")
+        return to_messages(columns.pop("prompt"), "prompt")
     if "instruction" in columns:
         parts = [_text(columns.pop(name), name) for name in ("instruction", "input") if name in columns]
         query: str | None = "\n".join(part for part in parts if part)
@@ -150,7 +143,7 @@ def _read_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:
         query = _take_text(columns, QUERY_COLUMNS)
     response = _take_text(columns, RESPONSE_COLUMNS)
     if query is None and response is None:
-        raise _FaultError(f"no known columns: found [{', '.join(columns)}]; expected {_EXPECTED}")
+        raise FaultError(f"no known columns: found [{', '.join(columns)}]; expected {_EXPECTED}")
     messages = _history(columns.pop("history", None))
     if query is not None:
         messages.append({"role": "user", "content": query})
@@ -172,7 +165,7 @@ def _chosen_and_rejected(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _answer(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, list):
-        return _normalise(value, column)
+        return to_messages(value, column)
     return [{"role": "assistant", "content": _text(value, column)}]
 
 
@@ -181,7 +174,7 @@ def _prompt_completion(columns: dict[str, Any]) -> list[dict[str, Any]]:
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         value = columns.pop(name)
         if isinstance(value, list):
-            messages.extend(_normalise(value, name))
+            messages.extend(to_messages(value, name))
         else:
             messages.append({"role": role, "content": _text(value, name)})
     return messages
@@ -193,23 +186,23 @@ def _history(value: Any) -> list[dict[str, Any]]:
         return messages
     turns = _as_list(value, "history")
     if turns and isinstance(turns[0], Mapping):
-        return _normalise(turns, "history")
+        return to_messages(turns, "history")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(t, str) for t in turn):
-            raise _FaultError(f'"history" turn {number} is not a pair of texts [query, response]')
+            raise FaultError(f'"history" turn {number} is not a pair of texts [query, response]')
         messages.append({"role": "user", "content": turn[0]})
         messages.append({"role": "assistant", "content": turn[1]})
     return messages
 
 
-def _normalise(raw: list[Any], column: str) -> list[dict[str, Any]]:
-    """Messages in our form from any of the known spellings."""
+def to_messages(raw: list[Any], column: str) -> list[dict[str, Any]]:
+    """Messages in our form from any of the known spellings. Raises FaultError."""
     if not raw:
-        raise _FaultError(f'"{column}" is empty')
+        raise FaultError(f'"{column}" is empty')
     messages: list[dict[str, Any]] = []
     for number, item in enumerate(raw, start=1):
         if not isinstance(item, Mapping):
-            raise _FaultError(f"message {number} is {_kind(item)}, not an object")
+            raise FaultError(f"message {number} is {_kind(item)}, not an object")
         if "role" not in item and "from" not in item and ("human" in item or "assistant" in item):
             for key, role in (("human", "user"), ("assistant", "assistant")):
                 if item.get(key) is not None:
@@ -227,15 +220,15 @@ def _message(item: Mapping[str, Any], number: int) -> dict[str, Any]:
     message = {key: value for key, value in item.items() if value is not None}
     role_key = next((key for key in _ROLE_KEYS if key in message), None)
     if role_key is None:
-        raise _FaultError(f'message {number} has no "role"')
+        raise FaultError(f'message {number} has no "role"')
     written = message.pop(role_key)
     role = _ROLES.get(written) if isinstance(written, str) else None
     if role is None:
-        raise _FaultError(f"message {number} has an unknown role {written!r}; known: {', '.join(_ROLES)}")
+        raise FaultError(f"message {number} has an unknown role {written!r}; known: {', '.join(_ROLES)}")
     content_key = next((key for key in _CONTENT_KEYS if key in message), None)
     calls = message.pop("tool_calls", None)
     if content_key is None and not calls:
-        raise _FaultError(f'message {number} has no "{"value" if role_key == "from" else "content"}"')
+        raise FaultError(f'message {number} has no "{"value" if role_key == "from" else "content"}"')
     content = message.pop(content_key) if content_key else ""
     result: dict[str, Any] = {"role": role}
     if role == "tool_call":
@@ -256,7 +249,7 @@ def _content(value: Any, number: int) -> str | list[dict[str, Any]]:
     if isinstance(value, Mapping) and value.get("type") == "text":
         value = [value]
     if not isinstance(value, list):
-        raise _FaultError(f'message {number}: "content" is {_kind(value)}, not text')
+        raise FaultError(f'message {number}: "content" is {_kind(value)}, not text')
     parts: list[dict[str, Any]] = []
     weighted = False
     for place, part in enumerate(value, start=1):
@@ -265,7 +258,7 @@ def _content(value: Any, number: int) -> str | list[dict[str, Any]]:
             continue
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-            raise _FaultError(f"message {number}: content part {place} is {kind}; only text can be read")
+            raise FaultError(f"message {number}: content part {place} is {kind}; only text can be read")
         _check_loss(part, f"message {number}: content part {place}")
         scale = 0 if part.get("loss") is False else part.get("loss_scale")
         kept = {} if scale is None else {"loss_scale": scale}
@@ -277,11 +270,11 @@ def _content(value: Any, number: int) -> str | list[dict[str, Any]]:
 def _check_loss(values: Mapping[str, Any], where: str) -> None:
     loss, scale = values.get("loss"), values.get("loss_scale")
     if loss is not None and not isinstance(loss, bool):
-        raise _FaultError(f'{where}: "loss" must be true or false, found {loss!r}')
+        raise FaultError(f'{where}: "loss" must be true or false, found {loss!r}')
     if scale is not None and (
         isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0
     ):
-        raise _FaultError(f'{where}: "loss_scale" must be a number >= 0, found {scale!r}')
+        raise FaultError(f'{where}: "loss_scale" must be a number >= 0, found {scale!r}')
 
 
 def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
@@ -290,14 +283,14 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
         where = f"message {number}: tool call {place}"
         call = _from_json(call, where)
         if not isinstance(call, Mapping):
-            raise _FaultError(f"{where} is {_kind(call)}, not an object")
+            raise FaultError(f"{where} is {_kind(call)}, not an object")
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise _FaultError(f'{where} has no "name"')
+            raise FaultError(f'{where} has no "name"')
         arguments = function.get("arguments", function.get("parameters"))
         arguments = _from_json(arguments or {}, f'{where}: "arguments"')
         if not isinstance(arguments, Mapping):
-            raise _FaultError(f'{where}: "arguments" is {_kind(arguments)}, not an object')
+            raise FaultError(f'{where}: "arguments" is {_kind(arguments)}, not an object')
         kept = {"id": call["id"]} if call.get("id") is not None else {}
         calls.append(
             {**kept, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
@@ -323,7 +316,7 @@ def _read_tools(value: Any) -> list[dict[str, Any]] | None:
     for place, tool in enumerate(value if isinstance(value, list) else [value], start=1):
         tool = _from_json(tool, f'"tools" entry {place}')
         if not isinstance(tool, Mapping):
-            raise _FaultError(f'"tools" entry {place} is {_kind(tool)}, not an object')
+            raise FaultError(f'"tools" entry {place} is {_kind(tool)}, not an object')
         tools.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
     return tools or None
 
@@ -337,14 +330,14 @@ def _take_text(columns: dict[str, Any], names: tuple[str, ...]) -> str | None:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _FaultError(f'"{name}" is {_kind(value)}, not text')
+        raise FaultError(f'"{name}" is {_kind(value)}, not text')
     return value
 
 
 def _as_list(value: Any, name: str) -> list[Any]:
     value = _from_json(value, f'"{name}"')
     if not isinstance(value, list):
-        raise _FaultError(f'"{name}" is {_kind(value)}, not a list')
+        raise FaultError(f'"{name}" is {_kind(value)}, not a list')
     return value
 
 
@@ -355,7 +348,7 @@ def _from_json(value: Any, what: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        raise _FaultError(f"{what} is not JSON: {value[:40]!r}") from None
+        raise FaultError(f"{what} is not JSON: {value[:40]!r}") from None
 
 
 def _kind(value: Any) -> str:

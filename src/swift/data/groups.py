@@ -27,7 +27,7 @@ from swift.config.schema import Config
 from swift.config.sections.rlhf import PREFERENCE_TYPES
 from swift.core.errors import DataError
 from swift.data.batching import random_generator
-from swift.data.formats import RowError, Sample, to_messages, to_sample
+from swift.data.formats import FaultError, RowError, Sample, to_messages, to_sample
 from swift.data.rows import Row
 from swift.data.store import EncodedLike, encoded_arrays
 
@@ -106,10 +106,6 @@ class Group:
     labels: list[float]
 
 
-class _FaultError(Exception):
-    """What is wrong with a row; `encode_group` adds where."""
-
-
 def task_format(config: Config) -> TaskFormat | None:
     """None where a row is one text to be learned."""
     section, kind = config.task, config.rlhf.rlhf_type
@@ -169,8 +165,8 @@ def encode_group(row: Row, template: GroupTemplate, task: TaskFormat) -> Encoded
             )
         sequences = [_encode(messages, sample, template, task) for messages in group.conversations]
         if not all(len(one) for one in sequences):
-            raise _FaultError(f"text {1 + [len(one) > 0 for one in sequences].index(False)} is empty")
-    except _FaultError as fault:
+            raise FaultError(f"text {1 + [len(one) > 0 for one in sequences].index(False)} is empty")
+    except FaultError as fault:
         raise RowError(row.location, str(fault)) from None
     except DataError as error:  # the template refuses a conversation
         raise RowError(
@@ -187,20 +183,17 @@ def _encode(messages: Messages, sample: Sample, template: GroupTemplate, task: T
 
 
 def question_of(messages: Messages) -> Messages:
-    """A conversation up to where the answer begins; raises ValueError when there is no question."""
+    """A conversation up to where the answer begins; raises FaultError when there is no question."""
     question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not question:
-        raise ValueError("there is no question before the answer")
+        raise FaultError("there is no question before the answer")
     return question
 
 
 def read_group(sample: Sample, task: TaskFormat, number: int) -> Group:
     """The conversations and labels of a row; ``number`` of the row decides which documents are drawn."""
     if task.task_type == "prompt":
-        try:
-            return Group([question_of(sample.messages)], [0.0])
-        except ValueError as fault:
-            raise _FaultError(str(fault)) from None
+        return Group([question_of(sample.messages)], [0.0])
     if task.task_type == "seq_cls":
         return Group([sample.messages], _class_labels(sample, task))
     if task.task_type == "kto":
@@ -220,7 +213,7 @@ def read_texts(sample: Sample, task_type: str) -> list[Messages]:
     """
     try:
         documents = [*_documents(sample, "positive"), *_documents(sample, "negative")]
-    except _FaultError as fault:
+    except FaultError as fault:
         raise DataError(str(fault)) from None
     if task_type in ("reranker", "generative_reranker"):
         if not documents:
@@ -232,25 +225,25 @@ def read_texts(sample: Sample, task_type: str) -> list[Messages]:
 
 def _class_labels(sample: Sample, task: TaskFormat) -> list[float]:
     if "label" not in sample.extra:
-        raise _FaultError('no "label"')
+        raise FaultError('no "label"')
     label, count = sample.extra["label"], task.num_labels
     if task.problem_type == "regression":
         values = [_number(value) for value in (label if isinstance(label, list) else [label])]
         if len(values) != count:
-            raise _FaultError(f'"label" has {len(values)} values, num_labels is {count}')
+            raise FaultError(f'"label" has {len(values)} values, num_labels is {count}')
         return values
     if task.problem_type == "multi_label_classification":
         classes = [_class(value, count) for value in (label if isinstance(label, list) else [label])]
         return [float(place in classes) for place in range(count)]
     if isinstance(label, list):
-        raise _FaultError('"label" is a list: several classes need problem_type multi_label_classification')
+        raise FaultError('"label" is a list: several classes need problem_type multi_label_classification')
     return [float(_class(label, count))]
 
 
 def _class(value: Any, count: int) -> int:
     number = _number(value)
     if not number.is_integer() or not 0 <= number < count:
-        raise _FaultError(f'"label" {value!r} is no class from 0 to {count - 1} (num_labels {count})')
+        raise FaultError(f'"label" {value!r} is no class from 0 to {count - 1} (num_labels {count})')
     return int(number)
 
 
@@ -261,7 +254,7 @@ def _number(value: Any, column: str = "label") -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise _FaultError(f'"{column}" {value!r} is not a number')
+        raise FaultError(f'"{column}" {value!r} is not a number')
     return number
 
 
@@ -270,7 +263,7 @@ def _desirable(sample: Sample) -> float:
     words = {"true": True, "false": False}
     value = words.get(label.strip().lower(), label) if isinstance(label, str) else label
     if "label" not in sample.extra or value not in (0, 1, "0", "1"):
-        raise _FaultError(f'"label" {label!r} is neither true nor false: is the answer desirable?')
+        raise FaultError(f'"label" {label!r} is neither true nor false: is the answer desirable?')
     return float(value)
 
 
@@ -278,26 +271,26 @@ def _preference_pair(sample: Sample) -> Group:
     """Chosen and rejected conversation, and the margin."""
     chosen, extra = sample.messages, sample.extra
     if chosen[-1]["role"] != "assistant":
-        raise _FaultError("the last message is not an answer of the assistant, so nothing is chosen")
+        raise FaultError("the last message is not an answer of the assistant, so nothing is chosen")
     start = next((at for at in range(len(chosen), 0, -1) if chosen[at - 1]["role"] in ("user", "tool")), 0)
     name = next(
         (one for one in ("rejected_messages", "rejected_response", "rejected") if extra.get(one)), None
     )
     if name is None:
-        raise _FaultError('no "rejected_response" (or rejected_messages, or chosen and rejected)')
+        raise FaultError('no "rejected_response" (or rejected_messages, or chosen and rejected)')
     rejected = extra[name]
     if isinstance(rejected, str) and name != "rejected_messages":
         messages = [{"role": "assistant", "content": rejected}]
     else:
         try:
             messages = to_messages(rejected if isinstance(rejected, list) else [rejected], name)
-        except ValueError as fault:
-            raise _FaultError(f'"{name}": {fault}') from None
+        except FaultError as fault:
+            raise FaultError(f'"{name}": {fault}') from None
     other = messages if name == "rejected_messages" else [*chosen[:start], *messages]
     if other[0]["role"] != "system" and chosen[0]["role"] == "system":
         other = [chosen[0], *other]
     if other == chosen:
-        raise _FaultError("the rejected answer is the chosen one")
+        raise FaultError("the rejected answer is the chosen one")
     margin = extra.get("margin")
     return Group([chosen, other], [0.0 if margin is None else _number(margin, "margin")])
 
@@ -307,24 +300,24 @@ def _embedding_group(sample: Sample, task: TaskFormat) -> Group:
     if not positives and anchor[-1]["role"] == "assistant":
         anchor, positives = anchor[:-1], [[{"role": "user", "content": anchor[-1]["content"]}]]
     if len(positives) != 1 or not anchor:
-        raise _FaultError(f'"positive_messages" has {len(positives)} conversations; embedding takes one')
+        raise FaultError(f'"positive_messages" has {len(positives)} conversations; embedding takes one')
     negatives = _documents(sample, "negative")
     if task.loss_type == "infonce":
         return Group([anchor, *positives, *negatives[: task.num_negatives]], [1.0])
     if negatives:
-        raise _FaultError(f'"negative_messages" are for loss_type infonce, not {task.loss_type}')
+        raise FaultError(f'"negative_messages" are for loss_type infonce, not {task.loss_type}')
     if "label" not in sample.extra:
-        raise _FaultError(f'no "label", which loss_type {task.loss_type} learns')
+        raise FaultError(f'no "label", which loss_type {task.loss_type} learns')
     label = _number(sample.extra["label"])
     if task.loss_type != "cosine_similarity" and label not in (0.0, 1.0):
-        raise _FaultError(f'"label" {label:g} is neither 0 nor 1, as loss_type {task.loss_type} needs')
+        raise FaultError(f'"label" {label:g} is neither 0 nor 1, as loss_type {task.loss_type} needs')
     return Group([anchor, *positives], [label])
 
 
 def _ranking_group(sample: Sample, task: TaskFormat, number: int) -> Group:
     positives, negatives = _documents(sample, "positive"), _documents(sample, "negative")
     if not positives:
-        raise _FaultError('no "positive_messages": no document is relevant')
+        raise FaultError('no "positive_messages": no document is relevant')
     generator = random_generator("documents", number)
     chosen = []
     for documents, most in ((positives, task.num_positives), (negatives, task.num_negatives)):
@@ -369,7 +362,7 @@ def _documents(sample: Sample, name: str) -> list[Messages]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise _FaultError(f'"{column}" is not a list of conversations')
+        raise FaultError(f'"{column}" is not a list of conversations')
     documents: list[Messages] = []
     for place, entry in enumerate(value, start=1):
         if isinstance(entry, str):
@@ -377,10 +370,10 @@ def _documents(sample: Sample, name: str) -> list[Messages]:
         elif isinstance(entry, list):
             try:
                 documents.append(to_messages(entry, column))
-            except ValueError as fault:
-                raise _FaultError(f'"{column}" {place}: {fault}') from None
+            except FaultError as fault:
+                raise FaultError(f'"{column}" {place}: {fault}') from None
         else:
-            raise _FaultError(f'"{column}" {place} is neither a list of messages nor a text')
+            raise FaultError(f'"{column}" {place} is neither a list of messages nor a text')
     return documents
 
 

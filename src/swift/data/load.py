@@ -298,7 +298,7 @@ def _require_samples(dataset: TokenDataset, texts: Sequence[str], max_length: in
     if report.bad_rows:
         reasons.append(f"{len(report.bad_rows)} bad")
     fix = (
-        "--truncation_strategy right (pt: split), or a larger --max_length"
+        "--truncation_strategy left (or right; pt: split), or a larger --max_length"
         if deleted
         else f"swift data check {shlex.quote(texts[0])}   (what is wrong with it, and which columns are not read)"
     )

@@ -6,6 +6,7 @@ code as ``swift infer --val_dataset``. Exact match is measured on rows that are 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -167,11 +168,4 @@ def _count_parameters(model: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(model / "model.safetensors", framework="numpy") as file:
-        return sum(_size(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)

@@ -6,21 +6,14 @@ Every step is a public command; the demo only reads what they print and write.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from swift.config.bind import resolve
-from swift.core.errors import SwiftError
-from swift.core.process import die_with_parent
+from swift.evaluate.backends import own_server
+from swift.evaluate.endpoint import Endpoint
 from swift.quantize.export import export
 
 __all__ = ["ask_the_winner"]
@@ -28,7 +21,6 @@ __all__ = ["ask_the_winner"]
 READY_SECONDS = 120.0
 ANSWER_SECONDS = 60.0
 END_SECONDS = 60.0
-POLL_SECONDS = 0.1
 
 
 def ask_the_winner(folder: Path, adapter: Path, heldout: Path, *, say: Callable[[str], None] = print) -> int:
@@ -62,23 +54,16 @@ def _export(command: str, argv: list[str], say: Callable[[str], None]) -> int:
 def _serve_and_ask(folder: Path, model: Path, heldout: Path, say: Callable[[str], None]) -> int:
     question, wanted = _held_out_row(heldout)
     ready, log = folder / "serving.json", folder / "serving.log"
-    ready.unlink(missing_ok=True)
+    for old in (ready, log):
+        old.unlink(missing_ok=True)
     argv = ["deploy", "--model", str(model), "--device", "cpu", "--port", "0", "--ready_file", str(ready)]
     say(f"\n$ swift {' '.join(argv)} &")
-    with log.open("wb") as output:
-        # It ends with the demo, also with one that is killed.
-        server = subprocess.Popen(
-            [sys.executable, "-m", "swift", *argv],
-            stdout=output,
-            stderr=output,
-            preexec_fn=partial(die_with_parent, os.getpid()),
-        )
-    try:
-        url = _wait_until_ready(server, ready, log)
+    with own_server(argv, ready, log, ready_seconds=READY_SECONDS, grace_seconds=END_SECONDS) as url:
         say(f"$ curl {url}/v1/chat/completions -d '{{\"messages\": [...]}}'    # {question}")
-        answer = _ask(url, question)
-    finally:
-        _stop(server)
+        messages = [{"role": "user", "content": question}]
+        endpoint = Endpoint(url, deadline_seconds=ANSWER_SECONDS, key_variable="SWIFT_API_KEY")
+        (response,) = endpoint.chat([{"messages": messages, "max_tokens": 8, "temperature": 0}])
+        answer = response["choices"][0]["message"]["content"]
     is_right = answer == wanted
     say(
         f"   {question}  ->  {answer}  {'ok' if is_right else f'(wanted {wanted})'}    the service is stopped"
@@ -90,45 +75,3 @@ def _held_out_row(path: Path) -> tuple[str, str]:
     with path.open(encoding="utf-8") as file:
         question, answer = json.loads(file.readline())["messages"]
     return question["content"], answer["content"]
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
-    """The server's address. Raises SwiftError when it ends, or is not ready in time, with the end of its log."""
-    deadline = time.monotonic() + READY_SECONDS
-    while not ready.exists():
-        if server.poll() is not None or time.monotonic() > deadline:
-            what = f"ended with code {server.returncode}" if server.returncode is not None else "is not ready"
-            tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise SwiftError(f"the server {what}", where=str(log), why=tail.strip() or "it printed nothing")
-        time.sleep(POLL_SECONDS)
-    url: str = json.loads(ready.read_text(encoding="utf-8"))["url"]
-    return url
-
-
-def _ask(url: str, question: str) -> str:
-    body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": 8,
-        "temperature": 0,
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={
-            "Content-Type": "application/json",
-            "Authorization": f"Bearer {os.environ.get('SWIFT_API_KEY', '')}",
-        },
-    )
-    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-        text: str = json.load(response)["choices"][0]["message"]["content"]
-    return text
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, as swift deploy wants it; SIGKILL to what does not end in time."""
-    server.terminate()
-    try:
-        server.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()

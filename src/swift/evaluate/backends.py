@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -27,15 +27,12 @@ from swift.evaluate.endpoint import Endpoint
 from swift.evaluate.evaluation import find_model, result_folder
 from swift.evaluate.results import RESULTS
 from swift.evaluate.suite import TaskSpec, read_tasks, task_specs
+from swift.toolchains.child import GRACE_SECONDS, Child
 
-if TYPE_CHECKING:
-    from swift.toolchains.child import Child
-
-__all__ = ["backend_of", "evaluate_with", "payload_of", "served"]
+__all__ = ["backend_of", "evaluate_with", "own_server", "payload_of", "served"]
 
 _SCRIPTS = Path(__file__).parent / "suites"
 _DEADLINE_SECONDS = 24 * 3600.0
-_READY_SECONDS = 1800.0
 _OWN = "val_dataset"
 """What rows of ours are called there."""
 
@@ -172,8 +169,6 @@ def _write_rows(backend: str, resolved: Resolved, spec: TaskSpec, folder: Path) 
 @contextlib.contextmanager
 def served(resolved: Resolved, say: Callable[[str], None]) -> Iterator[Endpoint]:
     """The server of ``eval_url``, or one of ``swift deploy`` for the model's folder, stopped afterwards."""
-    from swift.toolchains.child import Child
-
     suite = resolved.config.suite
     if suite.eval_url is not None:
         endpoint = Endpoint(suite.eval_url, suite.eval_model or "", suite.eval_num_proc)
@@ -185,9 +180,7 @@ def served(resolved: Resolved, say: Callable[[str], None]) -> Iterator[Endpoint]
         options = Path(scratch) / "deploy.yaml"
         options.write_text(yaml.safe_dump(_serving_options(resolved)), encoding="utf-8")
         words = ["deploy", str(options), "--port", "0", "--ready_file", str(ready)]
-        command = [sys.executable, "-P", "-m", "swift", *words]
-        with Child(command, environment=os.environ, log=log) as server:
-            url = _wait_until_ready(server, ready)
+        with own_server(words, ready, log) as url:
             endpoint = Endpoint(url, "", suite.eval_num_proc)
             endpoint.find_adapter()
             yield endpoint
@@ -202,17 +195,35 @@ def _serving_options(resolved: Resolved) -> dict[str, Any]:
     return {name: resolved.value(name) for name in wanted if resolved.is_explicit(name)}
 
 
-def _wait_until_ready(server: Child, ready: Path) -> str:
-    """The server's address, once it answers. Raises SwiftError when it ends before, or takes too long."""
-    deadline = time.monotonic() + _READY_SECONDS
+@contextlib.contextmanager
+def own_server(
+    words: list[str],
+    ready: Path,
+    log: Path,
+    *,
+    ready_seconds: float = 1800.0,
+    grace_seconds: float = GRACE_SECONDS,
+) -> Iterator[str]:
+    """The address of ``swift WORDS``, a server that writes the file ``ready``, while it is needed; it is stopped then.
+
+    Raises SwiftError with the end of its ``log`` when it ends before it answers, or takes longer than
+    ``ready_seconds``.
+    """
+    command = [sys.executable, "-P", "-m", "swift", *words]
+    with Child(command, environment=os.environ, log=log, grace_seconds=grace_seconds) as server:
+        _wait_until_ready(server, ready, ready_seconds)
+        yield str(json.loads(ready.read_text(encoding="utf-8"))["url"])
+
+
+def _wait_until_ready(server: Child, ready: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while not ready.exists():
         if server.poll() is not None:
             raise SwiftError("the model's server did not start", where="swift deploy", why=server.log_tail())
         if time.monotonic() > deadline:
             raise SwiftError(
-                f"the model's server was not ready after {_READY_SECONDS:g} s",
+                f"the model's server was not ready after {seconds:g} s",
                 where="swift deploy",
                 why=server.log_tail(),
             )
         time.sleep(0.1)
-    return str(json.loads(ready.read_text(encoding="utf-8"))["url"])

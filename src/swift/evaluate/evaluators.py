@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from swift.core.errors import ConfigError
 from swift.core.registry import suggest
+from swift.core.user_code import load_file
 from swift.evaluate import metrics
 from swift.evaluate.questions import Question
 
@@ -315,18 +316,9 @@ def _check_options(name: str, make: Callable[..., Scorer], options: Mapping[str,
 def _users_own(name: str) -> Evaluator:
     """``FILE.py:function``; its metrics bear the function's name unless it gives them names."""
     file, _, wanted = name.rpartition(":")
-    path = Path(file).expanduser()
-    if not file.endswith(".py") or not path.is_file():
+    if not file.endswith(".py") or not Path(file).expanduser().is_file():
         raise ConfigError("no such file", where=f"--metric {name}", fix="--metric FILE.py:function")
-    spec = importlib.util.spec_from_file_location(f"swift_metric_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's file may raise anything while it is imported
-        why = f"{type(error).__name__}: {error}"
-        raise ConfigError("the file cannot be imported", where=file, why=why) from error
-    function = getattr(module, wanted, None)
+    function = getattr(load_file(file, "metric", where="--metric"), wanted, None)
     if not callable(function):
         raise ConfigError(f"there is no function {wanted!r}", where=file)
 

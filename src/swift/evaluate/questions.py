@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from swift.core.errors import DataError
 from swift.data.formats import RowError, to_sample
 from swift.data.rows import Row
-from swift.data.sources import DatasetSpec, find_files, read_rows
+from swift.data.sources import DatasetSpec, first_rows
 
 __all__ = ["Question", "Questions", "few_shot_messages", "read_questions"]
 
@@ -66,7 +66,7 @@ def read_questions(
         DataError: a file is missing, or a row is bad and ``on_bad_rows`` is ``error``.
     """
     questions = Questions()
-    for row in _rows(specs, columns):
+    for row in (row for spec in specs for row in first_rows(spec, columns)):
         if limit is not None and len(questions.good) >= limit:
             break
         try:
@@ -80,17 +80,6 @@ def read_questions(
     if not questions.good:
         raise DataError("there is no row to answer", where=", ".join(spec.text for spec in specs))
     return questions
-
-
-def _rows(specs: Sequence[DatasetSpec], columns: Mapping[str, str]) -> Iterator[Row]:
-    for spec in specs:
-        taken = 0
-        for file in find_files(spec):
-            for row in read_rows(file, columns, mapping=spec.mapping):
-                if spec.num_rows is not None and taken >= spec.num_rows:
-                    break
-                taken += 1
-                yield row
 
 
 def _question(row: Row, index: int) -> Question:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from swift.core.errors import DataError
 from swift.data.formats import RowError, to_sample
 from swift.data.groups import GroupTemplate, read_texts
-from swift.data.sources import DatasetSpec, find_files, read_rows
+from swift.data.sources import DatasetSpec, first_rows
 from swift.evaluate.results import ResultFile, row_key
 
 __all__ = ["Texts", "read_rows_of_texts", "value_texts"]
@@ -44,24 +44,20 @@ def read_rows_of_texts(
     """
     good: list[Texts] = []
     bad: list[str] = []
-    for spec in specs:
-        rows = (row for file in find_files(spec) for row in read_rows(file, columns, mapping=spec.mapping))
-        for row, _ in zip(
-            rows, range(spec.num_rows) if spec.num_rows is not None else iter(int, 1), strict=False
-        ):
-            try:
-                sample = to_sample(row)
-                conversations = read_texts(sample, task_type)
-            except RowError as error:
-                if on_bad_rows == "error":
-                    raise
-                bad.append(f"{error.location}: {error.reason}")
-            except DataError as error:
-                if on_bad_rows == "error":
-                    raise DataError(error.message, where=row.location) from None
-                bad.append(f"{row.location}: {error.message}")
-            else:
-                good.append(Texts(len(good), row.location, conversations, sample.extra))
+    for row in (row for spec in specs for row in first_rows(spec, columns)):
+        try:
+            sample = to_sample(row)
+            conversations = read_texts(sample, task_type)
+        except RowError as error:
+            if on_bad_rows == "error":
+                raise
+            bad.append(f"{error.location}: {error.reason}")
+        except DataError as error:
+            if on_bad_rows == "error":
+                raise DataError(error.message, where=row.location) from None
+            bad.append(f"{row.location}: {error.message}")
+        else:
+            good.append(Texts(len(good), row.location, conversations, sample.extra))
     if not good:
         raise DataError("there is no row to read", where=", ".join(spec.text for spec in specs))
     return good, bad

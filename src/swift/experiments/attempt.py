@@ -13,11 +13,11 @@ import yaml
 
 from swift.config.commands import COMMANDS
 from swift.core.errors import SwiftError
-from swift.core.files import atomic_write_text
+from swift.core.files import atomic_write_text, read_json
 from swift.experiments.fusing import FUSED_SOCKET, WHOLE_SHARE
 from swift.experiments.home import Home
 from swift.experiments.isolation import environment_for
-from swift.experiments.progress import OUTPUT_LOG, read_json
+from swift.experiments.progress import OUTPUT_LOG
 from swift.experiments.serving import SERVING, ready_file
 from swift.experiments.types import TRAINING, Inventory, Job, Launch, Placement
 from swift.runs.folder import RunFolder

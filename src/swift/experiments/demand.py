@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from swift.core.files import read_json
 from swift.core.format import format_bytes
-from swift.experiments.progress import read_json
 from swift.experiments.scheduler import Placed, QueuedJob, is_whole
 from swift.experiments.types import TRAINING, Job, JobSpec
 

@@ -13,7 +13,7 @@ import select
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -113,7 +113,6 @@ class Engine(Control):
         self.inventory: Inventory | None = None
         self._take, self._build = take, build
         self._pool = ThreadPoolExecutor(threads, "swift-launch") if threads else None
-        self._build_host = build_host
         self._hosts: set[str] = set()
         self._fuses = Choice(home)  # what was measured; nothing is measured here
         self._hosts_lock = threading.Lock()
@@ -182,7 +181,7 @@ class Engine(Control):
         num_active = sum(counts[state] for state in ACTIVE)
         if num_active:
             self._check_stalls()
-            self.monitor.sample(self.inventory, self._disks())
+            self.monitor.sample(self.inventory, self._disks(self.store.jobs(states=ACTIVE)))
             return BUSY_SECONDS
         if counts["queued"]:
             delays = [moment - self.monotonic() for moment in self._not_before.values()]
@@ -410,7 +409,7 @@ class Engine(Control):
         with self._hosts_lock:
             if host in self._hosts:
                 return
-            launch = self._build_host(self.home, job, env, self.inventory, grace_seconds=self.grace_seconds)
+            launch = build_host(self.home, job, env, self.inventory, grace_seconds=self.grace_seconds)
             with contextlib.suppress(AlreadyRunning):
                 self.runner.launch(host, 1, launch, self.warm and not job.spec.cold)
             self._hosts.add(host)
@@ -474,17 +473,13 @@ class Engine(Control):
 
     # Disk
 
-    def _disks(self) -> list[Path]:
-        folders = {str(self.home.root): self.home.root}
-        for job in self.store.jobs(states=ACTIVE):
-            if job.spec.run_dir:
-                folders.setdefault(str(Path(job.spec.run_dir).parent), Path(job.spec.run_dir).parent)
-        return list(folders.values())
+    def _disks(self, jobs: Iterable[Job]) -> list[Path]:
+        """Folders on all disks that jobs write to."""
+        return sorted({self.home.root, *(Path(job.spec.run_dir).parent for job in jobs if job.spec.run_dir)})
 
-    def _full_disk(self, jobs: Any) -> str | None:
+    def _full_disk(self, jobs: Iterable[Job]) -> str | None:
         """Why nothing may start now: a disk that jobs write to is nearly full."""
-        folders = {self.home.root, *(Path(job.spec.run_dir).parent for job in jobs if job.spec.run_dir)}
-        for folder in sorted(folders):
+        for folder in self._disks(jobs):
             free = free_bytes(folder)
             if free < self.least_free_bytes:
                 return (

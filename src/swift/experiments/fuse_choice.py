@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swift.core.files import atomic_write_json
+from swift.core.files import atomic_write_json, read_json
 from swift.experiments.home import Home
-from swift.experiments.progress import read_json
 from swift.experiments.types import JobSpec
 
 __all__ = ["Choice", "choose", "measure_in_process", "shape_of"]

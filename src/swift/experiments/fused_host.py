@@ -25,9 +25,8 @@ from typing import Any, cast
 
 from swift.config.schema import Resolved
 from swift.core.errors import SwiftError
-from swift.core.files import atomic_write_json
+from swift.core.files import atomic_write_json, read_json
 from swift.experiments.fusing import FUSED_SOCKET, GROUP_FILE
-from swift.experiments.progress import read_json
 from swift.experiments.warm import short_address
 from swift.parallel.world import said_by_main
 from swift.runs.cards import print_end_card

@@ -90,7 +90,11 @@ class ControlGroup:
 
     def ran_out(self) -> bool:
         """Whether the kernel killed for memory in here."""
-        return self._events().get("oom_kill", 0) > 0
+        try:
+            lines = (self.path / "memory.events").read_text().splitlines()
+        except OSError:
+            return False
+        return any(line.startswith("oom_kill ") and line != "oom_kill 0" for line in lines)
 
     def peak_bytes(self) -> int:
         try:
@@ -102,13 +106,6 @@ class ControlGroup:
         """Delete the group, which must be empty; a group that cannot be deleted is harmless."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
-
-    def _events(self) -> dict[str, int]:
-        try:
-            lines = (self.path / "memory.events").read_text().splitlines()
-        except OSError:
-            return {}
-        return {key: int(value) for key, value in (line.split() for line in lines)}
 
 
 def _own_group(root: Path) -> Path | None:

@@ -12,10 +12,10 @@ import yaml
 
 from swift.config.sections.generation import METRICS
 from swift.core.errors import DataError
+from swift.core.files import read_json
 from swift.evaluate.results import RESULTS, SAMPLES, row_metrics
 from swift.evaluate.statistics import Interval, bootstrap, is_number
 from swift.experiments.home import Home
-from swift.experiments.progress import read_json
 from swift.experiments.serving import SERVING
 from swift.experiments.types import ACTIVE, FINISHED, TRAINING, Job, JobSpec
 from swift.runs.folder import RunFolder

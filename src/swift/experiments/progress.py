@@ -15,7 +15,6 @@ __all__ = [
     "OUTPUT_LOG",
     "last_metrics",
     "median_step_seconds",
-    "read_json",
     "seconds_of",
     "tail_start",
 ]
@@ -78,12 +77,3 @@ def seconds_of(job: Job, now: float) -> float | None:
     if job.started is None:
         return None
     return job.spent + (max(0.0, now - job.started) if job.state in ACTIVE else 0.0)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Empty when the file is not there (yet) or is not whole."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swift.core.files import read_json
 from swift.core.logging import get_logger
 from swift.evaluate.results import RESULTS
 from swift.experiments.follow import follow, is_over
 from swift.experiments.home import Home
 from swift.experiments.open_sweeps import sweep_failure
 from swift.experiments.outcome import RESULT_FOLDER
-from swift.experiments.progress import read_json, seconds_of
+from swift.experiments.progress import seconds_of
 from swift.experiments.store import Store
 from swift.experiments.submission import check_machine, from_file, from_mapping
 from swift.experiments.types import Job

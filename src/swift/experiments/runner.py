@@ -72,13 +72,11 @@ class Observation:
             is dead without a last word, or never lived; what was left of the job has been killed, and the
             attempt can never begin again.
         pid: the job's first process.
-        heartbeat: when the supervisor last looked, seconds since the epoch.
     """
 
     state: Literal["starting", "running", "ended", "vanished"]
     exit: Exit | None = None
     pid: int | None = None
-    heartbeat: float | None = None
 
 
 def launch(
@@ -231,10 +229,7 @@ def _look(folder: Path) -> Observation | None:
         # It may have written its last word between our two looks.
         return _look(folder) if (folder / "exit.json").exists() else None
     child = read_json(folder / "child.json")
-    heartbeat = (folder / "heartbeat").stat().st_mtime
-    if child is None:
-        return Observation("starting", heartbeat=heartbeat)
-    return Observation("running", pid=child["pid"], heartbeat=heartbeat)
+    return Observation("starting") if child is None else Observation("running", pid=child["pid"])
 
 
 def _may_be_coming(folder: Path) -> bool:
@@ -306,10 +301,9 @@ class Supervisors:
         stop(self.home.job_dir(job_id), attempt, grace_seconds)
 
     def watch(self, job_id: str, attempt: int) -> int | None:
-        record = read_json(self.home.attempt_dir(job_id, attempt) / "supervisor.json")
-        if record is None or not hasattr(os, "pidfd_open"):
+        identity = _supervisor(self.home.attempt_dir(job_id, attempt))
+        if identity is None or not hasattr(os, "pidfd_open"):
             return None
-        identity = ProcessIdentity(**record["identity"])
         try:
             descriptor = os.pidfd_open(identity.pid)
         except OSError:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from swift.core.files import read_json
 from swift.core.process import ProcessIdentity
 from swift.experiments.home import Home
-from swift.experiments.progress import read_json
 from swift.experiments.types import FINISHED, Job
 
 __all__ = ["SERVING", "is_settled", "ready_file", "service_of", "serving_line"]

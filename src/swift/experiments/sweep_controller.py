@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from swift.core.errors import SwiftError
-from swift.core.files import atomic_write_json
+from swift.core.files import atomic_write_json, read_json
 from swift.evaluate.results import RESULTS
 from swift.experiments.expand import trial_specs
 from swift.experiments.file import ExperimentFile, parse_experiments
 from swift.experiments.outcome import RESULT_FOLDER
-from swift.experiments.progress import read_json
 from swift.experiments.search_space import Parameter, Sweep, candidates
 from swift.experiments.types import JobSpec
 from swift.runs.metrics import MetricsLog, read_metrics

@@ -24,9 +24,9 @@ __all__ = [
     "read_model_config",
     "read_safetensors_header",
     "resolve_model_path",
+    "stored_tensors",
 ]
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -285,6 +285,12 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
     header.pop("__metadata__", None)
     ends = [entry["data_offsets"][1] for entry in header.values()]
     return header, 8 + length + max(ends, default=0)
+
+
+def stored_tensors(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> header entry (``shape``, ``dtype``) of every tensor in the safetensors files of a folder."""
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    return {name: entry for file in files for name, entry in read_safetensors_header(file)[0].items()}
 
 
 def _check_complete(file: Path) -> None:

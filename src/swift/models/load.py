@@ -187,6 +187,8 @@ def load_model(
     check_model_folder(folder, need_tokenizer=False)
     model_class, config = find_class(folder, trust_remote_code)
     options = loading_options(attention, config, folder, dtype=dtype, device=str(device))
+    if trust_remote_code:
+        options["trust_remote_code"] = True
     if head is not None:
         model_class = classifier_of(model_class, config, head, folder)
     elif model_class.__name__.endswith("ForSequenceClassification"):
@@ -195,11 +197,6 @@ def load_model(
             where=str(folder),
             fix="--task_type seq_cls (or reranker) trains it",
         )
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    if trust_remote_code:
-        options["trust_remote_code"] = True
     quantization = quantization or QuantizationSection()
     check_packages(quantization)
     check_loadable(config.to_dict(), str(device).partition(":")[0], quantization, str(folder))
@@ -210,9 +207,27 @@ def load_model(
     if is_quantised:
         options["device_map"] = {"": str(device)}  # quantised layers cannot be moved afterwards
         prepare_stored(config)
+    model = _read(model_class, folder, head, config=config, dtype=dtype, **options)
+    if is_quantised:
+        settle_layers(model)
+        if getattr(model.config, "quantization_config", None) is None:
+            # Unpacked while it was read. Transformers would pack the weights again whenever they are stored, and
+            # config.json would not say so; without the record of how they were read it stores them as they are.
+            model._weight_conversions = None
+    else:
+        model.to(device)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _read(model_class: Any, folder: Path, head: ClassifierHead | None, **options: Any) -> Any:
+    """The model with all its weights; a score head that the folder lacks is started. Raises ModelError."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     try:
         model, report = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            folder, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ModelError("cannot load the model", where=str(folder), why=_first_line(error)) from error
@@ -225,16 +240,7 @@ def load_model(
             why=", ".join(missing[:3]) + (", ..." if len(missing) > 3 else ""),
             fix="check that config.json and the weights belong together",
         )
-    if is_quantised:
-        settle_layers(model)
-        if getattr(model.config, "quantization_config", None) is None:
-            # Unpacked while it was read. Transformers would pack the weights again whenever they are stored, and
-            # config.json would not say so; without the record of how they were read it stores them as they are.
-            model._weight_conversions = None
-    else:
-        model.to(device)
-    model.config.use_cache = False
-    return model.eval()
+    return model
 
 
 def loading_options(

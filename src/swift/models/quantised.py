@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,9 +297,4 @@ def num_weights(parameter: nn.Parameter) -> int:
     """Numbers that a parameter stands for: two in each byte of a packed 4-bit weight."""
     state = getattr(parameter, "quant_state", None)
     shape = getattr(state, "shape", None)
-    if shape is None:
-        return parameter.numel()
-    count = 1
-    for size in shape:
-        count *= int(size)
-    return count
+    return parameter.numel() if shape is None else math.prod(shape)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from swift.config.sections.tuner import TunerSection
 from swift.models.counting import has_gate
-from swift.models.facts import ModelFacts, read_safetensors_header, weight_files
+from swift.models.facts import ModelFacts, stored_tensors
 from swift.plan.analytic import LinearShape
 from swift.tuners.registry import METHODS, count_decoder_layer, count_layer
 
@@ -32,12 +32,7 @@ def parameter_sizes(folder: Path | None) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all stored tensors; empty when there are no safetensors files, or no folder."""
     if folder is None:
         return {}
-    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
-    return {
-        name: tuple(entry["shape"])
-        for file in files
-        for name, entry in read_safetensors_header(file)[0].items()
-    }
+    return {name: tuple(entry["shape"]) for name, entry in stored_tensors(folder).items()}
 
 
 def linear_layers(facts: ModelFacts, shapes: dict[str, tuple[int, ...]]) -> list[LinearShape]:

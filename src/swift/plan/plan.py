@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,77 +67,99 @@ def make_plan(
     device = find_device(resolved.config.model.device, device_memory)
     facts, folder = _read_model(resolved, warnings)
     if facts is not None:
-        try:
-            check_dimensions(
-                resolved.config.parallel, Decoder.of(facts.config), resolved.config.data.max_length
-            )
-        except ConfigError as error:
-            warnings.append(
-                f"{error.where}: {error.message}; a run refuses it" + (f" ({error.fix})" if error.fix else "")
-            )
+        _check_layout(resolved, facts, warnings)
     _derive(resolved, facts, device, warnings)
     _look_for_files(resolved, warnings)
-    setup: Setup | None = None
-    training = resolved.command in ("pt", "sft", "rlhf")
-    data: dict[str, Any] = {}
-    steps: dict[str, Any] = {}
-    memory: dict[str, Any] = {}
-    time: dict[str, Any] = {}
-    parallel = _parallel(resolved, device)
-    if training:
-        rows = (
-            known_rows(resolved, lengths) if lengths is not None else _plan_rows(resolved, folder, warnings)
-        )
-        data, lengths = _data(resolved, rows, warnings)
-        widest = _widest(resolved, rows.sequences)
-        if lengths:
-            steps, found = _steps(resolved, rows, lengths, warnings)
-            widest = widest if rows.is_guessed else found  # memory is not promised by a guess
-        if facts is not None:
-            setup = make_setup(resolved, facts, folder, device, widest, warnings)
-            parts = exact(resolved, facts, folder, widest, setup) if exact else None
-            memory = memory_of(resolved, facts, setup, device, steps, parts)
-            if steps:
-                is_here = device_memory is None and bool(device.count)
-                if probe and is_here:
-                    _probe_once(resolved, device, setup)
-                time = {**time_of(resolved, facts, setup, device, steps), "can_be_measured": is_here}
-    export: dict[str, Any] = {}
-    if resolved.command == "export":
+    is_here = device_memory is None and device.count != 0
+    run = _Run(resolved, facts, folder, device, is_here, warnings)
+    training: _Training | None = None
+    parts: dict[str, Any] = {}
+    if resolved.command in ("pt", "sft", "rlhf"):
+        training = _plan_training(run, lengths, exact, probe)
+        parts = training.parts
+    elif resolved.command == "export":
         read = partial(_plan_rows, resolved, folder, warnings)
-        export, memory = export_plan(resolved, facts, folder, device, warnings, read)
+        parts["export"], parts["memory"] = export_plan(resolved, facts, folder, device, warnings, read)
     elif resolved.command == "deploy" and facts is not None:
-        memory = serving_memory(resolved, facts, device, compute_dtype(resolved, device))
-    solution: dict[str, Any] = {}
+        parts["memory"] = serving_memory(resolved, facts, device, compute_dtype(resolved, device))
     if solving:
-        if facts is None or setup is None or device.memory_bytes is None:
-            raise UsageError(
-                "nothing can be solved for",
-                where="--solve",
-                why="it needs a training whose model is known, and a device of known memory",
-                fix="--device cuda --device_memory 24GiB",
-            )
-        longest = rows.longest or (-(-max(lengths) // rows.sequences) if lengths else None)
-        longest = None if rows.is_guessed else longest
-        largest = partial(_widest, sequences=rows.sequences, longest=longest)
-        limit = int(TIGHT_SHARE * device.memory_bytes)
-        solution = solve(Situation(resolved, facts, folder, device, limit, largest))
+        parts["solution"] = _solve(run, training)
     plan = Plan(
         command=resolved.command,
         config=dump(resolved),
         sources={name: str(source) for name, source in resolved.sources.items()},
-        model=_model(resolved, facts, folder, setup, device),
-        data=data,
-        steps=steps,
-        memory=memory,
-        parallel=parallel,
-        export=export,
-        time=time,
-        solution=solution,
+        model=_model(resolved, facts, folder, training.setup if training else None, device),
+        parallel=_parallel(resolved, device),
         warnings=warnings,
+        **parts,
     )
     plan.fits = fits(plan, device)
     return plan
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is planned and for which device, maybe one of this machine; ``warnings`` grow while it is looked at."""
+
+    resolved: Resolved
+    facts: ModelFacts | None
+    folder: Path | None
+    device: DeviceFacts
+    is_here: bool
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A training on paper: parts of the plan, what decides its memory (None: the model is not known), and the largest
+    micro-batch that its data and other options would make."""
+
+    parts: dict[str, dict[str, Any]]
+    setup: Setup | None
+    widest_of: Callable[[Resolved], Widest]
+
+
+def _plan_training(
+    run: _Run, lengths: Sequence[int] | None, exact: ExactMethod | None, probe: bool
+) -> _Training:
+    resolved, facts, device = run.resolved, run.facts, run.device
+    if lengths is not None:
+        rows = known_rows(resolved, lengths)
+    else:
+        rows = _plan_rows(resolved, run.folder, run.warnings)
+    data, fitting = _data(resolved, rows, run.warnings)
+    parts: dict[str, dict[str, Any]] = {"data": data, "steps": {}}
+    widest = _widest(resolved, rows.sequences)
+    if fitting:
+        parts["steps"], found = _steps(resolved, rows, fitting, run.warnings)
+        widest = widest if rows.is_guessed else found  # memory is not promised by a guess
+    setup: Setup | None = None
+    if facts is not None:
+        setup = make_setup(resolved, facts, run.folder, device, widest, run.warnings)
+        traced = exact(resolved, facts, run.folder, widest, setup) if exact else None
+        parts["memory"] = memory_of(resolved, facts, setup, device, parts["steps"], traced)
+        if parts["steps"]:
+            if probe and run.is_here:
+                _probe_once(resolved, device, setup)
+            time = time_of(resolved, facts, setup, device, parts["steps"])
+            parts["time"] = {**time, "can_be_measured": run.is_here}
+    longest = rows.longest or (-(-max(fitting) // rows.sequences) if fitting else None)
+    longest = None if rows.is_guessed else longest
+    return _Training(parts, setup, partial(_widest, sequences=rows.sequences, longest=longest))
+
+
+def _solve(run: _Run, training: _Training | None) -> dict[str, Any]:
+    """What would fit. Raises UsageError where nothing can be said of it."""
+    device = run.device
+    if run.facts is None or training is None or training.setup is None or device.memory_bytes is None:
+        raise UsageError(
+            "nothing can be solved for",
+            where="--solve",
+            why="it needs a training whose model is known, and a device of known memory",
+            fix="--device cuda --device_memory 24GiB",
+        )
+    limit = int(TIGHT_SHARE * device.memory_bytes)
+    return solve(Situation(run.resolved, run.facts, run.folder, device, limit, training.widest_of))
 
 
 def remember_run(resolved: Resolved, tokens_per_second: float) -> None:
@@ -152,6 +175,15 @@ def _probe_once(resolved: Resolved, device: DeviceFacts, setup: Setup) -> None:
     if read_pace(device, setup.compute, resolved) is None:
         print(f"measuring once how fast this {device.kind} trains in {setup.compute}", file=sys.stderr)
         measure_pace(resolved, device, setup.compute)
+
+
+def _check_layout(resolved: Resolved, facts: ModelFacts, warnings: list[str]) -> None:
+    try:
+        check_dimensions(resolved.config.parallel, Decoder.of(facts.config), resolved.config.data.max_length)
+    except ConfigError as error:
+        warnings.append(
+            f"{error.where}: {error.message}; a run refuses it" + (f" ({error.fix})" if error.fix else "")
+        )
 
 
 def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | None, Path | None]:

@@ -27,6 +27,7 @@ from swift.plan.analytic import (
 )
 from swift.plan.device import DeviceFacts
 from swift.plan.modules import (
+    LinearShape,
     adapted_layers,
     layer_parameters,
     linear_layers,
@@ -84,41 +85,18 @@ def make_setup(
 ) -> Setup:
     """What decides memory."""
     config = resolved.config
-    tuner, parallel = config.tuner, config.parallel
-    shapes = parameter_sizes(folder)
-    is_lora = not tuner.trains_whole_model
-    adapts_linear = is_lora and tuner.tuner_type in METHODS
-    layers = linear_layers(facts, {} if stored_method(facts.config) else shapes)
-    adapted = adapted_layers(layers, tuner) if adapts_linear else []
-    saved = saved_parameters(facts, shapes, tuner) if is_lora else 0
-    if adapts_linear and not adapted and not tuner.target_parameters:
-        warnings.append("no linear layer of this model matches target_modules: nothing would be adapted")
-    compute = compute_dtype(resolved, device)
-    if config.task.has_score_head:
-        saved += facts.hidden_size * (config.task.num_labels or 1)
-    trainable = trainable_parameters(facts, shapes, adapted, tuner) + saved
-    if is_lora:
-        stored = tuner.lora_dtype
-        matrices = [(one.inputs, tuner.lora_rank) for one in adapted]
-        matrices += [(one.outputs, tuner.lora_rank) for one in adapted]
-    else:
-        stored = "bfloat16" if config.model.param_dtype == "bfloat16" else "float32"
-        targets = config.optimizer.galore_target_modules
-        matrices = [
-            (one.outputs, one.inputs) for one in layers if is_target(f"{one.name}.weight", 2, targets, None)
-        ]
-    updated = trainable
-    if tuner.lisa_activated_layers:
-        resting = max(0, facts.num_layers - tuner.lisa_activated_layers)
-        updated -= resting * layer_parameters(facts, shapes)
+    tuner, parallel, compute = config.tuner, config.parallel, compute_dtype(resolved, device)
+    trained = _trained(resolved, facts, folder, warnings)
+    adapted, layers, size = trained.adapted, trained.layers, DTYPE_BYTES[compute]
+    is_lora, shapes = not tuner.trains_whole_model, trained.shapes
     setup = Setup(
         compute=compute,
         is_lora=is_lora,
-        trainable=trainable,
-        trainable_bytes=DTYPE_BYTES[stored],
-        saved_modules=saved,
-        adapters=adapter_memory(facts, shapes, adapted, tuner, DTYPE_BYTES[compute], device.kind != "cpu"),
-        updated=updated if tuner.lisa_activated_layers else None,
+        trainable=trained.numbers,
+        trainable_bytes=trained.storage,
+        saved_modules=trained.saved,
+        adapters=adapter_memory(facts, shapes, adapted, tuner, size, device.kind != "cpu"),
+        updated=trained.updated if tuner.lisa_activated_layers else None,
         trains_head=_trains_head(facts, resolved),
         tokens=widest.tokens,
         targets=widest.targets,
@@ -138,22 +116,78 @@ def make_setup(
         else 1,
         keeps_gathered=not parallel.reshard_after_forward,
         states_in_host=parallel.offload and device.kind != "cpu",
-        weights_bytes=frozen_bytes(facts, layers, config.quantization, DTYPE_BYTES[compute])
-        if is_lora
-        else None,
+        weights_bytes=frozen_bytes(facts, layers, config.quantization, size) if is_lora else None,
         unpacked=largest_unpacked(layers, config.quantization),
-        optimizer_bytes=state_bytes(config.optimizer, updated, DTYPE_BYTES[stored], matrices),
+        optimizer_bytes=state_bytes(config.optimizer, trained.updated, trained.storage, trained.matrices),
         update_numbers=OPTIMIZERS[config.optimizer.optim].update_numbers,
         eager_width=widest.width if config.model.attn_impl == "eager" else 0,
         judged_passes=_judged_passes(config.rlhf),
-        merged=merged_numbers(resolved, [(one.inputs, one.outputs) for one in adapted], compute, saved),
+        merged=merged_numbers(
+            resolved, [(one.inputs, one.outputs) for one in adapted], compute, trained.saved
+        ),
     )
-    if config.quantization.is_active and config.quantization.quant_bits == 8 and adapts_linear:
+    is_8bit = config.quantization.is_active and config.quantization.quant_bits == 8
+    if is_8bit and _adapts_linear(resolved):
         # bitsandbytes' 8-bit product keeps its input, where LoRA with dropout keeps a copy of its own.
         setup = replace(setup, adapters=replace(setup.adapters, reads=AdapterMemory().reads))
     whole = whole_bytes(facts, setup) if setup.shards > 1 else 0.0
     casts = facts.num_parameters * setup.compute_bytes if setup.has_cast_copies else 0.0
     return replace(setup, sampling=make_sampling(resolved, widest.longest, gathered=whole, casts=casts))
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a run trains.
+
+    Attributes:
+        shapes: of the model's parameters, by name.
+        layers, adapted: the linear layers, and those that get an adapter.
+        saved: numbers trained in full beside adapters.
+        numbers: trained in all; ``storage``: bytes of one of them.
+        updated: those that an optimizer keeps states of at a time (fewer with LISA).
+        matrices: (rows, columns) of what low-rank optimizers project.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    layers: list[LinearShape]
+    adapted: list[LinearShape]
+    saved: int
+    numbers: int
+    storage: int
+    updated: int
+    matrices: list[tuple[int, int]]
+
+
+def _adapts_linear(resolved: Resolved) -> bool:
+    tuner = resolved.config.tuner
+    return not tuner.trains_whole_model and tuner.tuner_type in METHODS
+
+
+def _trained(resolved: Resolved, facts: ModelFacts, folder: Path | None, warnings: list[str]) -> _Trained:
+    config, tuner = resolved.config, resolved.config.tuner
+    shapes = parameter_sizes(folder)
+    layers = linear_layers(facts, {} if stored_method(facts.config) else shapes)
+    adapted = adapted_layers(layers, tuner) if _adapts_linear(resolved) else []
+    if _adapts_linear(resolved) and not adapted and not tuner.target_parameters:
+        warnings.append("no linear layer of this model matches target_modules: nothing would be adapted")
+    saved = 0 if tuner.trains_whole_model else saved_parameters(facts, shapes, tuner)
+    if config.task.has_score_head:
+        saved += facts.hidden_size * (config.task.num_labels or 1)
+    numbers = updated = trainable_parameters(facts, shapes, adapted, tuner) + saved
+    if tuner.lisa_activated_layers:
+        resting = max(0, facts.num_layers - tuner.lisa_activated_layers)
+        updated -= resting * layer_parameters(facts, shapes)
+    if tuner.trains_whole_model:
+        stored = "bfloat16" if config.model.param_dtype == "bfloat16" else "float32"
+        targets = config.optimizer.galore_target_modules
+        matrices = [
+            (one.outputs, one.inputs) for one in layers if is_target(f"{one.name}.weight", 2, targets, None)
+        ]
+    else:
+        stored = tuner.lora_dtype
+        matrices = [(one.inputs, tuner.lora_rank) for one in adapted]
+        matrices += [(one.outputs, tuner.lora_rank) for one in adapted]
+    return _Trained(shapes, layers, adapted, saved, numbers, DTYPE_BYTES[stored], updated, matrices)
 
 
 def _judged_passes(rlhf: RlhfSection) -> int:
@@ -206,8 +240,7 @@ def _reference_bytes(resolved: Resolved, facts: ModelFacts, setup: Setup) -> int
                 facts = ModelFacts.read(Path(rlhf.ref_model).expanduser())
         layers, size = linear_layers(facts, {}), DTYPE_BYTES[setup.compute]
         return frozen_bytes(facts, layers, config.quantization, size) or facts.num_parameters * size
-    starts_at_base = config.tuner.tuner_type != "lora" or config.tuner.init_weights in ("default", "gaussian")
-    if setup.is_lora and starts_at_base and not config.model.adapters:
+    if setup.is_lora and config.tuner.init_weights != "loftq" and not config.model.adapters:
         return 0
     return setup.trainable * setup.trainable_bytes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.bind import dump
-from swift.config.schema import Resolved, Source, options
+from swift.config.schema import Resolved, Source
 from swift.models.facts import ModelFacts
 from swift.plan.analytic import Setup
 from swift.plan.device import DeviceFacts
@@ -42,10 +42,8 @@ class Situation:
     def with_options(self, overrides: Mapping[str, Any]) -> Resolved:
         """The run with other values of some options; what was derived from the tuner is left as it is."""
         changed = copy.deepcopy(self.resolved)
-        known = options()
         for name, value in overrides.items():
-            setattr(getattr(changed.config, known[name].section), name, value)
-            changed.sources[name] = Source("flag", f"--{name}")
+            changed.put(name, value, Source("flag", f"--{name}"))
         if changed.config.rlhf.is_policy:
             if changed.sources["generation_batch_size"].kind == "derived":
                 changed.config.policy.generation_batch_size = None

@@ -6,7 +6,6 @@ number of threads), and tokens per second of runs that ended, which count for mo
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from swift.config.schema import Resolved
 from swift.core.devices import cpu_count, describe_cpu
-from swift.core.files import atomic_write_json
+from swift.core.files import atomic_write_json, read_json
 from swift.core.home import swift_home
 from swift.models.facts import ModelFacts
 from swift.plan.analytic import Setup
@@ -80,7 +79,7 @@ def time_of(
     # The tokens of a step without padding; padding is computed as well.
     computed = tokens / max(1e-6, 1 - steps["padding"])
     flops = micro_batch_flops(facts, setup, computed, length, tokens if setup.chunk > 1 else 0)
-    known = _read()
+    known = read_json(_file())
     run = known.get("runs", {}).get(run_key(resolved, facts, setup, device))
     pace = read_pace(device, setup.compute, resolved)
     seconds, source = None, None
@@ -114,13 +113,13 @@ def run_key(resolved: Resolved, facts: ModelFacts, setup: Setup, device: DeviceF
 
 def read_pace(device: DeviceFacts, dtype: str, resolved: Resolved) -> Pace | None:
     """What the probe found for this device; None: it has not run."""
-    found = _read().get("probes", {}).get(f"{device_key(device, resolved)}/{dtype}")
+    found = read_json(_file()).get("probes", {}).get(f"{device_key(device, resolved)}/{dtype}")
     return Pace(**found) if found else None
 
 
 def remember(kind: str, key: str, values: dict[str, float]) -> None:
     """Keep a measurement: ``probes`` or ``runs``. A home that cannot be written only means that nothing is kept."""
-    known = _read()
+    known = read_json(_file())
     known.setdefault(kind, {})[key] = values
     try:
         _file().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -131,14 +130,6 @@ def remember(kind: str, key: str, values: dict[str, float]) -> None:
 
 def _file() -> Path:
     return swift_home() / "speed.json"
-
-
-def _read() -> dict[str, Any]:
-    try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or written by half: it is measured anew
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 _SHAPE = {

@@ -25,6 +25,7 @@ from swift.core.devices import describe_cpu
 from swift.core.errors import ConfigError, ModelError, SwiftError
 from swift.core.files import atomic_directory, atomic_write_json, free_bytes, remove_partial
 from swift.core.format import format_bytes
+from swift.evaluate.evaluation import set_threads
 from swift.inference.context import InferenceContext, find_context
 from swift.inference.engines.vllm_server import check_weights
 from swift.models.facts import ModelFacts
@@ -56,10 +57,7 @@ def export(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path
     if note := context.note():
         say(note)
     keep_stored_precision(resolved, context.model)
-    if resolved.config.training.num_threads is not None:
-        import torch
-
-        torch.set_num_threads(resolved.config.training.num_threads)
+    set_threads(resolved)
     from swift.quantize.layers import kept_layers
 
     options, trusted = resolved.config.export, resolved.config.model.trust_remote_code

@@ -12,6 +12,7 @@ from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError
 from swift.core.files import folder_bytes, free_bytes
 from swift.core.format import format_bytes
+from swift.evaluate.evaluation import set_threads
 from swift.inference.context import InferenceContext, find_context
 from swift.models.compare import LogitsDifference
 from swift.models.facts import ModelFacts
@@ -38,10 +39,7 @@ def merge(resolved: Resolved, say: Callable[[str], None] = print) -> tuple[Path,
     _check_disk(context.model, folder)
     if note := context.note():
         say(note)
-    if resolved.config.training.num_threads is not None:
-        import torch
-
-        torch.set_num_threads(resolved.config.training.num_threads)
+    set_threads(resolved)
     keep_stored_precision(resolved, context.model)
     report = merge_context(resolved, context, folder, say)
     say(f"merged    {folder}")

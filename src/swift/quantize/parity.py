@@ -12,7 +12,7 @@ from swift.config.schema import Resolved
 from swift.core.files import atomic_write_json
 from swift.core.format import format_bytes
 from swift.models.compare import LogitsDifference
-from swift.models.facts import read_safetensors_header, weight_files
+from swift.models.facts import stored_tensors, weight_files
 from swift.runs.cards import print_card
 
 __all__ = ["REPORT_FILE", "Kept", "Limits", "ParityReport", "kept_tensors", "weights_size"]
@@ -166,17 +166,12 @@ def weights_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
-def _tensors(folder: Path) -> dict[str, dict[str, Any]]:
-    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
-    return {name: entry for file in files for name, entry in read_safetensors_header(file)[0].items()}
-
-
 def kept_tensors(original: Path, folder: Path) -> Kept:
     """What of ``original`` stands in ``folder`` as it was: same name, same shape, floating point of 16 bits or more.
 
     Of an original that is not stored as safetensors, the floating-point matrices of ``folder`` called ``weight``.
     """
-    before, after = _tensors(original), _tensors(folder)
+    before, after = stored_tensors(original), stored_tensors(folder)
     kept = {
         name: entry
         for name, entry in after.items()

@@ -61,9 +61,12 @@ class RolloutBuffer:
 
     def _threshold(self, part: Sequence[Trajectory]) -> float | None:
         """The entropy from which on tokens are learned: of the whole step, so that micro-batches add up."""
-        quantile = self.settings.algorithm.knobs.get("top_entropy_quantile", 1.0)
-        if quantile >= 1:
+        if not self.settings.needs_entropies:
             return None
+        knobs = self.settings.algorithm.knobs
+        if (fixed := knobs.get("entropy_threshold")) is not None:
+            return float(fixed)
+        quantile = knobs["top_entropy_quantile"]
         values = [one.entropies for one in part if one.is_used and one.entropies is not None]
         kept = torch.from_numpy(np.concatenate(values)) if values else torch.zeros(0)
         return entropy_threshold(kept, torch.ones_like(kept), quantile)

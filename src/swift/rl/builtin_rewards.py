@@ -6,6 +6,7 @@ The evaluators of `swift.evaluate.evaluators` are rewards, too, against the row'
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from swift.core.errors import ConfigError
 __all__ = ["BUILT_IN"]
 
 Reward = Callable[..., list[float]]
+MayFail = Callable[..., list[float | Exception]]
+"""An exception instead of a number: the reward of this answer failed."""
 
 _REFERENCES = ("solution", "answer", "ground_truth", "target")
 
@@ -49,7 +52,9 @@ def _regex(pattern: str, full: bool = True) -> Reward:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ConfigError("not a regular expression", where=repr(pattern), why=str(error)) from None
+        raise ConfigError(
+            f"{pattern!r} is no regular expression", where="--reward_args", why=str(error)
+        ) from None
     match = compiled.fullmatch if full else compiled.search
     return lambda completions: [float(match(text.strip()) is not None) for text in completions]
 
@@ -97,6 +102,9 @@ def _accuracy() -> Reward:
             where="--reward_funcs",
             fix="pip install 'swift-forge[eval]'",
         ) from None
+
+    # It warns of every call without a deadline of its own: here a call has one from outside.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def read(text: str) -> Any:
         inner = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
@@ -182,17 +190,30 @@ def _soft_overlong(max_length: int = 512, cache_length: int = 102) -> Reward:
     return reward
 
 
-def _evaluator(name: str, metric: str) -> Callable[..., Reward]:
-    """An evaluator as a reward: its metric, against the row's reference; NaN where it gives none."""
+def _evaluator(name: str, metric: str) -> Callable[..., MayFail]:
+    """An evaluator as a reward: its metric, against the row's reference; NaN where it gives none.
 
-    def make(**options: Any) -> Reward:
+    A judge that could not be asked, or gave no score, is a failure of that answer.
+    """
+
+    def make(**options: Any) -> MayFail:
         from swift.evaluate.evaluators import Case, find_evaluators
         from swift.evaluate.questions import Question
 
-        evaluator = find_evaluators([name], {name: options})[0]
+        try:
+            evaluator = find_evaluators([name], {name: options})[0]
+        except ConfigError as error:  # these options are given in another way here
+            if error.where == "--metric_args":
+                error.where, error.fix = (
+                    "--reward_args",
+                    error.fix and error.fix.replace("--metric", "--reward"),
+                )
+            raise
         scale = options.get("high", 10.0) if name == "judge" else 1.0
 
-        def reward(completions: Sequence[str], messages: Sequence[Any], **columns: Any) -> list[float]:
+        def reward(
+            completions: Sequence[str], messages: Sequence[Any], **columns: Any
+        ) -> list[float | Exception]:
             try:
                 wanted = references(columns)
             except KeyError:
@@ -212,17 +233,22 @@ def _evaluator(name: str, metric: str) -> Callable[..., Reward]:
                     zip(messages, completions, wanted, rows, strict=True)
                 )
             ]
-            scores = evaluator.score(cases)
-            return [float(one[metric]) / scale if metric in one else math.nan for one in scores]
+            return [_score(one, metric, scale) for one in evaluator.score(cases)]
 
         return reward
 
     return make
 
 
+def _score(found: dict[str, Any], metric: str, scale: float) -> float | Exception:
+    if metric in found:
+        return float(found[metric]) / scale
+    return RuntimeError(found[f"{metric}_error"]) if f"{metric}_error" in found else math.nan
+
+
 _CALL = ("prompts", "completion_ids", "response_token_ids", "trainer_state")
 
-BUILT_IN: dict[str, Callable[..., Reward]] = {
+BUILT_IN: dict[str, Callable[..., Reward | MayFail]] = {
     "task": _task,
     "accuracy": _accuracy,
     "format": _format,

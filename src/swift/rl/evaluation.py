@@ -49,10 +49,10 @@ class RewardEvaluator:
             part = self.sampler.sample(jobs, 0, temperature=0.0)
             rewarded(part, self.rewards, self.prompts, step=0, max_steps=0)
             answers += part
-        count = len(answers)
+        totals = [one.reward for one in answers if one.is_used]
         metrics = {
-            "eval_reward": sum(one.reward for one in answers) / count,
-            "eval_mean_length": sum(len(one.tokens) for one in answers) / count,
+            "eval_reward": sum(totals) / len(totals),
+            "eval_mean_length": sum(len(one.tokens) for one in answers) / len(answers),
         }
         for name in self.rewards.names:
             values = [one.rewards[name] for one in answers if not math.isnan(one.rewards[name])]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from swift.config.schema import Resolved
+from swift.config.sections.policy import PolicySection
 from swift.core.errors import ConfigError
 from swift.core.logging import get_logger
 from swift.data.batching import Mode
@@ -67,19 +68,11 @@ def policy_parts(
     policy = config.policy
     if count := _without_dropout(engine.model):
         logger.info("dropout is switched off in %d modules: sampler and trainer must compute the same", count)
-    data = prepared.data
-    world = prepared.world
+    data, world = prepared.data, prepared.world
     sampler: Sampler | None = None
     if rewards is not None:
         rewards.world = world
-        sizes = [longest(data.train), *([longest(data.validation)] if data.validation is not None else [])]
-        own = EmbeddedSampler(
-            engine,
-            prepared,
-            longest_prompt=max(sizes),
-            num_samples=answers_of_a_rank(settings.num_prompts, settings.num_generations, world.size),
-        )
-        sampler = own if world.size == 1 else SharedSampler(own, world)
+        sampler = _sampler(settings, prepared, engine)
     if sampler is None and data.validation is not None:
         raise ConfigError(
             "nothing is sampled with replay, so nothing can be evaluated", where="--val_dataset"
@@ -96,14 +89,7 @@ def policy_parts(
         expert=Expert(resolved, prepared.template, num_micro_batches=prepared.plan.accumulation, mode=mode)
         if policy.chord_sft_dataset
         else None,
-        sync=ReferenceSync(
-            *sync_weights,
-            every=policy.ref_model_sync_steps,
-            share=policy.ref_model_mixup_alpha,
-            collect=engine.collect,
-        )
-        if sync_weights is not None
-        else None,
+        sync=_reference_sync(sync_weights, policy, engine) if sync_weights is not None else None,
         status=status,
         folder=folder.path,
         steps_per_epoch=prepared.plan.steps_per_epoch,
@@ -122,6 +108,29 @@ def policy_parts(
         evaluator = RewardEvaluator(data.validation, config.data, sampler, rewards)
     objective = PolicyObjective(settings.algorithm, config.generation.max_new_tokens)
     return _Parts(objective, source, evaluator, [_Measured(source)], source.save)
+
+
+def _sampler(settings: PolicySettings, prepared: Prepared, engine: PolicyEngine) -> Sampler:
+    data, world = prepared.data, prepared.world
+    sizes = [longest(part) for part in (data.train, data.validation) if part is not None]
+    own = EmbeddedSampler(
+        engine,
+        prepared,
+        longest_prompt=max(sizes),
+        num_samples=answers_of_a_rank(settings.num_prompts, settings.num_generations, world.size),
+    )
+    return own if world.size == 1 else SharedSampler(own, world)
+
+
+def _reference_sync(
+    weights: tuple[dict[str, Any], dict[str, Any]], policy: PolicySection, engine: PolicyEngine
+) -> ReferenceSync:
+    return ReferenceSync(
+        *weights,
+        every=policy.ref_model_sync_steps,
+        share=policy.ref_model_mixup_alpha,
+        collect=engine.collect,
+    )
 
 
 def _shares_prompts(resolved: Resolved, engine: PolicyEngine, mode: Mode) -> bool:

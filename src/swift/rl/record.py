@@ -26,6 +26,7 @@ __all__ = [
     "read_rollouts",
     "read_seconds",
     "read_trajectories",
+    "read_weights",
     "rollout_file",
     "write_trajectories",
 ]
@@ -83,8 +84,12 @@ def write_trajectories(
     step: int,
     prompts: Sequence[str],
     seconds: dict[str, float],
+    weights: Sequence[float] = (),
 ) -> None:
-    """Write a batch of answers; ``prompts`` are their texts, ``seconds`` of each stage go into the file's metadata."""
+    """Write a batch of answers; ``prompts`` are their texts.
+
+    ``seconds`` of each stage and the ``weights`` of the rewards go into the file's metadata.
+    """
     columns: dict[str, Any] = {
         "step": [step] * len(trajectories),
         "row": [one.row[0] for one in trajectories],
@@ -97,7 +102,8 @@ def write_trajectories(
     for name in _SCHEMA.names:
         if name not in columns:
             columns[name] = [getattr(one, name) for one in trajectories]
-    table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({"seconds": json.dumps(seconds)})
+    about = {"seconds": json.dumps(seconds), "weights": json.dumps(list(weights))}
+    table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata(about)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")  # whole or absent
     pq.write_table(table, aside, compression="zstd")
@@ -117,9 +123,19 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
 
 def read_seconds(path: Path) -> dict[str, float]:
     """Seconds of each stage."""
-    metadata = pq.read_schema(path).metadata or {}
-    found: dict[str, float] = json.loads(metadata.get(b"seconds", b"{}"))
+    found: dict[str, float] = _about(path, "seconds", {})
     return found
+
+
+def read_weights(path: Path) -> list[float]:
+    """Of the rewards, in their order; none in files of earlier versions."""
+    found: list[float] = _about(path, "weights", [])
+    return found
+
+
+def _about(path: Path, name: str, default: Any) -> Any:
+    metadata = pq.read_schema(path).metadata or {}
+    return json.loads(metadata[name.encode()]) if name.encode() in metadata else default
 
 
 def read_trajectories(path: Path) -> list[Trajectory]:

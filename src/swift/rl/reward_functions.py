@@ -2,24 +2,23 @@
 
 A function is called with what its parameters name:
 
-- ``completions`` (and ``prompts``): all answers at once, returns a list of numbers. With a parameter ``prompts`` it is
-  TRL's form: prompts and completions are lists of messages. Without it is ms-swift's: completions are texts.
+- ``completions`` (and ``prompts``): all answers at once, returns a list of numbers. With a parameter ``prompts``, or
+  completions annotated as lists of dicts, it is TRL's form: prompts and completions are lists of messages. Without, it
+  is ms-swift's: completions are texts.
 - ``completion``: one answer as a text, returns a number.
 
 Other parameters are columns of the rows (lists, or the value of the row), ``completion_ids``, ``response_token_ids``,
 ``messages`` and ``trainer_state`` (``global_step``, ``max_steps``); with ``**kwargs`` all of them are passed. A class
 is made once, with the options of ``reward_args``, and its ``__call__`` is the function. It may be ``async``. None and
-NaN: does not apply.
+NaN: does not apply. An exception in the list, where a number should be: it failed for this answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -29,10 +28,12 @@ from typing import Any
 
 from swift.core.errors import ConfigError
 from swift.core.registry import closest
+from swift.core.user_code import load_file
 from swift.rl.builtin_rewards import BUILT_IN
 
 __all__ = ["ENTRY_POINTS", "RewardBatch", "RewardFunction", "find_reward", "reward_source"]
 
+_OWN_CLASS = "leave out the import: any class with __call__(self, completions, **kwargs) is a reward"
 ENTRY_POINTS = "swift.rewards"
 """Group of entry points by which a package offers rewards under a name."""
 
@@ -86,12 +87,15 @@ class RewardFunction:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name, self._function = name, function
         try:
-            parameters = inspect.signature(function).parameters.values()
+            parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError) as error:
             raise ConfigError("this reward cannot be called", where=name, why=str(error)) from None
         self._takes = {
             one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
         }
+        # TRL's own rewards take completions: list[list[dict[str, str]]] and no prompts.
+        annotated = [str(one.annotation) for one in parameters if one.name == "completions"]
+        self._reads_messages = "prompts" in self._takes or any("dict" in text for text in annotated)
         self._takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
         self._required = [
             one.name
@@ -106,8 +110,11 @@ class RewardFunction:
                 fix="def reward(completions, **kwargs): return [0.0 for text in completions]",
             )
 
-    def __call__(self, batch: RewardBatch) -> list[float]:
-        """One number for each answer, NaN where it does not apply. Raises whatever the function raises, WrongShape."""
+    def __call__(self, batch: RewardBatch) -> list[float | str]:
+        """One number for each answer, NaN where it does not apply, a text where it failed and why.
+
+        Raises whatever the function raises, WrongShape.
+        """
         if "completions" not in self._takes:
             return [self._one(batch.part(place)) for place in range(len(batch))]
         values = self._run(self._arguments(batch))
@@ -117,14 +124,13 @@ class RewardFunction:
             raise WrongShape(f"returned {len(values)} rewards for {len(batch)} answers")
         return [_number(value) for value in values]
 
-    def _one(self, batch: RewardBatch) -> float:
+    def _one(self, batch: RewardBatch) -> float | str:
         given = {name: values[0] for name, values in self._arguments(batch, single=True).items()}
         return _number(self._run(given))
 
     def _arguments(self, batch: RewardBatch, *, single: bool = False) -> dict[str, Any]:
-        is_trl = "prompts" in self._takes
         completions: Sequence[Any] = batch.completions
-        if is_trl and batch.prompts and not isinstance(batch.prompts[0], str):
+        if self._reads_messages and batch.prompts and not isinstance(batch.prompts[0], str):
             completions = [[{"role": "assistant", "content": text}] for text in completions]
         state = SimpleNamespace(global_step=batch.step, max_steps=batch.max_steps)
         known: dict[str, Any] = {
@@ -160,10 +166,12 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-def _number(value: Any) -> float:
-    """Raises WrongShape for what is no number, ValueError for an infinite one."""
+def _number(value: Any) -> float | str:
+    """Raises WrongShape for what is no number, ValueError for an infinite one; an exception becomes its text."""
     if value is None:
         return math.nan
+    if isinstance(value, Exception):
+        return f"{type(value).__name__}: {value}"
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -234,6 +242,18 @@ def _made(make: Callable[..., Any], options: Mapping[str, Any], text: str) -> Ca
                 why=f"it has: {', '.join(known) or 'none'}",
                 fix=f"did you mean {near}?" if near else None,
             )
+    missing = [
+        one.name
+        for one in known.values()
+        if one.default is one.empty
+        and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+        and one.name not in options
+    ]
+    if missing:
+        wanted = f'{{"{text}": {{"{missing[0]}": ...}}}}'
+        raise ConfigError(
+            f"{text} needs {' and '.join(missing)}", where="--reward_args", fix=f"--reward_args '{wanted}'"
+        )
     try:
         made: Callable[..., Any] = make(**options)
     except TypeError as error:
@@ -245,22 +265,13 @@ def _from_file(text: str) -> Any:
     path, _, name = text.rpartition(":")
     if not path or not name:
         raise ConfigError("which function of the file?", where=text, fix=f"{text or 'FILE.py'}:NAME")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError("no such file", where=f"--reward_funcs {text}")
-    module_name = f"swift_reward_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        raise ConfigError(
-            f"the file cannot be imported: {type(error).__name__}: {error}", where=str(file)
-        ) from error
+        module = load_file(path, "reward", where="--reward_funcs")
+    except ConfigError as error:
+        cause = error.__cause__
+        if isinstance(cause, ImportError) and (cause.name or "").startswith("swift."):
+            error.fix = _OWN_CLASS
+        raise
     return _attribute(module, name, text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -28,7 +29,7 @@ START_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class RewardFailure:
-    """What went wrong with one answer: ``hung``, ``died`` or ``raised``, and more about it."""
+    """What went wrong with one answer: ``hung``, ``died``, ``raised`` or ``failed``, and more about it."""
 
     kind: str
     why: str
@@ -66,7 +67,8 @@ class _Worker:
 
     def give(self, task: _Task, seconds: float) -> None:
         self.task, self.deadline = task, time.monotonic() + seconds
-        self.connection.send(("call", (task.function, task.batch)))
+        with contextlib.suppress(OSError):  # it has just ended: found when its answer is read
+            self.connection.send(("call", (task.function, task.batch)))
 
     def end(self) -> None:
         """Kill the process and what it has started."""
@@ -132,6 +134,9 @@ class RewardPool:
     def _run(self, tasks: Sequence[_Task], results: list[RewardResult]) -> list[tuple[_Task, RewardFailure]]:
         """Carry the tasks out; fills ``results``, returns what failed."""
         waiting, failed = deque(tasks), []
+        for worker in [one for one in self._workers if one.process.poll() is not None]:
+            worker.end()  # killed from outside while it had nothing to do: no answer's fault
+            self._workers.remove(worker)
         self._start(min(self.num_processes, len(tasks)))
         while waiting or any(worker.task for worker in self._workers):
             for worker in self._workers:
@@ -179,7 +184,10 @@ class RewardPool:
                 f"the reward {name} {content}", where="--reward_funcs", fix="one number for each answer"
             )
         for place, value in zip(task.places, content, strict=True):
-            results[task.function][0][place] = value
+            if isinstance(value, str):
+                results[task.function][1][place] = RewardFailure("failed", value)
+            else:
+                results[task.function][0][place] = value
         worker.task = None
         return None
 

@@ -20,6 +20,7 @@ __all__ = ["Rewards", "Scores", "reward_functions"]
 
 logger = get_logger(__name__)
 
+_TEXTS = "completions are texts; a reward that also takes prompts gets lists of messages, as in TRL"
 _MODEL_SECONDS = 3600.0
 """How long ranks wait for one reward model."""
 
@@ -100,12 +101,10 @@ class Rewards:
         dropped = set(failures) if self.policy == "drop" else set()
         for place in range(len(batch)):
             if place not in failures and all(math.isnan(values[place]) for values in parts):
-                failures[place] = f"{where(place)}: no reward applies"
-                dropped.add(place)
+                dropped.add(place)  # no reward applies
         if len(dropped) == len(batch):
-            raise SwiftError(
-                "no answer of the batch has a reward", where=failures[0], fix="look at --reward_funcs"
-            )
+            why = failures.get(0, f"{where(0)}: no reward applies")
+            raise SwiftError("no answer of the batch has a reward", where=why, fix="look at --reward_funcs")
         return Scores(parts, failures, frozenset(dropped))
 
     def _failed(self, name: str, failure: RewardFailure, where: str, count: int, total: int) -> str:
@@ -115,7 +114,11 @@ class Rewards:
                 f"the reward {name} {failure.kind}" + (f" for all {total} answers" if count == total else ""),
                 where=where,
                 why=failure.why,
-                fix=None if count == total else "--on_reward_failure zero (or drop) goes on without it",
+                fix=_TEXTS
+                if "string indices" in failure.why
+                else None
+                if count == total
+                else "--on_reward_failure zero (or drop) goes on without it",
             )
         logger.warning(text)
         return text

@@ -13,6 +13,7 @@ from swift.objectives.policy.algorithms import Algorithm, find_algorithm, surrog
 from swift.objectives.policy.corrections import MISMATCH_WEIGHTS
 from swift.objectives.policy.estimators import ESTIMATORS
 from swift.objectives.policy.loss import AGGREGATIONS
+from swift.rl.effects import check_effects
 from swift.rl.sizes import derive_sizes
 from swift.train.preflight import find_checkpoint
 from swift.train.prepare import data_order
@@ -32,6 +33,13 @@ _KNOBS = {
     "kl_in_reward": "kl_in_reward",
 }
 """Option -> part or knob of a row."""
+
+
+_SCALES = {
+    **dict.fromkeys(("dr_grpo", "rloo", "opo", "reinforce_mean"), "none"),
+    **dict.fromkeys(("batch", "reinforce_pp", "reinforce_pp_baseline"), "batch"),
+}
+"""What estimators without the option scale_rewards do."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,12 @@ class PolicySettings:
     def steps_per_batch(self) -> int:
         """Optimizer steps for one batch of answers."""
         return self.num_updates * self.num_iterations
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Tokens are chosen by the entropy of the policy."""
+        knobs = self.algorithm.knobs
+        return knobs.get("top_entropy_quantile", 1.0) < 1 or knobs.get("entropy_threshold") is not None
 
     @classmethod
     def read(cls, config: Config, in_step: int) -> PolicySettings:
@@ -116,6 +130,7 @@ def derive_policy(resolved: Resolved) -> PolicySettings:
         resolved.derive(name, row.sampling.get(name, usual), "algo")
     settings = PolicySettings.read(config, in_step)
     resolved.derive("old_logprobs", settings.old_logprobs, "num_iterations and generation_batch_size")
+    check_effects(resolved, settings.algorithm)
     return settings
 
 
@@ -140,7 +155,9 @@ def _algorithm(config: Config) -> tuple[Algorithm, dict[str, Any]]:
         knobs.get("advantage", policy.algo_args.get("advantage"))
         or find_algorithm(policy.algo or "grpo").advantage
     )
-    takes = knobs_of(lookup(ESTIMATORS, kind, "estimator of advantages"))
+    if "beta" in policy.algo_args:
+        raise ConfigError("beta is an option of its own", where="--algo_args", fix="--beta 0.04")
+    takes = set(knobs_of(lookup(ESTIMATORS, kind, "estimator of advantages"))) - {"beta", "mask", "token_kl"}
     if kind == "remax":
         raise ConfigError(
             "remax needs the rewards of greedy answers, which are not sampled here",
@@ -148,7 +165,7 @@ def _algorithm(config: Config) -> tuple[Algorithm, dict[str, Any]]:
             fix="--advantage_estimator rloo",
         )
     estimator = {name: value for name, value in policy.algo_args.items() if name in takes}
-    if policy.scale_rewards not in (None, "gdpo"):
+    if policy.scale_rewards not in (None, "gdpo", _SCALES.get(kind)):
         check_knobs(["scale_rewards"], takes, f"advantage_estimator {kind}", {"grpo": ("scale_rewards",)})
         estimator["scale_rewards"] = policy.scale_rewards
     knobs |= {name: value for name, value in policy.algo_args.items() if name not in takes}

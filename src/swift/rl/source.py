@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from swift.core.errors import SwiftError
 from swift.data.batching import deal
-from swift.objectives.policy.divergence import k1, k3, kl_in_reward
+from swift.objectives.policy.divergence import k1, kl_in_reward
 from swift.objectives.policy.estimators import advantages
 from swift.objectives.policy.shaping import without_signal
 from swift.parallel.answers import PolicyEngine
@@ -62,6 +63,10 @@ class Stages:
 
 class Replayed(Protocol):
     """Answers of another run, instead of sampling."""
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """Of the rewards."""
 
     def next_batch(self, number: int) -> list[Trajectory]: ...
 
@@ -116,6 +121,7 @@ class RolloutSource:
         self.prompts = Prompts(prepared.data.train, self.config.data)
         self.updates = self.batches_made = 0
         self.measured: dict[str, float] = {}
+        self._failed = 0
         self._buffer: RolloutBuffer | None = None
         if checkpoint := prepared.checkpoint:
             self._load(checkpoint)
@@ -184,12 +190,14 @@ class RolloutSource:
     def _collect(self) -> list[Trajectory]:
         """Sample, reward, compare, weigh and record a batch of answers."""
         self.stages.seconds.clear()
+        self._failed = 0
         if self.replay is not None:
             everything = chosen = self.replay.next_batch(self.batches_made)
         else:
             everything, chosen = self._sample()
-        for place, one in enumerate(chosen):
-            one.group = place // self.settings.num_generations
+        learned = {id(one) for one in chosen}
+        for place, one in enumerate([*chosen, *(one for one in everything if id(one) not in learned)]):
+            one.group = place // self.settings.num_generations  # those left out have the numbers behind
         if self.config.policy.overlong_filter:
             for one in chosen:
                 if one.finish_reason == "length":
@@ -239,7 +247,7 @@ class RolloutSource:
             answers = self.sampler.sample(jobs, self.updates)
         self._probe(answers)
         with self.stages("reward"):
-            rewarded(
+            self._failed += rewarded(
                 answers,
                 self.rewards,
                 self.prompts,
@@ -271,7 +279,7 @@ class RolloutSource:
         """Old and reference log-probabilities and entropies, where they are needed."""
         algorithm, old = self.settings.algorithm, self.settings.old_logprobs
         needs_old = old == "recompute" or (self.replay is not None and old == "policy")
-        needs_entropy = algorithm.knobs.get("top_entropy_quantile", 1.0) < 1
+        needs_entropy = self.settings.needs_entropies
         if old == "sampler":
             for one in chosen:
                 one.old_logprobs = one.sampler_logprobs
@@ -317,18 +325,22 @@ class RolloutSource:
             rewards = torch.tensor(
                 [[one.rewards[name] for name in names] for one in used], dtype=torch.float64
             )
-            knobs["weights"] = self.rewards.weights if self.rewards is not None else [1.0] * len(names)
+            source = self.replay or self.rewards
+            assert source is not None
+            knobs["weights"] = source.weights
+        width = int(lengths.max())
+        mask = torch.arange(width)[None] < lengths[:, None]
+        if algorithm.advantage == "reinforce_pp":
+            knobs["mask"] = mask
         if algorithm.kl_in_reward and algorithm.beta:
-            width = int(lengths.max())
             old, reference = (torch.zeros(len(used), width, dtype=torch.float64) for _ in range(2))
-            mask = torch.arange(width)[None] < lengths[:, None]
             for row, one in enumerate(used):
                 known = one.sampler_logprobs if one.old_logprobs is None else one.old_logprobs
                 assert one.ref_logprobs is not None
                 old[row, : len(known)] = torch.from_numpy(known)
                 reference[row, : len(known)] = torch.from_numpy(one.ref_logprobs)
             if algorithm.advantage == "reinforce_pp":
-                knobs |= {"token_kl": k1(old, reference), "mask": mask, "beta": algorithm.beta}
+                knobs |= {"token_kl": k1(old, reference), "beta": algorithm.beta}
             elif rewards.ndim == 1:
                 rewards = kl_in_reward(rewards, old, reference, mask, beta=algorithm.beta)
         values = advantages(algorithm.advantage, rewards, groups, lengths=lengths, **knobs)
@@ -340,39 +352,39 @@ class RolloutSource:
 
     def _measure(self, everything: Sequence[Trajectory], chosen: Sequence[Trajectory]) -> dict[str, float]:
         """Metrics of a batch, under the names of ms-swift and TRL."""
-        totals = torch.tensor([one.reward for one in everything], dtype=torch.float64)
+        totals = np.array([one.reward for one in everything])
         count = self.settings.num_generations
-        spread = totals.view(-1, count).std(1) if count > 1 else totals.new_zeros(1)
         lengths = np.array([len(one.tokens) for one in everything])
         cut = np.array([one.finish_reason == "length" for one in everything])
         found = {
-            "reward": float(totals.mean()),
-            "reward_std": float(spread.mean()),
-            "frac_reward_zero_std": float((spread == 0).double().mean()),
+            "reward": float(np.nanmean(totals)),
             "completions/mean_length": float(lengths.mean()),
             "completions/min_length": float(lengths.min()),
             "completions/max_length": float(lengths.max()),
             "completions/clipped_ratio": float(cut.mean()),
         }
+        if count > 1:
+            spread = np.array([_spread_of(group) for group in totals.reshape(-1, count)])
+            found |= {
+                "reward_std": float(spread.mean()),
+                "frac_reward_zero_std": float((spread == 0).mean()),
+            }
         for name in everything[0].rewards:
             values = np.array([one.rewards[name] for one in everything])
             values = values[~np.isnan(values)]
             if len(values):
                 found |= {
                     f"rewards/{name}/mean": float(values.mean()),
-                    f"rewards/{name}/std": float(values.std()),
+                    f"rewards/{name}/std": _spread_of(values),
                 }
+        if self.replay is None:
+            found["failed_rewards"] = float(self._failed)
         if self.config.policy.dynamic_sample:
             found["resampled_prompts"] = (len(everything) - len(chosen)) / count
         if (
             left_out := sum(not one.is_used for one in chosen)
         ) or self.config.policy.on_reward_failure == "drop":
             found["dropped_answers"] = float(left_out)
-        refs = [one for one in chosen if one.ref_logprobs is not None and one.num_learned]
-        if refs and self.settings.algorithm.kl_in_reward:
-            own = np.concatenate([one.sampler_logprobs for one in refs])
-            other = np.concatenate([one.ref_logprobs for one in refs if one.ref_logprobs is not None])
-            found["kl"] = float(k3(torch.from_numpy(own), torch.from_numpy(other)).mean())
         for name, seconds in self.stages.seconds.items():
             found[f"seconds/{name}"] = seconds
         if sampling := self.stages.seconds.get("sample"):
@@ -396,13 +408,14 @@ class RolloutSource:
             step=step,
             prompts=[texts[one.row] for one in answers],
             seconds=dict(self.stages.seconds),
+            weights=self.rewards.weights if self.rewards is not None else (),
         )
 
 
 def rewarded(
     answers: Sequence[Trajectory], rewards: Rewards, prompts: Prompts, *, step: int, max_steps: int
-) -> None:
-    """Fill in the rewards of answers."""
+) -> int:
+    """Fill in the rewards of answers; returns for how many one has failed."""
     asked = [prompts.question(one.row) for one in answers]
     batch = RewardBatch(
         prompts=[messages for messages, _ in asked],
@@ -421,8 +434,15 @@ def rewarded(
     for place, one in enumerate(answers):
         values = [part[place] for part in scores.parts]
         one.rewards = dict(zip(rewards.names, values, strict=True))
-        one.reward = rewards.total(values)
         one.is_used = place not in scores.dropped
+        one.reward = rewards.total(values) if one.is_used else math.nan
+    return len(scores.failures)
+
+
+def _spread_of(rewards: np.ndarray) -> float:
+    """Standard deviation (n - 1) of those that there are; 0 for fewer than two."""
+    values = rewards[~np.isnan(rewards)]
+    return float(values.std(ddof=1)) if len(values) > 1 and values.min() < values.max() else 0.0
 
 
 def _is_dull(group: Sequence[Trajectory]) -> bool:

@@ -32,7 +32,8 @@ class Trajectory:
         seed: of its randomness.
         finish_reason: ``stop`` or ``length``.
         text: the answer without control tokens; a view.
-        rewards: name -> value, NaN where one does not apply; ``reward``: their weighted sum.
+        rewards: name -> value, NaN where one does not apply; ``reward``: their weighted sum, NaN for an answer that a
+            failed reward leaves out.
         is_used: False for those that dynamic sampling or a failed reward has left out.
         advantage: float32, ``[1]`` or one of each token that is not masked.
         old_logprobs, ref_logprobs, entropies: float32, of the tokens that are not masked; None where not known.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from swift.core.format import format_bytes, format_count, format_duration
+from swift.runs.metrics import read_metrics
 
 __all__ = ["end_card_lines", "plan_card_lines", "print_card", "print_end_card", "print_plan_card"]
 
@@ -226,7 +227,10 @@ def end_card_lines(folder: Path, summary: Mapping[str, Any]) -> Lines:
     """Label and text of what came out, and the commands one would type next."""
     lines: Lines = []
     loss = [f"{summary[key]:.4f}" for key in ("first_loss", "last_loss") if summary.get(key) is not None]
-    if loss:
+    rewards = _rewards(folder)
+    if rewards:  # a policy's loss says little
+        lines.append(("reward", f"{rewards[0]:.4f} -> {rewards[-1]:.4f}"))
+    elif loss:
         lines.append(("loss", " -> ".join(loss)))
     evaluation = summary.get("evaluation") or {}
     if evaluation:
@@ -246,6 +250,14 @@ def end_card_lines(folder: Path, summary: Mapping[str, Any]) -> Lines:
     if kept:
         lines.append(("checkpoints", ", ".join(kept)))
     return lines + _next_commands(folder, summary)
+
+
+def _rewards(folder: Path) -> list[float]:
+    """Of the sampled answers; none where nothing was sampled."""
+    file = folder / "metrics.jsonl"
+    if not (folder / "rollouts").is_dir() or not file.is_file():
+        return []
+    return [row["reward"] for row in read_metrics(file) if row.get("reward") is not None]
 
 
 def _work_text(summary: Mapping[str, Any]) -> str:
@@ -275,6 +287,8 @@ def _next_commands(folder: Path, summary: Mapping[str, Any]) -> Lines:
     if summary.get("task_type"):  # it writes no text
         flag = "--adapters" if adapter.is_file() else "--model"
         commands[0] = f"swift deploy {flag} {checkpoint}"
+    if (folder / "rollouts").is_dir():
+        commands.append(f"swift rollouts show {shlex.quote(str(folder))}")
     if summary.get("stop_reason"):
         commands.append(f"swift resume {shlex.quote(str(folder))}")
     return [("next" if place == 0 else "", command) for place, command in enumerate(commands)]

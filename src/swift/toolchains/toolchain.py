@@ -117,18 +117,9 @@ class Toolchain:
             request, result = Path(scratch) / "request.json", Path(scratch) / "result.json"
             request.write_text(json.dumps(dict(payload)), encoding="utf-8")
             # -P: the folder of our script must not hide the environment's modules.
-            command = [
-                str(self.python),
-                "-P",
-                "-s",
-                "-u",
-                str(INSIDE),
-                str(script),
-                str(request),
-                str(result),
-            ]
+            words = [self.python, "-P", "-s", "-u", INSIDE, script, request, result]
             with Child(
-                command,
+                [str(word) for word in words],
                 environment=self._variables(variables),
                 log=log,
                 stream=True,
@@ -144,7 +135,11 @@ class Toolchain:
             if not result.exists():
                 how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
                 raise self._failure(f"{stage} {how}", child)
-            answer = json.loads(result.read_text(encoding="utf-8"))
+            return self._answer(result, stage)
+
+    def _answer(self, result: Path, stage: str) -> dict[str, Any]:
+        """What the script returned. Raises ToolchainError for what it raised."""
+        answer = json.loads(result.read_text(encoding="utf-8"))
         if "error" in answer:
             error = answer["error"]
             where = "".join(error["traceback"]).strip().splitlines()[-3:]

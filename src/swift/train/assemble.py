@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,22 +153,40 @@ def make_engine(
     training = resolved.config.training
     make = engine_of(resolved.config, tuned.model, tokenizer)
     divided: dict[str, Any] = {}
-    if world is not None and world.size > 1:
+    if world is not None and world.size == 1:
+        world = None  # nothing is divided
+    if world is not None:
         split = options.get("split") or getattr(make, "keywords", {}).get("split", split_head)
         used_whole = resolved.config.rlhf.is_policy or resolved.config.evaluation.eval_tasks is not None
         if used_whole and world.layout.dp_shard * world.layout.tp > 1:
             options["gathered"] = _gathered(tuned, resolved, device, dtype)
-        if shared:
-            parts, divided = _with_own_head(tuned.model, shared["parts"], shared["head"]), shared["divided"]
-        else:
-            whole = frozenset(tuned.named_trainable().values()) if shared is not None else frozenset()
-            parts, divided = _divided_once(tuned, resolved, device, dtype, world, weights, split, whole)
-        if shared is not None and not shared:
-            head = next(
-                (name for name, module in tuned.model.named_modules() if parts and module is parts[1]), None
-            )
-            shared.update(parts=parts, divided=divided, head=head)
+        divide = partial(_divided_once, tuned, resolved, device, dtype, world, weights, split)
+        parts, divided = divide(frozenset()) if shared is None else _divided_for_all(tuned, shared, divide)
         options["split"] = lambda _: parts
+    sets = _parameter_sets(tuned, resolved, device, total_steps)
+    if world is not None:
+        from swift.parallel.data_parallel import Ranks
+
+        trained = {name: parameter for group in sets for name, parameter in group.parameters.items()}
+        options["ranks"] = Ranks(world, trained, keeps_whole=shared is not None, **divided)
+    return make(
+        tuned.model,
+        sets,
+        device=device,
+        dtype=dtype,
+        chunk_size=training.logits_chunk_size,
+        compile_model=training.torch_compile,
+        penalty=tuned.other.penalty if tuned.other else None,
+        offload_activations=training.activation_cpu_offload,
+        **options,
+    )
+
+
+def _parameter_sets(
+    tuned: TunedModel, resolved: Resolved, device: torch.device, total_steps: int
+) -> list[ParameterSet]:
+    """What is trained, each part with its optimizer and its learning rates."""
+    training = resolved.config.training
     assert training.learning_rate is not None
     warmup = training.warmup_steps
     schedule = learning_rate_schedule(
@@ -191,22 +210,22 @@ def make_engine(
     ]
     if tuned.other is not None:
         sets[0].optimizer.register_step_post_hook(_after_step(tuned.other))
-    if world is not None and world.size > 1:
-        from swift.parallel.data_parallel import Ranks
+    return sets
 
-        trained = {name: parameter for group in sets for name, parameter in group.parameters.items()}
-        options["ranks"] = Ranks(world, trained, keeps_whole=shared is not None, **divided)
-    return make(
-        tuned.model,
-        sets,
-        device=device,
-        dtype=dtype,
-        chunk_size=training.logits_chunk_size,
-        compile_model=training.torch_compile,
-        penalty=tuned.other.penalty if tuned.other else None,
-        offload_activations=training.activation_cpu_offload,
-        **options,
-    )
+
+Divide = Callable[[frozenset[torch.nn.Parameter]], tuple[Any, dict[str, Any]]]
+"""Parameters that stay whole -> `_divided_once`."""
+
+
+def _divided_for_all(tuned: TunedModel, shared: dict[str, Any], divide: Divide) -> tuple[Any, dict[str, Any]]:
+    """The same of a model that several runs use: the first of them divides it, and leaves in ``shared`` how."""
+    if shared:
+        return _with_own_head(tuned.model, shared["parts"], shared["head"]), shared["divided"]
+    parts, divided = divide(frozenset(tuned.named_trainable().values()))
+    named = tuned.model.named_modules()
+    head = next((name for name, module in named if parts and module is parts[1]), None)
+    shared.update(parts=parts, divided=divided, head=head)
+    return parts, divided
 
 
 def _with_own_head(model: Any, parts: Any, head: str | None) -> Any:

@@ -107,45 +107,10 @@ def build(
     ``policy`` makes what policy optimisation learns from; ``base`` is the model where it is shared with other runs.
     """
     resolved, config = prepared.resolved, prepared.resolved.config
-    checkpoint, tokenizer = prepared.checkpoint, prepared.template.tokenizer
+    tokenizer = prepared.template.tokenizer
     pad_token_id: int = tokenizer.pad_token_id
-    steps = prepared.plan.total_steps
-    name = DEFAULT_ADAPTER
-    if base is None:
-        model = load_weights(prepared)
-    else:
-        name = base.new_name()
-        closing.callback(base.remove, name)
-        model = base.weights(prepared, load_weights)
-    tuned = tune_model(
-        model,
-        resolved,
-        device=prepared.device,
-        dtype=prepared.dtype,
-        total_steps=steps,
-        base=prepared.model_path,
-        restored=checkpoint is not None,
-        name=name,
-    )
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, tuned=tuned)
-    reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
-    engine = make_engine(
-        tuned,
-        resolved,
-        device=prepared.device,
-        dtype=prepared.dtype,
-        total_steps=steps,
-        tokenizer=tokenizer,
-        world=prepared.world,
-        weights=_weights_folder(prepared),
-        shared=base.division if base is not None else None,
-        **reference,
-    )
-    if prepared.schedule.mode != "padded":
-        check_isolation(engine)
-    if checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
-        start_from_data(engine, prepared.data.train, resolved, pad_token_id, tuned.adapter or DEFAULT_ADAPTER)
+    tuned, reference = _tuned(prepared, base, closing)
+    engine = _engine(prepared, tuned, reference, base)
     state = _restored(prepared, engine)
     if config.rlhf.precompute_ref_log_probs:
         assert isinstance(engine, AnswerEngine)
@@ -156,11 +121,7 @@ def build(
         add_embedding_noise(engine, config.training.neftune_noise_alpha, pad_token_id)
     parts: PolicyParts | None = None
     if policy is not None:
-        moving = None
-        if config.policy.sync_ref_model:
-            assert isinstance(engine, AnswerEngine) and isinstance(engine.reference, partial)
-            moving = engine.reference.args[:2]
-        parts = policy(prepared, engine, moving, folder, status, closing)
+        parts = policy(prepared, engine, _moving_reference(prepared, engine), folder, status, closing)
     objective: Objective = parts.objective if parts else _objective(prepared, validation=False)
     if prepared.device.type != "cpu" and parts is None:
         rows = prepared.schedule.largest_micro_batch()
@@ -170,7 +131,7 @@ def build(
     if config.report.debug_mode and not parts:
         batch = next(iter(loader.steps(0, prepared.plan.accumulation)))[0].to(prepared.device)
         say(inspection_report(tuned.model, batch, tokenizer))
-    if checkpoint is not None:
+    if prepared.checkpoint is not None:
         _set_aside(folder, state, say)
     metrics = MetricsLog(folder.path / "metrics.jsonl")
     closing.callback(metrics.close)
@@ -193,6 +154,68 @@ def build(
         # What adds metrics to a line comes before those who read it.
         callbacks=[*(parts.callbacks if parts else ()), *callbacks, *_own_callbacks(resolved, tuned, engine)],
     )
+
+
+def _tuned(
+    prepared: Prepared, base: SharedBase | None, closing: contextlib.ExitStack
+) -> tuple[TunedModel, dict[str, Any]]:
+    """The model with its tuner, as the checkpoint has it, and its reference, which is as it was when the run began."""
+    config, checkpoint, name = prepared.resolved.config, prepared.checkpoint, DEFAULT_ADAPTER
+    if base is None:
+        model = load_weights(prepared)
+    else:
+        name = base.new_name()
+        closing.callback(base.remove, name)
+        model = base.weights(prepared, load_weights)
+    # LoftQ's start is the reference of preference learning, whatever the adapter has become since.
+    needs_start = config.rlhf.rlhf_type is not None and config.tuner.init_weights == "loftq"
+    tuned = tune_model(
+        model,
+        prepared.resolved,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        total_steps=prepared.plan.total_steps,
+        base=prepared.model_path,
+        restored=checkpoint is not None and not needs_start,
+        name=name,
+    )
+    reference = reference_options(prepared, tuned) if config.rlhf.rlhf_type else {}
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, tuned=tuned)
+    return tuned, reference
+
+
+def _engine(
+    prepared: Prepared, tuned: TunedModel, reference: dict[str, Any], base: SharedBase | None
+) -> NativeEngine:
+    """The engine, whose model keeps documents apart and has the start that is made with it."""
+    config, tokenizer = prepared.resolved.config, prepared.template.tokenizer
+    engine = make_engine(
+        tuned,
+        prepared.resolved,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        total_steps=prepared.plan.total_steps,
+        tokenizer=tokenizer,
+        world=prepared.world,
+        weights=_weights_folder(prepared),
+        shared=base.division if base is not None else None,
+        **reference,
+    )
+    if prepared.schedule.mode != "padded":
+        check_isolation(engine)
+    if prepared.checkpoint is None and needs_data(config.tuner.init_weights) and not config.model.adapters:
+        name = tuned.adapter or DEFAULT_ADAPTER
+        start_from_data(engine, prepared.data.train, prepared.resolved, tokenizer.pad_token_id, name)
+    return engine
+
+
+def _moving_reference(prepared: Prepared, engine: NativeEngine) -> tuple[Any, ...] | None:
+    """Trained weights and their copies that follow them; None where the reference stays."""
+    if not prepared.resolved.config.policy.sync_ref_model:
+        return None
+    assert isinstance(engine, AnswerEngine) and isinstance(engine.reference, partial)
+    return engine.reference.args[:2]
 
 
 def _restored(prepared: Prepared, engine: NativeEngine) -> TrainState:

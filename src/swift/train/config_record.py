@@ -28,6 +28,9 @@ def recorded(resolved: Resolved) -> Resolved:
     policy.reward_funcs = [_callback(name) if ".py" in name else name for name in policy.reward_funcs]
     policy.reward_model = [_absolute(name) for name in policy.reward_model]
     policy.replay = _each(_absolute, policy.replay)
+    policy.algo = _callback(policy.algo) if policy.algo and ".py:" in policy.algo else policy.algo
+    config.rlhf.ref_model = _each(_absolute, config.rlhf.ref_model)
+    config.rlhf.ref_adapters = [_absolute(name) for name in config.rlhf.ref_adapters]
     config.report.callbacks = [_callback(name) for name in config.report.callbacks]
     config.checkpoint.output_dir = str(Path(config.checkpoint.output_dir).expanduser().absolute())
     config.checkpoint.resume_from_checkpoint = None

@@ -76,54 +76,22 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
     facts = ModelFacts.read(model_path)
     derive_max_length(resolved, facts)
     check_dimensions(config.parallel, Decoder.of(facts.config), config.data.max_length)
-    device = pick_device(config.model.device, world.local_rank)
-    check_loadable(facts.config, device.type, config.quantization, str(model_path))
-    _limit_device_memory(device)
-    if config.training.use_liger_kernel and device.type != "cuda":
-        raise ConfigError(
-            "liger kernels need a CUDA device", where="--use_liger_kernel", fix="leave the option out"
-        )
-    if config.training.activation_cpu_offload and device.type == "cpu":
-        why = "they are in host memory already"
-        raise ConfigError("needs an accelerator", where="--activation_cpu_offload", why=why)
-    dtype = pick_dtype(config.model.torch_dtype, device)
-    check_precision(resolved, dtype)
+    device, dtype = _device(resolved, facts, model_path, world)
     resolved.derive("gradient_checkpointing", device.type != "cpu", "device")
     _settle_cpu(resolved, device)
     template = _template(resolved, model_path)
     assert config.data.max_length is not None
     loaded = None if config.data.streaming else load_data(resolved, template, config.data.max_length)
-    derive_layout(
-        resolved,
-        isolates_documents(
-            model_path, config.model.attn_impl, trust_remote_code=config.model.trust_remote_code
-        ),
-    )
+    remote = config.model.trust_remote_code
+    derive_layout(resolved, isolates_documents(model_path, config.model.attn_impl, trust_remote_code=remote))
     order_batch_size, split, in_step = data_order(resolved, checkpoint)
-    if split > 1 and (config.task.is_in_batch or config.rlhf.is_in_batch):
-        loss = config.task.loss_type or " and ".join(config.rlhf.rlhf_loss_type)
-        raise ConfigError(
-            f"{loss} compares the rows of a micro-batch: smaller ones make another loss",
-            where="--per_device_train_batch_size",
-            fix=f"--per_device_train_batch_size {order_batch_size}, with a smaller --max_length if memory runs out",
-        )
+    _check_in_batch(config, order_batch_size, split)
     stream = None
     if loaded is None:
         stream, data, schedule = open_stream(resolved, template, order_batch_size, split)
         plan = StepPlan(config.training.max_steps, None, in_step)
     else:
-        data = loaded
-        schedule = BatchSchedule(
-            data.train.lengths,
-            batch_size=order_batch_size,
-            split=split,
-            mode=batch_mode(config.data),
-            # A pair of answers is two sequences, each of which may be that long.
-            max_length=config.data.max_length * (2 if config.rlhf.is_paired else 1),
-            group_by_length=config.data.group_by_length,
-            shuffle=config.data.dataset_shuffle,
-            seed=config.data.data_seed or 0,
-        )
+        data, schedule = loaded, _schedule(config, loaded, order_batch_size, split)
         plan = (
             _policy_plan(config, len(data.train), in_step)
             if config.rlhf.is_policy
@@ -143,6 +111,52 @@ def prepare(resolved: Resolved, world: World | None = None, restart: Path | None
         plan,
         world,
         stream,
+    )
+
+
+def _device(
+    resolved: Resolved, facts: ModelFacts, model_path: Path, world: World
+) -> tuple[torch.device, torch.dtype]:
+    """Where the run computes and how. Raises ConfigError for options that this device or precision cannot do."""
+    config = resolved.config
+    device = pick_device(config.model.device, world.local_rank)
+    check_loadable(facts.config, device.type, config.quantization, str(model_path))
+    _limit_device_memory(device)
+    if config.training.use_liger_kernel and device.type != "cuda":
+        raise ConfigError(
+            "liger kernels need a CUDA device", where="--use_liger_kernel", fix="leave the option out"
+        )
+    if config.training.activation_cpu_offload and device.type == "cpu":
+        why = "they are in host memory already"
+        raise ConfigError("needs an accelerator", where="--activation_cpu_offload", why=why)
+    dtype = pick_dtype(config.model.torch_dtype, device)
+    check_precision(resolved, dtype)
+    return device, dtype
+
+
+def _check_in_batch(config: Config, order_batch_size: int, split: int) -> None:
+    """Raise ConfigError for a run that goes on with smaller micro-batches and whose loss would be another one then."""
+    if split > 1 and (config.task.is_in_batch or config.rlhf.is_in_batch):
+        loss = config.task.loss_type or " and ".join(config.rlhf.rlhf_loss_type)
+        raise ConfigError(
+            f"{loss} compares the rows of a micro-batch: smaller ones make another loss",
+            where="--per_device_train_batch_size",
+            fix=f"--per_device_train_batch_size {order_batch_size}, with a smaller --max_length if memory runs out",
+        )
+
+
+def _schedule(config: Config, data: LoadedData, batch_size: int, split: int) -> BatchSchedule:
+    assert config.data.max_length is not None
+    return BatchSchedule(
+        data.train.lengths,
+        batch_size=batch_size,
+        split=split,
+        mode=batch_mode(config.data),
+        # A pair of answers is two sequences, each of which may be that long.
+        max_length=config.data.max_length * (2 if config.rlhf.is_paired else 1),
+        group_by_length=config.data.group_by_length,
+        shuffle=config.data.dataset_shuffle,
+        seed=config.data.data_seed or 0,
     )
 
 

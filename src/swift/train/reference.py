@@ -32,12 +32,13 @@ __all__ = ["precompute", "reference_options"]
 
 logger = get_logger(__name__)
 
-_ZERO_STARTS = ("default", "gaussian")
-"""Starts of LoRA whose product is 0 and that leave the base as it is: switched off, it is the model at the start."""
-
 
 def reference_options(prepared: Prepared, tuned: TunedModel) -> dict[str, Any]:
-    """What `AnswerEngine` needs to know of the reference. To be called before a checkpoint is loaded."""
+    """What `AnswerEngine` needs to know of the reference.
+
+    To be called before a checkpoint is loaded: ``tuned`` is as the run began, but for full training, which reads the
+    checkpoint with the model.
+    """
     config = prepared.resolved.config
     rlhf, tuner = config.rlhf, config.tuner
     if rlhf.reference_free or not (rlhf.rlhf_type in ("dpo", "ipo", "kto") or (rlhf.is_policy and rlhf.beta)):
@@ -50,7 +51,8 @@ def reference_options(prepared: Prepared, tuned: TunedModel) -> dict[str, Any]:
             why = "only a copy of the trained weights can follow them"
             raise ConfigError("does not go together with ref_model", where="--sync_ref_model", why=why)
         return {"reference_engine": _reference_engine(prepared)}
-    starts_at_base = tuned.kind != "lora" or tuner.init_weights in _ZERO_STARTS
+    # But for LoftQ, an adapter adds nothing at first: switched off, the model is what it was at the start.
+    starts_at_base = tuner.init_weights != "loftq"
     if tuned.kind != "full" and not config.model.adapters and starts_at_base and not moves:
         return {"reference": tuned.adapter_disabled}
     parameters = tuned.named_trainable()

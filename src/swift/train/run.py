@@ -11,7 +11,7 @@ import gc
 import json
 import multiprocessing
 import shlex
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -117,14 +117,7 @@ def run_steps(
         signals: what stops it; None: the signals of this process.
     """
     _refuse_import_by_worker()
-    if resolved.config.evaluation.eval_tasks is not None and evaluators is None:
-        raise ConfigError(
-            "nobody evaluates the tasks", where="--eval_tasks", fix="evaluators=suite_evaluators(resolved)"
-        )
-    if resolved.config.rlhf.is_policy and policy is None:
-        raise ConfigError(
-            "nobody samples the answers", where="--rlhf_type", fix="swift.rl.run.train(resolved)"
-        )
+    _check_helpers(resolved, evaluators, policy)
     own_callbacks = load_callbacks(resolved.config.report.callbacks)
     world = _meet(resolved)
     restart = world.from_main(restart_folder() if base is None else None)
@@ -146,9 +139,7 @@ def run_steps(
         status.start_heartbeat()
         if world.is_main and prepared.checkpoint is None:
             _record(folder, prepared, arguments)
-        for note in prepared.data.notes:
-            logger.warning(note)
-            say(note)
+        _tell(prepared.data.notes, say)
         status.update(stage="load model")
         trackers = tracker_callbacks(resolved.config.report.report_to) if world.is_main else []
         everyone = [*callbacks, *trackers, *own_callbacks]
@@ -166,17 +157,9 @@ def run_steps(
         gc.freeze()  # what is loaded by now stays to the end and need not be searched for garbage
         gc.enable()
         trained = yield from trainer.steps()
-        task = resolved.config.task.task_type
-        summary = {
-            "folder": str(folder.path),
-            "command": resolved.command,
-            **({} if task == "causal_lm" else {"task_type": task}),
-            **trained,
-        }
+        summary = {**_about(resolved, folder), **trained}
         write_summary(folder.path, summary)
-        for note in stream_notes(trainer.state.stream_report, resolved.config.data):
-            logger.warning(note)
-            say(note)
+        _tell(stream_notes(trainer.state.stream_report, resolved.config.data), say)
         if world.is_main:
             _draw_curves(folder.path)
         for callback in trainer.callbacks:
@@ -203,6 +186,35 @@ def _refuse_import_by_worker() -> None:
             "training was started while a worker process imports your script",
             fix="put the call under `if __name__ == '__main__':`",
         )
+
+
+def _check_helpers(
+    resolved: Resolved,
+    evaluators: Sequence[Callable[[Prepared], Evaluator]] | None,
+    policy: PolicyFactory | None,
+) -> None:
+    """Raise ConfigError for a caller that does not bring what the options need."""
+    if resolved.config.evaluation.eval_tasks is not None and evaluators is None:
+        raise ConfigError(
+            "nobody evaluates the tasks", where="--eval_tasks", fix="evaluators=suite_evaluators(resolved)"
+        )
+    if resolved.config.rlhf.is_policy and policy is None:
+        raise ConfigError(
+            "nobody samples the answers", where="--rlhf_type", fix="swift.rl.run.train(resolved)"
+        )
+
+
+def _tell(notes: Iterable[str], say: Callable[[str], None]) -> None:
+    for note in notes:
+        logger.warning(note)
+        say(note)
+
+
+def _about(resolved: Resolved, folder: RunFolder) -> dict[str, Any]:
+    """What a summary begins with."""
+    task = resolved.config.task.task_type
+    about = {"folder": str(folder.path), "command": resolved.command}
+    return about if task == "causal_lm" else {**about, "task_type": task}
 
 
 def _draw_curves(folder: Path) -> None:

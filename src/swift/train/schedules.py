@@ -5,36 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from swift.core.registry import Registry
-
-__all__ = ["learning_rate_schedule", "schedules"]
-
-Schedule = Callable[[float, float], float]
-schedules: Registry[Schedule] = Registry("learning-rate schedule")
+__all__ = ["learning_rate_schedule"]
 
 
-@schedules.register("constant")
-def constant(progress: float, decay_ratio: float) -> float:
+def _constant(progress: float, decay_ratio: float) -> float:
     """1 after warm-up."""
     return 1.0
 
 
-@schedules.register("linear")
-def linear(progress: float, decay_ratio: float) -> float:
+def _linear(progress: float, decay_ratio: float) -> float:
     """From 1 to 0."""
     return 1.0 - progress
 
 
-@schedules.register("cosine")
-def cosine(progress: float, decay_ratio: float) -> float:
+def _cosine(progress: float, decay_ratio: float) -> float:
     """Half a cosine from 1 to 0 (SGDR without restarts, arXiv 1608.03983)."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-@schedules.register("wsd")
-def warmup_stable_decay(progress: float, decay_ratio: float) -> float:
+def _warmup_stable_decay(progress: float, decay_ratio: float) -> float:
     """1, then a linear fall to 0 over the last ``decay_ratio`` of the run (MiniCPM, arXiv 2404.06395)."""
     return min(1.0, (1.0 - progress) / decay_ratio)
+
+
+_SHAPES = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "wsd": _warmup_stable_decay,
+}
+"""The share of the peak at (share of the run done after warm-up, ``lr_decay_ratio``), by ``lr_scheduler_type``."""
 
 
 def learning_rate_schedule(
@@ -51,7 +51,7 @@ def learning_rate_schedule(
     Warm-up rises linearly from 0 over ``warmup_steps``; then the named shape runs from 1 to ``min_ratio`` of the
     peak over the remaining steps. With ``min_ratio`` 0 this equals transformers' schedules step by step.
     """
-    shape = schedules.get(name)
+    shape = _SHAPES[name]
 
     def rate(step: int) -> float:
         if step < warmup_steps:

@@ -29,7 +29,10 @@ class LogWindow:
     @property
     def group_losses(self) -> dict[str, float]:
         """Metric -> mean, of those that had a weight."""
-        return {name: loss / weight for name, (loss, weight) in self.groups.items() if weight}
+        means = {name: loss / weight for name, (loss, weight) in self.groups.items() if weight}
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():  # of kto: means over different answers
+            means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
+        return means
 
     @property
     def loss(self) -> float:

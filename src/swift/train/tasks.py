@@ -63,7 +63,7 @@ def _preference_loss(rlhf: RlhfSection) -> PooledLoss:
     if rlhf.rlhf_type == "kto":
         return KtoLoss(rlhf.beta, rlhf.desirable_weight, rlhf.undesirable_weight, kinds[0])
     options = {
-        "label_smoothing": rlhf.label_smoothing,
+        "label_smoothing": rlhf.label_smoothing or None,  # exo_pair in a mixture has a default of its own
         "discopop_tau": rlhf.discopop_tau,
         "cpo_alpha": rlhf.cpo_alpha,
         "simpo_gamma": rlhf.simpo_gamma,
@@ -72,7 +72,11 @@ def _preference_loss(rlhf: RlhfSection) -> PooledLoss:
         kinds=dict(zip(kinds, rlhf.loss_weights or [1.0] * len(kinds), strict=True)),
         beta=rlhf.beta,
         knobs={
-            kind: {name: options[name] for name in knobs_of(PREFERENCE_LOSSES[kind]) if name in options}
+            kind: {
+                name: options[name]
+                for name in knobs_of(PREFERENCE_LOSSES[kind])
+                if options.get(name) is not None
+            }
             for kind in kinds
         },
         rpo_alpha=rlhf.rpo_alpha or 0.0,

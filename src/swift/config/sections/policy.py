@@ -12,7 +12,8 @@ class PolicySection(Section):
 
     algo: str | None = option(
         None,
-        "Algorithm: a row of the table (grpo, dapo, gspo...) or your own by dotted path; default: rlhf_type.",
+        "Algorithm: a row of the table (grpo, dapo, gspo...) or your own (FILE.py:ROW, package.module.ROW); default: "
+        "rlhf_type.",
         essential=True,
     )
     algo_args: dict[str, Any] = option(

@@ -19,9 +19,9 @@ from swift.models.facts import read_model_config
 __all__ = ["BASE", "Launch", "check_adapter", "check_weights", "server_arguments", "server_variables"]
 
 BASE = "base"
+"""What the base model is called inside the server."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM 0.32, ``v1/attention/backends/cpu_attn.py``."""
-"""What the base model is called inside the server."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told as the highest rank."""
 MAX_CPU_CACHE_GIB = 8.0

@@ -27,28 +27,41 @@ __all__ = ["admin_routes"]
 def admin_routes(service: Service) -> APIRouter:
     """The routes, for one server."""
     routes = APIRouter()
+    for some in (_server_routes(service), _model_routes(service), _token_routes(service)):
+        routes.include_router(some)
+    return routes
 
-    @routes.get("/health", tags=["server"])
+
+def _server_routes(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["server"])
+
+    @routes.get("/health")
     def health() -> Response:
         """200 when the server answers requests, 503 while it loads or goes down; needs no key."""
         return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
 
-    @routes.get("/metrics", tags=["server"], response_class=PlainTextResponse)
+    @routes.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> str:
         """Prometheus' text format."""
         return service.metrics.text(service.engine.stats())
 
-    @routes.get("/v1/models", tags=["models"])
+    return routes
+
+
+def _model_routes(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["models"])
+
+    @routes.get("/v1/models")
     def models() -> dict[str, Any]:
         """The base model and the adapters on it."""
         return {"object": "list", "data": [_told(service, model) for model in service.models.values()]}
 
-    @routes.get("/v1/models/{name:path}", tags=["models"])
+    @routes.get("/v1/models/{name:path}")
     def one_model(name: str) -> dict[str, Any]:
         """One of them."""
         return _told(service, service.model(name))
 
-    @routes.post("/v1/load_lora_adapter", tags=["models"])
+    @routes.post("/v1/load_lora_adapter")
     async def load_adapter(body: AdapterPlace) -> dict[str, str]:
         """Make an adapter available under a name of its own."""
         if service.read_adapter is None:
@@ -67,7 +80,7 @@ def admin_routes(service: Service) -> APIRouter:
         service.models[body.lora_name] = model
         return {"status": "loaded", "model": body.lora_name}
 
-    @routes.post("/v1/unload_lora_adapter", tags=["models"])
+    @routes.post("/v1/unload_lora_adapter")
     async def unload_adapter(body: AdapterName) -> dict[str, str]:
         """Take an adapter away; its running answers are completed first."""
         if service.read_adapter is None:
@@ -82,7 +95,13 @@ def admin_routes(service: Service) -> APIRouter:
             raise from_swift_error(error, "lora_name") from error
         return {"status": "unloaded", "model": body.lora_name}
 
-    @routes.post("/tokenize", tags=["tokens"])
+    return routes
+
+
+def _token_routes(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["tokens"])
+
+    @routes.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a text, or of a conversation up to where the answer begins."""
         model = service.model(body.model)
@@ -105,7 +124,7 @@ def admin_routes(service: Service) -> APIRouter:
             "token_strs": strings,
         }
 
-    @routes.post("/detokenize", tags=["tokens"])
+    @routes.post("/detokenize")
     def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         """The text of tokens, control tokens included."""
         service.model(body.model)

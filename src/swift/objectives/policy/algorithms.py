@@ -8,11 +8,14 @@ what the paper asks of the loop around the loss.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from swift.core.errors import ConfigError
+from swift.core.user_code import load_file
 from swift.objectives.knobs import check_knobs, knobs_of, lookup
 
 __all__ = ["ALGORITHMS", "LOSS_TYPES", "Algorithm", "find_algorithm", "with_knobs"]
@@ -166,7 +169,8 @@ _MASKS = ("opsm_delta", "top_entropy_quantile", "entropy_threshold")
 
 
 def find_algorithm(algo: str | Algorithm) -> Algorithm:
-    """A row by name, or a user's own by dotted path (``package.module.ROW`` or ``package.module:ROW``).
+    """A row by name, or a user's own: ``FILE.py:ROW``, or a dotted path (``package.module.ROW``, also of a module in
+    the current folder).
 
     Raises ConfigError with the nearest name; or when the path leads to no row.
     """
@@ -174,9 +178,15 @@ def find_algorithm(algo: str | Algorithm) -> Algorithm:
         return algo
     if algo in ALGORITHMS or not ("." in algo or ":" in algo):
         return lookup(ALGORITHMS, algo, "algorithm")
-    module, _, name = algo.replace(":", ".").rpartition(".")
     try:
-        row = getattr(importlib.import_module(module), name)
+        if ".py:" in algo:
+            file, _, name = algo.rpartition(":")
+            row = getattr(load_file(file, "algorithm", where="--algo"), name)
+        else:
+            module, _, name = algo.replace(":", ".").rpartition(".")
+            if str(Path.cwd()) not in sys.path:
+                sys.path.append(str(Path.cwd()))
+            row = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"there is no algorithm at {algo!r}", why=str(error)) from error
     if not isinstance(row, Algorithm):

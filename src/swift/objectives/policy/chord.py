@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from swift.objectives.inputs import at_least_float32, check_shapes
+
 __all__ = ["chord_loss", "chord_mu", "chord_sft_loss"]
 
 
@@ -28,7 +30,8 @@ def chord_sft_loss(
         num_tokens: expert tokens of the whole optimizer step, so that micro-batches add up (ms-swift divides by
             those of the micro-batch); None: this is all of it.
     """
-    kept = mask != 0
+    check_shapes(logprobs.shape, "[batch, tokens]", mask=mask)
+    kept, logprobs = mask != 0, at_least_float32(logprobs)
     losses = -logprobs.where(kept, 0)
     if phi:
         probabilities = (-losses).detach().exp()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swift.core.errors import ConfigError
+from swift.objectives.inputs import check_shapes
 from swift.objectives.knobs import check_knobs, knobs_of, lookup
 from swift.objectives.policy.algorithms import ALGORITHMS
 
@@ -54,7 +55,7 @@ def advantages(
     Args:
         kind: an estimator, or the name of an algorithm, whose estimator is meant.
         rewards: ``[batch]``, or ``[batch, num_rewards]``: their sum with ``weights=`` (default 1 each) is the reward;
-            NaN is a reward that does not apply. Only gdpo keeps them apart.
+            NaN is a reward that does not apply and counts nothing in the sum. Only gdpo keeps them apart.
         groups: ``[batch]``, equal for samples of one prompt. All samples of the optimizer step together.
         lengths: ``[batch]`` tokens of each sequence (opo; whitening over tokens).
         knobs: of the estimator.
@@ -63,16 +64,24 @@ def advantages(
         ``[batch]`` in the dtype of the rewards (float32 for integers); reinforce_pp with ``token_kl``:
         ``[batch, tokens]``.
 
-    Raises ConfigError for unknown names and for what is missing, ValueError for shapes that do not fit.
+    Raises ConfigError for unknown names and for what is missing, ValueError for shapes that do not fit and for infinite
+    rewards.
     """
     name = ALGORITHMS[kind].advantage if kind in ALGORITHMS and kind not in ESTIMATORS else kind
     function = lookup(ESTIMATORS, name, "estimator of advantages")
     weights = knobs.pop("weights", None)
     elsewhere = {other: knobs_of(one) for other, one in ESTIMATORS.items()}
     check_knobs(knobs, knobs_of(function), kind, elsewhere)
-    rewards, groups = torch.as_tensor(rewards), torch.as_tensor(groups)
-    if rewards.ndim not in (1, 2) or groups.shape != rewards.shape[:1]:
-        raise ValueError("rewards are [batch] or [batch, num_rewards], groups [batch]")
+    rewards = torch.as_tensor(rewards)
+    if groups is None:
+        raise ConfigError("which samples are of one prompt?", where="groups", fix="groups=, [batch]")
+    groups = torch.as_tensor(groups)
+    if rewards.ndim not in (1, 2):
+        raise ValueError(f"rewards are [batch] or [batch, num_rewards], not {list(rewards.shape)}")
+    sizes = None if lengths is None else torch.as_tensor(lengths, device=rewards.device).double()
+    check_shapes(rewards.shape[:1], "[batch]", groups=groups, lengths=sizes)
+    if rewards.isinf().any():
+        raise ValueError("there is an infinite reward: no mean, and no advantage")
     wide = (rewards if rewards.ndim == 2 else rewards[:, None]).double()
     shares = torch.ones(wide.shape[1], dtype=wide.dtype, device=wide.device)
     if weights is not None:
@@ -82,7 +91,6 @@ def advantages(
     if function is gdpo:
         values = gdpo(wide, _Groups(groups), shares, **knobs)
     else:
-        sizes = None if lengths is None else torch.as_tensor(lengths, device=wide.device).double()
         total = (wide.nan_to_num(0.0) * shares).sum(1)
         values = function(total, _Groups(groups), sizes, **knobs)
     return values.to(rewards.dtype if rewards.is_floating_point() else torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swift.core.errors import ConfigError
 from swift.objectives.base import Denominators
+from swift.objectives.inputs import check_shapes
 from swift.objectives.knobs import knobs_of, lookup
 from swift.objectives.policy.algorithms import Algorithm, surrogate_of, with_knobs
 from swift.objectives.policy.corrections import MISMATCH_WEIGHTS, entropy_threshold, off_policy_sequences
@@ -66,20 +67,23 @@ def policy_loss(
         groups: ``[batch]``, equal for the samples of one prompt.
         ref_logprobs: of the reference. Without them there is no KL term: a row's own beta is then left out, a beta
             that is given raises.
-        sampler_logprobs: as the sampler reported them; weights of the row's ``mismatch`` are made of them.
+        sampler_logprobs: as the sampler reported them; weights of the row's ``mismatch`` are made of them. A
+            ``mismatch`` that is given without them raises.
         denominators: counts of the whole step (`policy_denominators`); None: this is all of it.
         max_completion_length: what dr_grpo divides by.
         entropies: ``[batch, tokens]`` for top_entropy_quantile and entropy_threshold.
         knobs: parts and knobs of the row to replace.
 
     Returns:
-        The loss, and metrics as shares of the means over the step, detached: ``clip_low`` and ``clip_high`` (share of
-        tokens cut with A < 0 and A > 0), ``ratio``, ``approx_kl`` (k3 of policy and old policy), ``kl`` (k3 to the
-        reference), ``mismatch_kl`` (k3 of old policy and sampler), ``mismatch_kept``.
+        The loss, float32 (float64 for such inputs), and metrics as shares of the means over the step, detached:
+        ``clip_low`` and ``clip_high`` (share of tokens cut with A < 0 and A > 0), ``ratio``, ``approx_kl`` (k3 of
+        policy and old policy), ``kl`` (k3 to the reference), ``mismatch_kl`` (k3 of old policy and sampler),
+        ``mismatch_kept``.
 
     Raises ConfigError for unknown names and for what is missing, ValueError for shapes that do not fit.
     """
     row = with_knobs(algo, knobs)
+    lookup(KL_ESTIMATORS, row.kl, "KL estimator")
     terms = policy_terms(
         logprobs,
         old_logprobs,
@@ -89,6 +93,15 @@ def policy_loss(
         groups=groups,
         sampler_logprobs=sampler_logprobs,
     )
+    check_shapes(logprobs.shape, "[batch, tokens]", ref_logprobs=ref_logprobs, entropies=entropies)
+    if row.aggregation == "group_mean" and groups is None:
+        raise ConfigError("this loss compares the samples of a prompt", where="groups", fix="groups=")
+    if knobs.get("mismatch", "none") != "none" and sampler_logprobs is None:
+        raise ConfigError(
+            "a weight against the mismatch needs the sampler's log-probabilities",
+            where="mismatch",
+            fix="sampler_logprobs=",
+        )
     counts = denominators or policy_denominators([terms.mask], [terms.groups])
     surrogate = surrogate_of(row)
     taken = set(knobs_of(surrogate))
@@ -103,9 +116,9 @@ def policy_loss(
     loss = _aggregate(row.aggregation, losses, terms.mask, counts, max_completion_length)
     metrics = _metrics(terms, clipped, weights, counts)
     if ref_logprobs is not None:
-        reference = ref_logprobs.detach().where(terms.mask, 0)
+        reference = ref_logprobs.detach().to(terms.logprobs.dtype).where(terms.mask, 0)
         if row.beta and not row.kl_in_reward:
-            kl = lookup(KL_ESTIMATORS, row.kl, "KL estimator")(terms.logprobs, reference, terms.log_ratio)
+            kl = KL_ESTIMATORS[row.kl](terms.logprobs, reference, terms.log_ratio)
             how = "sequence_mean" if row.aggregation == "group_mean" else row.aggregation
             loss = loss + row.beta * _aggregate(how, kl, terms.mask, counts, max_completion_length)
         metrics["kl"] = _share(k3(terms.logprobs.detach(), reference), terms.mask, counts)
@@ -126,7 +139,7 @@ def _weights(row: Algorithm, terms: PolicyTerms, entropies: Tensor | None, *, wh
         parts.append(function(terms, terms.log_mismatch, **chosen))
     if row.knobs.get("opsm_delta") is not None:
         parts.append(~off_policy_sequences(terms, row.knobs["opsm_delta"]))
-    if row.knobs.get("top_entropy_quantile", 1.0) < 1 or row.knobs.get("entropy_threshold") is not None:
+    if row.knobs.get("top_entropy_quantile", 1.0) != 1 or row.knobs.get("entropy_threshold") is not None:
         if entropies is None:
             raise ConfigError("a mask by entropy needs entropies", where="entropies")
         parts.append(entropies.detach() >= _threshold(row, entropies.detach(), terms.mask, whole))

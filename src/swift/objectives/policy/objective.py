@@ -140,7 +140,8 @@ class PolicyObjective:
             **knobs,
         )
         shares["entropy"] = -(table.detach() * part.mask).sum() / denominators.target_weight
-        share = 1.0 / denominators.num_micro_batches
+        # Where all tokens of the step are left out (overlong_filter), there is nothing to take means of.
+        share = 1.0 / denominators.num_micro_batches if denominators.target_weight >= 1 else 0.0
         measured = {_NAMES.get(name, name): (value, share) for name, value in shares.items()}
         return loss * part.weight, measured
 

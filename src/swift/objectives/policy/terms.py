@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from swift.core.errors import ConfigError
+from swift.objectives.inputs import at_least_float32, check_shapes
 
 __all__ = ["PolicyTerms", "masked_mean", "policy_terms"]
 
@@ -15,6 +16,8 @@ __all__ = ["PolicyTerms", "masked_mean", "policy_terms"]
 @dataclass(frozen=True)
 class PolicyTerms:
     """One micro-batch. All tensors are ``[batch, tokens]`` unless said; where the mask is False they are 0.
+
+    They are float32, or float64 where the log-probabilities are.
 
     Attributes:
         logprobs: l, log-probabilities under the policy, differentiable.
@@ -66,16 +69,23 @@ def policy_terms(
 
     Raises ConfigError for an unknown level, ValueError for shapes that do not fit.
     """
-    if logprobs.ndim != 2 or any(
-        one.shape != logprobs.shape for one in (old_logprobs, mask, sampler_logprobs) if one is not None
-    ):
-        raise ValueError("logprobs, old_logprobs, sampler_logprobs and mask must all be [batch, tokens]")
+    if logprobs.ndim != 2:
+        raise ValueError(f"logprobs must be [batch, tokens], not {list(logprobs.shape)}")
+    check_shapes(
+        logprobs.shape,
+        "[batch, tokens]",
+        old_logprobs=old_logprobs,
+        mask=mask,
+        sampler_logprobs=sampler_logprobs,
+    )
+    check_shapes(logprobs.shape[:1], "[batch]", groups=groups)
     if advantages.shape not in (logprobs.shape[:1], logprobs.shape):
-        raise ValueError(f"advantages are [batch] or [batch, tokens], not {tuple(advantages.shape)}")
+        raise ValueError(f"advantages are [batch] or [batch, tokens], not {list(advantages.shape)}")
     kept = mask != 0
     # Whatever stands at masked tokens (padding may hold -inf) must touch neither values nor gradients.
-    new, old = logprobs.where(kept, 0), old_logprobs.detach().where(kept, 0)
-    sampler = None if sampler_logprobs is None else sampler_logprobs.detach().where(kept, 0)
+    new = at_least_float32(logprobs).where(kept, 0)
+    old = old_logprobs.detach().to(new.dtype).where(kept, 0)
+    sampler = None if sampler_logprobs is None else sampler_logprobs.detach().to(new.dtype).where(kept, 0)
     wide = advantages if advantages.ndim == 2 else advantages[:, None].expand_as(new)
     log_ratio = new - old
     if level == "token":

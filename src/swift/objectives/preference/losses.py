@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swift.core.errors import ConfigError
+from swift.objectives.inputs import at_least_float32, check_shapes
 from swift.objectives.knobs import check_knobs, knobs_of, lookup
 
 __all__ = [
@@ -46,9 +47,9 @@ class Pairs:
     rejected: Tensor
     ref_chosen: Tensor
     ref_rejected: Tensor
-    chosen_lengths: Tensor | None
-    rejected_lengths: Tensor | None
     beta: float
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
     divergence: tuple[str, float] = ("reverse_kl", 0.5)
 
     @property
@@ -278,7 +279,8 @@ def preference_loss(
         f_divergence_type, f_alpha_divergence_coef: divergence to the reference, for losses of d.
         knobs: of the loss.
 
-    Raises ConfigError for unknown names and for what is missing.
+    Raises ConfigError for unknown names, for what is missing and for numbers that make no sense, ValueError for shapes
+    that do not fit.
     """
     function = lookup(_NAMES, kind, "preference loss")
     check_knobs(
@@ -293,20 +295,27 @@ def preference_loss(
             f"{kind} has no form for {f_divergence_type}", where="f_divergence_type", fix="reverse_kl"
         )
 
-    def lengths(given: Any) -> Tensor | None:
-        return None if given is None else torch.as_tensor(given, device=chosen.device).to(chosen.dtype)
+    if not beta > 0:
+        raise ConfigError(f"beta must be above 0, not {beta}", where="beta", fix="0.1")
+    if not 0 <= knobs.get("label_smoothing", 0.0) <= 1:
+        raise ConfigError("a share of the pairs, from 0 to 1", where="label_smoothing", fix="0.1")
+    chosen = at_least_float32(chosen)
 
-    pairs = Pairs(
-        chosen,
-        rejected,
-        torch.zeros_like(chosen) if ref_chosen is None else ref_chosen.detach(),
-        torch.zeros_like(rejected) if ref_rejected is None else ref_rejected.detach(),
-        lengths(chosen_lengths),
-        lengths(rejected_lengths),
-        beta,
-        (f_divergence_type, f_alpha_divergence_coef),
-    )
-    return function(pairs, **knobs)
+    given = {
+        "rejected": rejected,
+        "ref_chosen": torch.zeros_like(chosen) if ref_chosen is None else ref_chosen.detach(),
+        "ref_rejected": torch.zeros_like(chosen) if ref_rejected is None else ref_rejected.detach(),
+        "chosen_lengths": chosen_lengths,
+        "rejected_lengths": rejected_lengths,
+    }
+    known = {
+        name: torch.as_tensor(one, device=chosen.device).to(chosen.dtype)
+        for name, one in given.items()
+        if one is not None
+    }
+    check_shapes(tuple(chosen.shape[:1]), "[batch]", chosen=chosen, **known)
+    divergence = (f_divergence_type, f_alpha_divergence_coef)
+    return function(Pairs(chosen, beta=beta, divergence=divergence, **known), **knobs)
 
 
 def kto_loss(
@@ -329,9 +338,19 @@ def kto_loss(
         logprobs, ref_logprobs: ``[batch]`` sums over the answer.
         desirable: ``[batch]`` bool.
         kl: z0, the mean log-ratio of mismatched pairs; what is below 0 counts as 0, and nothing is learned through it.
+
+    Raises ConfigError for an unknown loss, ValueError for shapes that do not fit.
     """
     if loss_type not in ("kto", "apo_zero_unpaired"):
         raise ConfigError(f"unknown loss {loss_type!r}", where="loss_type", fix="kto or apo_zero_unpaired")
+    logprobs, ref_logprobs = at_least_float32(logprobs), at_least_float32(ref_logprobs)
+    check_shapes(
+        tuple(logprobs.shape[:1]),
+        "[batch]",
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        desirable=desirable,
+    )
     baseline = torch.as_tensor(kl, dtype=logprobs.dtype, device=logprobs.device).detach().clamp(min=0)
     if loss_type == "apo_zero_unpaired":
         baseline = torch.zeros_like(baseline)
@@ -349,8 +368,11 @@ def reward_loss(
 ) -> Tensor:
     """``-ls(r_c - r_j - margin) + coefficient (r_c + r_j)^2``, ``[batch]``.
 
-    Bradley-Terry (InstructGPT, arXiv 2203.02155), margin (Llama 2, 2307.09288), centering (2312.09244).
+    Bradley-Terry (InstructGPT, arXiv 2203.02155), margin (Llama 2, 2307.09288), centering (2312.09244). Raises
+    ValueError for shapes that do not fit.
     """
+    chosen, rejected = at_least_float32(chosen), at_least_float32(rejected)
+    check_shapes(tuple(chosen.shape[:1]), "[batch]", chosen=chosen, rejected=rejected, margin=margin)
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     loss = -ls(difference)
     if center_rewards_coefficient:

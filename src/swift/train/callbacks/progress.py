@@ -94,6 +94,8 @@ def describe(metrics: dict[str, Any], eta_seconds: float | None) -> str:
         parts.append(f"reward {metrics['reward']:.4f}")
     elif metrics.get("loss") is not None:
         parts.append(f"loss {metrics['loss']:.4f}")
+    if metrics.get("failed_rewards"):
+        parts.append(f"{metrics['failed_rewards']:.3g} answers whose reward failed (log.txt)")
     if metrics.get("learning_rate") is not None:
         parts.append(f"lr {metrics['learning_rate']:.2e}")
     if metrics.get("tokens_per_second"):

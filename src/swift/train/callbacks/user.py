@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
 from swift.core.errors import ConfigError
+from swift.core.user_code import load_file
 from swift.train.callbacks.base import Callback
 
 __all__ = ["load_callbacks"]
@@ -36,18 +36,7 @@ def load_callbacks(names: Sequence[str]) -> list[Callback]:
 
 
 def _callback_classes(file: Path) -> dict[str, type[Callback]]:
-    if not file.is_file():
-        raise ConfigError("no such file", where=f"--callbacks {file}")
-    spec = importlib.util.spec_from_file_location(f"swift_callback_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ConfigError("not a Python file", where=f"--callbacks {file}")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's file may raise anything while it is imported
-        raise ConfigError(
-            "the file cannot be imported", where=str(file), why=f"{type(error).__name__}: {error}"
-        ) from error
+    module = load_file(file, "callback", where="--callbacks")
     return {
         name: cls
         for name, cls in inspect.getmembers(module, inspect.isclass)
