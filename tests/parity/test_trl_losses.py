@@ -3,6 +3,7 @@
 TRL computes its losses inside trainers; they are called with a model that returns given log-probabilities.
 """
 
+from collections import defaultdict
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -11,7 +12,9 @@ import torch
 
 trl = pytest.importorskip("trl")
 
-from swift.objectives import kto_loss, policy_loss, preference_loss  # noqa: E402
+from swift.objectives import policy_loss, preference_loss  # noqa: E402
+from swift.objectives.preference.objective import KtoLoss, RewardLoss  # noqa: E402
+from swift.parallel.answers import AnswerEngine  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(7)
 CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = (-5 * torch.rand(4, 6, generator=GENERATOR) for _ in range(4))
@@ -225,14 +228,100 @@ def test_policy_losses(loss_type, algo, knobs, corrected):
     assert torch.allclose(our_gradient, their_gradient, atol=1e-6)
 
 
-def test_kto_by_trls_formula():
-    """TRL weighs and averages the losses of both kinds; the baseline is the mean ratio of mismatched pairs."""
-    policy, ref = sums(CHOSEN, MASK), sums(REF_CHOSEN, MASK)
-    desirable = torch.tensor([1, 0, 0, 1])
-    kl = (sums(REJECTED, OTHER) - sums(REF_REJECTED, OTHER)).mean().clamp(min=0)
-    ratios = policy - ref
-    chosen = 1 - torch.sigmoid(0.1 * (ratios[desirable == 1] - kl))
-    rejected = 1 - torch.sigmoid(0.1 * (kl - ratios[desirable == 0]))
-    expected = torch.cat([1.5 * chosen, rejected]).mean()
-    ours = kto_loss(policy, ref, desirable, kl, beta=0.1, desirable_weight=1.5)
-    assert ours.mean().item() == pytest.approx(expected.item(), rel=1e-6)
+@pytest.mark.parametrize("ld_alpha", [0.0, 0.5])
+def test_long_answers_count_less(ld_alpha):
+    """LD-DPO: TRL's, and our sums over the answers of pairs that lie one behind the other."""
+    counts = torch.stack([MASK.sum(1), OTHER.sum(1)], 1).flatten().tolist()
+
+    def sums_of(chosen, rejected):
+        rows = torch.stack([chosen, rejected], 1).flatten(0, 1)
+        flat = torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)])
+        return AnswerEngine._sums(flat, SimpleNamespace(target_counts=counts), ld_alpha)
+
+    policy, reference = sums_of(CHOSEN, REJECTED), sums_of(REF_CHOSEN, REF_REJECTED)
+    pairs = policy[0::2], policy[1::2], reference[0::2], reference[1::2]
+    ours = preference_loss("sigmoid", *pairs, beta=0.1)
+    assert ours.mean().item() == pytest.approx(trl_dpo("sigmoid", ld_alpha=ld_alpha), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_kto(loss_type):
+    """Loss and metrics of TRL's KTOTrainer, with KL pairs of their own."""
+    from trl import KTOTrainer
+
+    label = torch.tensor([True, False, False, True])
+    prompt = torch.ones(4, 1, dtype=torch.int64)
+    model, ref = MagicMock(training=True), MagicMock()
+    # In each model the mismatched pairs are computed first.
+    model.side_effect = [outputs(REJECTED * OTHER), outputs(CHOSEN * MASK)]
+    ref.side_effect = [outputs((REF_REJECTED - 3) * OTHER), outputs(REF_CHOSEN * MASK)]
+    metrics = defaultdict(list)
+    trainer = MagicMock(
+        accelerator=accelerator(),
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        calculate_KL=loss_type == "kto",
+        model=model,
+        ref_model=ref,
+        beta=0.1,
+        desirable_weight=1.5,
+        undesirable_weight=0.7,
+        loss_type=loss_type,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        _metrics={"train": metrics},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    trainer._compute_kl_logps = lambda one, batch: KTOTrainer._compute_kl_logps(trainer, one, batch)
+    if loss_type != "kto":
+        model.side_effect, ref.side_effect = [outputs(CHOSEN * MASK)], [outputs(REF_CHOSEN * MASK)]
+    batch = {
+        "input_ids": torch.cat([prompt, MASK], 1),
+        "attention_mask": torch.cat([prompt, MASK], 1),
+        "completion_mask": torch.cat([0 * prompt, MASK], 1),
+        "KL_input_ids": torch.cat([prompt, OTHER], 1),
+        "KL_attention_mask": torch.cat([prompt, OTHER], 1),
+        "KL_completion_mask": torch.cat([0 * prompt, OTHER], 1),
+        "label": label,
+    }
+    theirs = KTOTrainer._compute_loss(trainer, model, batch, False).item()
+    mismatched = sums(REJECTED, OTHER) - sums(REF_REJECTED - 3, OTHER)
+    columns = [sums(CHOSEN, MASK), sums(REF_CHOSEN, MASK), MASK.sum(1), sums(CHOSEN, MASK), mismatched]
+    values, labels = torch.stack([one.float() for one in columns], 1), label[:, None].float()
+    ours = KtoLoss(0.1, 1.5, 0.7, loss_type)(values, labels, [1] * 4)
+    assert ours.losses.mean().item() == pytest.approx(theirs, rel=1e-5)
+    found = KtoLoss(0.1, 1.5, 0.7, loss_type).measure(values, labels, [1] * 4)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+        assert found[name] == pytest.approx(metrics[name][0], rel=1e-5)
+    if loss_type == "kto":
+        assert metrics["kl"][0] > 0 and found["kl"] == pytest.approx(metrics["kl"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("margin", [False, True])
+@pytest.mark.parametrize("coefficient", [None, 0.01])
+def test_reward_models(margin, coefficient):
+    """Loss and metrics of TRL's RewardTrainer."""
+    from trl import RewardTrainer
+
+    chosen, rejected = (2 * torch.randn(4, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    margins = torch.tensor([0.1, 0.5, 0.0, 1.0])
+    metrics = defaultdict(list)
+    trainer = MagicMock(
+        accelerator=accelerator(),
+        model=MagicMock(training=True),
+        args=SimpleNamespace(center_rewards_coefficient=coefficient),
+        _metrics={"train": metrics},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {"attention_mask": torch.ones(8, 2, dtype=torch.int64)}
+    if margin:
+        inputs["margin"] = margins
+    model = MagicMock(return_value=SimpleNamespace(logits=torch.cat([chosen, rejected])[:, None]))
+    theirs = RewardTrainer.compute_loss(trainer, model, inputs).item()
+    values = torch.stack([chosen, rejected], 1).reshape(-1, 1)
+    labels = (margins if margin else torch.zeros(4))[:, None]
+    loss = RewardLoss(coefficient or 0.0)
+    assert loss(values, labels, [2] * 4).losses.mean().item() == pytest.approx(theirs, rel=1e-5)
+    for name, value in loss.measure(values, labels, [2] * 4).items():
+        assert value == pytest.approx(metrics[name][0], rel=1e-5)

@@ -202,6 +202,23 @@ class _Judge(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def test_a_script_that_trains_where_it_is_imported_starts_no_other_training(tmp_path):
+    """Its reward is found by importing it, in a process that must not train and start such processes itself."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from swift import train\n"
+        "def right(completions): return [1.0] * len(completions)\n"
+        "train(model='nowhere', dataset='d.jsonl')\n"
+    )
+    pool = RewardPool([(f"{script}:right", {})], timeout=60.0, num_processes=1)
+    try:
+        with pytest.raises(ConfigError, match="a file that trains was imported") as caught:
+            pool.check()
+    finally:
+        pool.close()
+    assert "__main__" in caught.value.fix
+
+
 def test_a_process_that_was_killed_while_idle_is_replaced(pool):
     one = pool("length", timeout=60.0)
     assert one(batch_of("a", "bc")) == [([1.0, 2.0], {})]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from swift.core.errors import ConfigError
+from swift.core.errors import ConfigError, SwiftError
 
 __all__ = ["load_file"]
 
@@ -35,7 +35,8 @@ def load_file(file: str | Path, kind: str, *, where: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything while it is imported
+        text = error.message if isinstance(error, SwiftError) else error
         raise ConfigError(
-            "the file cannot be imported", where=str(path), why=f"{type(error).__name__}: {error}"
+            "the file cannot be imported", where=str(path), why=f"{type(error).__name__}: {text}"
         ) from error
     return module

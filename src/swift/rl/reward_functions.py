@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from swift.core.errors import ConfigError
+from swift.core.errors import ConfigError, SwiftError
 from swift.core.registry import closest
 from swift.core.user_code import load_file
 from swift.rl.builtin_rewards import BUILT_IN
@@ -271,6 +271,8 @@ def _from_file(text: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, ImportError) and (cause.name or "").startswith("swift."):
             error.fix = _OWN_CLASS
+        elif isinstance(cause, SwiftError):
+            error.fix = cause.fix
         raise
     return _attribute(module, name, text)
 

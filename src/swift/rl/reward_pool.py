@@ -20,11 +20,13 @@ from swift.core.errors import SwiftError
 from swift.core.logging import get_logger
 from swift.rl.reward_functions import RewardBatch
 
-__all__ = ["RewardFailure", "RewardPool", "RewardResult"]
+__all__ = ["WORKER", "RewardFailure", "RewardPool", "RewardResult"]
 
 logger = get_logger(__name__)
 
 START_SECONDS = 120.0
+WORKER = "SWIFT_REWARD_WORKER"
+"""Set in the environment of processes that compute rewards."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class _Worker:
             command = [sys.executable, "-m", "swift.rl.reward_worker", str(theirs.fileno()), str(os.getpid())]
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                start_new_session=True, env={**os.environ, WORKER: "1"},
             )  # fmt: skip
         self.connection = Connection(ours.detach())
         self.task: _Task | None = None

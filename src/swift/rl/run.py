@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 from swift.config.schema import Resolved
+from swift.core.errors import SwiftError
+from swift.rl.reward_pool import WORKER
 from swift.train.run import RunResult
 from swift.train.run import train as train_run
 
@@ -17,8 +19,14 @@ __all__ = ["train"]
 def train(resolved: Resolved, **options: Any) -> RunResult:
     """`swift.train.run.train` with what the configuration asks for beyond it.
 
-    Raises what that raises; ConfigError for options of policy optimisation that do not fit together.
+    Raises what that raises; ConfigError for options of policy optimisation that do not fit together; SwiftError in a
+    process that computes rewards, which would start others without end.
     """
+    if WORKER in os.environ:
+        raise SwiftError(
+            "a file that trains was imported to find a reward in it",
+            fix='put what trains under: if __name__ == "__main__":',
+        )
     if resolved.config.evaluation.eval_tasks is not None:
         from swift.evaluate.training import suite_evaluators
 
