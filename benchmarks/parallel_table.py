@@ -1,8 +1,8 @@
 """The table of docs/en/parallelism.md, from the results of the parity tests.
 
     python benchmarks/parallel_table.py              run tests/parallel (slow ones too) and write the table
-    python benchmarks/parallel_table.py results.xml  write it from files of `pytest --junitxml`; rows of tests that none
-                                                     of them has stay as they are
+    python benchmarks/parallel_table.py results.xml  write it from files of `pytest --junitxml`, later ones winning; rows
+                                                     of tests that none of them has stay as they are
 
 A row is a test function; its cases are counted, and those that failed are named.
 """
@@ -27,20 +27,21 @@ HEAD = ["| test | what it shows | cases passed | cases |", "|---|---|---|---|"]
 
 
 def rows_of(*results: Path) -> list[str]:
-    cases: dict[tuple[str, str], list[tuple[str, bool]]] = defaultdict(list)
+    cases: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
     for case in (case for file in results for case in ElementTree.parse(file).iter("testcase")):
-        if case.find("skipped") is not None or not case.get("classname"):  # of a run that was interrupted
+        where = case.get("classname") or ""  # it has none where a run was interrupted
+        if case.find("skipped") is not None or not where.startswith("tests.parallel."):
             continue
         name, _, parameters = case.get("name", "").partition("[")
-        file = case.get("classname", "").rpartition(".")[2]
+        file = where.rpartition(".")[2]
         passed = case.find("failure") is None and case.find("error") is None
-        cases[file, name].append((parameters.rstrip("]"), passed))
+        cases[file, name][parameters.rstrip("]")] = passed
     lines = []
     for (file, name), found in cases.items():
-        passed = sum(ok for _, ok in found)
-        labels = [label for label, _ in found if label]
+        passed = sum(found.values())
+        labels = [label for label in found if label]
         listed = "; ".join(labels[:MOST]) + (f"; {len(labels) - MOST} more" if len(labels) > MOST else "")
-        failed = [label or name for label, ok in found if not ok]
+        failed = [label or name for label, ok in found.items() if not ok]
         note = f" **failed: {', '.join(failed)}**" if failed else ""
         shown = name.removeprefix("test_").replace("_", " ")
         lines.append(

@@ -176,10 +176,11 @@ def test_a_server_that_does_not_start_says_why(place: Path) -> None:
 def test_requests_of_a_server_that_dies_end_with_its_log(place: Path) -> None:
     async def body() -> None:
         async with running(place) as engine:
+            assert engine.is_alive
             (delta,) = await collect(engine, [99])
             assert delta.finish_reason == "error"
             assert delta.error is not None and delta.error.startswith("vLLM")
-            while engine._child is not None and engine._child.poll() is None:
+            while engine.is_alive:
                 await asyncio.sleep(0.01)
             with pytest.raises(SwiftError, match="vLLM has ended"):
                 engine.submit(Request("next", [1]))

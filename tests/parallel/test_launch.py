@@ -148,7 +148,7 @@ def test_a_rank_that_hangs_is_named_with_its_stage_and_stack(place):
         "--max_steps",
         "10",
     ]
-    words += ["--callbacks", str(folder / "hang.py"), "--ddp_timeout", "15", "--max_restarts", "0"]
+    words += ["--callbacks", str(folder / "hang.py"), "--ddp_timeout", "30", "--max_restarts", "0"]
     code, text = Started(folder, words).end()
     assert code == 1, text
     assert "rank 0: in stage 'train', step 2" in text or "rank 0: in stage 'train', step 3" in text

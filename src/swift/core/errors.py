@@ -48,6 +48,11 @@ class SwiftError(Exception):
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
 
+    def one_line(self) -> str:
+        """What happened, where and the fix."""
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text}; {self.fix}" if self.fix else text
+
 
 class Terminated(SystemExit):
     """SIGTERM has come: what is open is closed on the way out, as after Ctrl-C."""

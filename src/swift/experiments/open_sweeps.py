@@ -53,6 +53,11 @@ class OpenSweeps:
         self._sizes: dict[str, int] = {}
         self._found = False
 
+    @property
+    def names(self) -> list[str]:
+        """Groups whose sweeps are not done."""
+        return list(self._open)
+
     def submit(
         self,
         name: str,

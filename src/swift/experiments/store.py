@@ -56,6 +56,9 @@ class Group:
     submitted: float
     jobs: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Event:

@@ -14,7 +14,7 @@ from swift.runs.status import STATUS_NAME
 
 __all__ = ["describe_ranks", "leave_stacks_in"]
 
-_SECONDS = 2.0
+_SECONDS = 10.0
 _LINES = 8
 
 
@@ -55,18 +55,24 @@ def describe_ranks(run: Path, rank: int | None = None) -> str:
         if here and not ended and number != rank and send_signal(identity, signal.SIGUSR1):
             asked[number] = _stack_file(run, number)
     end = time.monotonic() + _SECONDS
-    while time.monotonic() < end and any(not _has_text(file) for file in asked.values()):
+    while time.monotonic() < end and not all(map(_is_whole, asked.values())):
         time.sleep(0.02)
     text = []
     for number, line in lines:
         text.append(line)
-        if number in asked and _has_text(asked[number]):
-            text += [f"  {entry}" for entry in _main_thread(asked[number].read_text(errors="replace"))]
+        if number in asked:
+            text += [f"  {entry}" for entry in _main_thread(_text(asked[number]))]
     return "\n".join(text)
 
 
-def _has_text(file: Path) -> bool:
-    return file.is_file() and file.stat().st_size > 0
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.is_file() else ""
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the main thread, the last one, is written down to its outermost call or to where faulthandler stops."""
+    lines = _text(file).splitlines()
+    return bool(lines) and lines[-1].endswith((" in <module>", " in _run_module_as_main", "  ..."))
 
 
 def _main_thread(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swift.config.adapter_names import split_name
 from swift.config.bind import dump
@@ -22,11 +22,11 @@ from swift.models.registry import ModelEntry, find_entry, own_folder
 from swift.parallel.accepted import Decoder, check_dimensions
 from swift.parallel.layout import Layout
 from swift.plan.analytic import Setup
+from swift.plan.data import count_validation, data_part, planned_rows
 from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
-from swift.plan.light import GuessedTemplate, LightTokenizer
 from swift.plan.result import Plan
-from swift.plan.rows import RowPlan, fit_lengths, known_rows, plan_rows
+from swift.plan.rows import RowPlan, known_rows, plan_rows
 from swift.plan.sampling import answers_to_prompts
 from swift.plan.serving import base_of_adapter, serving_memory
 from swift.plan.setup import ExactMethod, Widest, compute_dtype, make_setup, memory_of
@@ -36,13 +36,7 @@ from swift.plan.steps import Epoch, plan_epoch, step_counts
 from swift.plan.verdict import TIGHT_SHARE, fits
 from swift.rl.sizes import answers_in_step, derive_sizes
 
-if TYPE_CHECKING:
-    from swift.data.tokenise import TemplateLike
-
 __all__ = ["make_plan", "remember_run"]
-
-LONG_SHARE = 0.02
-"""More rows than this above max_length are worth a warning."""
 
 
 def make_plan(
@@ -80,7 +74,7 @@ def make_plan(
         training = _plan_training(run, lengths, exact, probe)
         parts = training.parts
     elif resolved.command == "export":
-        read = partial(_plan_rows, resolved, folder, warnings)
+        read = partial(planned_rows, resolved, folder, warnings)
         parts["export"], parts["memory"] = export_plan(resolved, facts, folder, device, warnings, read)
     elif resolved.command == "deploy" and facts is not None:
         parts["memory"] = serving_memory(resolved, facts, device, compute_dtype(resolved, device))
@@ -128,8 +122,8 @@ def _plan_training(
     if lengths is not None:
         rows = known_rows(resolved, lengths)
     else:
-        rows = _plan_rows(resolved, run.folder, run.warnings)
-    data, fitting = _data(resolved, rows, run.warnings)
+        rows = planned_rows(resolved, run.folder, run.warnings)
+    data, fitting = data_part(resolved, rows, run.warnings)
     parts: dict[str, dict[str, Any]] = {"data": data, "steps": {}}
     widest = _widest(resolved, rows.sequences)
     if fitting:
@@ -209,12 +203,12 @@ def _read_model(resolved: Resolved, warnings: list[str]) -> tuple[ModelFacts | N
         folder = found.folder
         facts = ModelFacts.read(folder)
     except SwiftError as error:
-        warnings.append(_one_line(error))
+        warnings.append(error.one_line())
         return None, None
     try:
         check_model_folder(folder)
     except SwiftError as error:
-        warnings.append(_one_line(error))
+        warnings.append(error.one_line())
     if resolved.command != "pt":
         derive_chat_template(resolved, name, folder)
     return facts, folder
@@ -226,7 +220,7 @@ def _read_entry(entry: ModelEntry, warnings: list[str]) -> ModelFacts | None:
     try:
         return entry.facts()
     except SwiftError as error:
-        warnings.append(_one_line(error))
+        warnings.append(error.one_line())
         return None
 
 
@@ -250,7 +244,7 @@ def _derive(resolved: Resolved, facts: ModelFacts | None, device: DeviceFacts, w
         try:
             derive_sizes(resolved, answers_in_step(resolved))
         except ConfigError as error:
-            warnings.append(_one_line(error))
+            warnings.append(error.one_line())
 
 
 def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
@@ -266,79 +260,6 @@ def _look_for_files(resolved: Resolved, warnings: list[str]) -> None:
         warnings += plan_rows(resolved, config.data.val_dataset, [], None).warnings
 
 
-def _plan_rows(resolved: Resolved, folder: Path | None, warnings: list[str]) -> RowPlan:
-    section = resolved.config.data
-    template: TemplateLike | None = None
-    if folder is None and section.dataset:
-        template = GuessedTemplate()
-    elif folder is not None and section.dataset:
-        from swift.models.template import Template
-
-        try:
-            template = Template(LightTokenizer(folder), resolved.config.template, resolved.command == "pt")
-        except ConfigError:
-            raise
-        except SwiftError as error:
-            warnings.append(f"tokens are not counted: {_one_line(error)}")
-    rows = plan_rows(resolved, section.dataset, section.dataset_weights, template)
-    rows.is_guessed = folder is None
-    shown = rows.warnings[:3]
-    warnings += shown
-    if len(rows.warnings) > len(shown):
-        warnings.append(f"and {len(rows.warnings) - len(shown)} more rows of the sample cannot be used")
-    return rows
-
-
-def _data(resolved: Resolved, rows: RowPlan, warnings: list[str]) -> tuple[dict[str, Any], list[int]]:
-    """The data part, and the lengths of the sampled rows after the truncation policy."""
-    section = resolved.config.data
-    if not rows.datasets:
-        return {}, []
-    limit, policy = None if rows.is_cut else section.max_length, section.truncation_strategy
-    long = sum(length > limit for length in rows.lengths) if limit else 0
-    lengths = fit_lengths(rows.lengths, limit, policy)
-    if rows.lengths and long / len(rows.lengths) > LONG_SHARE:
-        what = {"delete": "left out", "split": "split"}.get(policy, f"cut at the {policy}")
-        warnings.append(
-            f"{long / len(rows.lengths):.0%} of the rows are longer than max_length {limit} and will be {what}"
-        )
-    validation = _count_validation(resolved, rows, warnings)
-    train_rows = rows.rows - (validation if not section.val_dataset else 0)
-    share = train_rows / rows.rows if rows.rows else 0
-    tokens = rows.estimate_tokens(limit, policy)
-    data: dict[str, Any] = {
-        "rows": train_rows,
-        "rows_exact": rows.rows_exact,
-        "validation_rows": validation,
-        "tokens": None if tokens is None else round(tokens * share),
-        "tokens_exact": rows.tokens_exact and share == 1,
-        "tokens_guessed": rows.is_guessed,
-        "sampled_rows": rows.sampled,
-        "longer_than_max_length": round(long / len(rows.lengths), 4) if rows.lengths else None,
-        "datasets": rows.datasets,
-    }
-    if rows.lengths:
-        ordered = sorted(rows.lengths)
-        data["length"] = {
-            "mean": round(sum(ordered) / len(ordered), 1),
-            "median": ordered[len(ordered) // 2],
-            "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-            "max": ordered[-1],
-        }
-    return data, lengths
-
-
-def _count_validation(resolved: Resolved, rows: RowPlan, warnings: list[str]) -> int:
-    section = resolved.config.data
-    if section.val_dataset:
-        validation = plan_rows(resolved, section.val_dataset, [], None)
-        warnings += validation.warnings
-        return validation.rows
-    if section.split_dataset_ratio > 0 and rows.rows > 1:
-        return min(max(1, round(rows.rows * section.split_dataset_ratio)), rows.rows - 1)
-    return 0
-
-
 def _steps(
     resolved: Resolved, rows: RowPlan, lengths: list[int], warnings: list[str]
 ) -> tuple[dict[str, Any], Widest]:
@@ -348,7 +269,7 @@ def _steps(
     max_length = section.max_length or DEFAULT_MAX_LENGTH
     train_share = 1.0
     if not section.val_dataset and section.split_dataset_ratio > 0 and rows.rows > 1:
-        train_share = 1 - _count_validation(resolved, rows, []) / rows.rows
+        train_share = 1 - count_validation(resolved, rows, []) / rows.rows
     num_samples = round(rows.rows * len(lengths) / len(rows.lengths) * train_share)
     longest = rows.longest or (max(lengths) if rows.sequences == 1 else None)
     known, policy = None, resolved.config.policy
@@ -488,9 +409,3 @@ def _quantized(resolved: Resolved) -> str | None:
         return None
     is_nf4 = section.quant_method == "bnb" and section.quant_bits == 4
     return f"{section.quant_bits}-bit {section.bnb_4bit_quant_type if is_nf4 else section.quant_method}"
-
-
-def _one_line(error: SwiftError) -> str:
-    """What happened, where and the fix, in one line."""
-    text = f"{error.where}: {error.message}" if error.where else error.message
-    return f"{text}; {error.fix}" if error.fix else text

@@ -39,7 +39,7 @@ class ScriptedEngine:
         self.fault: Exception | None = None
         self.held = threading.Event()  # set: answers wait after their first token
         self.max_model_len = 512
-        self.closed = False
+        self.closed, self.is_alive = False, True
         self.started = asyncio.Event()
 
     async def start(self) -> None:

@@ -253,6 +253,12 @@ def test_a_server_that_goes_down_or_comes_up_says_so(url: str, service: Service)
         assert (health.status_code, health.json()) == (503, {"status": state})
 
 
+def test_an_engine_that_has_ended_is_not_healthy(url: str, engine: ScriptedEngine) -> None:
+    engine.is_alive = False  # vLLM is a process of its own
+    health = httpx.get(url + "/health")
+    assert (health.status_code, health.json()) == (503, {"status": "failed"})
+
+
 def test_metrics(url: str, engine: ScriptedEngine, service: Service) -> None:
     httpx.post(url + CHAT, json={"messages": HELLO, "max_tokens": 4})
     httpx.post(url + CHAT, json={"messages": []})

@@ -163,6 +163,11 @@ class InferenceEngine(Protocol):
         """Most tokens of prompt and answer together."""
         ...
 
+    @property
+    def is_alive(self) -> bool:
+        """False when what computes has ended: no request will be answered any more."""
+        ...
+
     async def start(self) -> None:
         """Get ready to answer. Raises SwiftError with the stage when that takes too long or fails."""
         ...

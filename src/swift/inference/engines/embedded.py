@@ -78,6 +78,10 @@ class EmbeddedEngine:
     def max_model_len(self) -> int:
         return self.core.max_model_len
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     async def start(self) -> None:
         """Load the model. Raises SwiftError when that fails or takes longer than ten minutes."""
         self._loop = asyncio.get_running_loop()

@@ -144,8 +144,12 @@ class VllmEngine:
             fix="--vllm_start_seconds allows more; --vllm_enforce_eager true starts sooner",
         )
 
+    @property
+    def is_alive(self) -> bool:
+        return self._child is not None and self._child.poll() is None
+
     def _check_alive(self, what: str) -> None:
-        if self._child is None or self._child.poll() is not None:
+        if not self.is_alive:
             raise TransientError(
                 f"vLLM {what}", where=str(self.log), why=self._child.log_tail() if self._child else None
             )

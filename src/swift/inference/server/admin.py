@@ -37,8 +37,12 @@ def _server_routes(service: Service) -> APIRouter:
 
     @routes.get("/health")
     def health() -> Response:
-        """200 when the server answers requests, 503 while it loads or goes down; needs no key."""
-        return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
+        """200 when the server answers requests, 503 while it loads or goes down, or when its engine has ended; needs no
+        key."""
+        state: str = service.state
+        if state == "ready" and not service.engine.is_alive:
+            state = "failed"
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> str:
