@@ -276,4 +276,7 @@ def test_a_plan_of_policy_optimisation_counts_answers(tiny_model_dir, tmp_path, 
     found = make_plan(resolve("rlhf", words, planning=True))
     assert found.steps["total"] == 2 * 40 * 4 // 16
     assert found.steps["largest_micro_batch_tokens"] >= 16 * 30
+    twice = make_plan(resolve("rlhf", [*words, "--num_iterations", "2"], planning=True))
+    assert twice.steps["total"] == 2 * found.steps["total"], "each answer is learned from twice"
+    assert twice.steps["tokens_per_step"] == found.steps["tokens_per_step"]
     assert any("vLLM samplers" in warning for warning in found.warnings)

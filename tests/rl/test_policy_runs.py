@@ -200,6 +200,18 @@ def test_tokens_below_a_fixed_entropy_teach_nothing(run_policy):
     assert line["mismatch_kept"] == 0 and line["grad_norm"] == 0
 
 
+def test_rewards_know_the_step_in_evaluations_as_well(run_policy, tmp_path):
+    file = tmp_path / "at.py"
+    file.write_text(
+        "def at(completions, trainer_state):\n"
+        "    return [trainer_state.global_step + trainer_state.max_steps / 10] * len(completions)\n"
+    )
+    run = run_policy(reward_funcs=[f"{file}:at"], val_dataset="task:reverse:seed=9#4", eval_steps=1)
+    found = read_metrics(run.folder / "metrics.jsonl")
+    assert [line["reward"] for line in found if "loss" in line] == pytest.approx([0.2, 1.2])
+    assert [line["eval_reward"] for line in found if "eval_reward" in line] == pytest.approx([1.2, 2.2])
+
+
 def test_discounted_returns_need_no_reference(run_policy):
     run = run_policy(rlhf_type="reinforce_pp", beta=0, algo_args={"gamma": 0.5}, max_steps=1)
     one = read_trajectories(find_rollouts(run.folder)[1])[0]

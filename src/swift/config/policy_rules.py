@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.schema import SECTIONS, Resolved
+from swift.config.sections.policy import PolicySection
 from swift.config.sections.rlhf import LATER_TYPES, POLICY_LOSSES, POLICY_TYPES, PREFERENCE_TYPES
 from swift.core.errors import ConfigError
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_policy",
     "policy_metrics",
     "reward_name",
+    "steps_of_prompts",
     "whole_groups",
 ]
 
@@ -75,6 +77,17 @@ def whole_groups(resolved: Resolved, wanted: int, at_once: int) -> int:
     """The smallest number of answers from ``wanted`` on that whole groups and whole micro-batches make up."""
     unit = math.lcm(resolved.config.policy.num_generations, at_once)
     return -(-wanted // unit) * unit
+
+
+def steps_of_prompts(policy: PolicySection, num_prompts: int, in_step: int) -> int:
+    """Optimizer steps of a pass over the prompts, of ``in_step`` answers; passes join without a gap.
+
+    Each batch of answers gives a few steps, ``num_iterations`` times. ``generation_batch_size`` has to be derived.
+    """
+    sampled = policy.generation_batch_size
+    assert sampled is not None, "derived by swift.rl.sizes"
+    per_batch = sampled // in_step * policy.num_iterations
+    return max(1, num_prompts * per_batch // max(1, sampled // policy.num_generations))
 
 
 def reward_name(text: str) -> str:

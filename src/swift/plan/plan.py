@@ -12,6 +12,7 @@ from typing import Any
 
 from swift.config.adapter_names import split_name
 from swift.config.bind import dump
+from swift.config.policy_rules import steps_of_prompts
 from swift.config.schema import Resolved
 from swift.core.errors import ConfigError, SwiftError, UsageError
 from swift.data.mode import DEFAULT_MAX_LENGTH, batch_mode, derive_layout
@@ -26,6 +27,7 @@ from swift.plan.device import DeviceFacts, find_device
 from swift.plan.export import export_plan, source_of
 from swift.plan.result import Plan
 from swift.plan.rows import RowPlan, known_rows, plan_rows
+from swift.plan.sampling import answers_to_prompts
 from swift.plan.serving import base_of_adapter, serving_memory
 from swift.plan.setup import ExactMethod, Widest, compute_dtype, make_setup, memory_of
 from swift.plan.solve import Situation, solve
@@ -270,12 +272,12 @@ def _steps(
         train_share = 1 - count_validation(resolved, rows, []) / rows.rows
     num_samples = round(rows.rows * len(lengths) / len(rows.lengths) * train_share)
     longest = rows.longest or (max(lengths) if rows.sequences == 1 else None)
-    if (
-        resolved.config.rlhf.is_policy
-    ):  # the rows are prompts: each gets several answers, as long as they may be
-        prompts, answer = _answers(resolved)
+    known, policy = None, resolved.config.policy
+    if resolved.config.rlhf.is_policy:  # rows are prompts: each gets answers, as long as they may be
+        prompts, answer = answers_to_prompts(resolved)
         lengths = [-(-length // prompts) + answer for length in lengths]
-        num_samples *= resolved.config.policy.num_generations
+        known = steps_of_prompts(policy, num_samples, answers_in_step(resolved))
+        num_samples *= policy.num_generations * policy.num_iterations
     epoch = plan_epoch(
         lengths,
         max(1, num_samples),
@@ -285,7 +287,7 @@ def _steps(
         group_by_length=section.group_by_length,
         ranks=resolved.config.parallel.data_parallel_size,
     )
-    per_epoch, total, warmup = step_counts(epoch.micro_batches, training)
+    per_epoch, total, warmup = step_counts(epoch.micro_batches, training, known)
     if epoch.padding > 0.3 and mode != "packed":
         warnings.append(f"{epoch.padding:.0%} of each batch is padding: --packing true avoids it")
     mean = sum(lengths) / len(lengths)
@@ -331,7 +333,7 @@ def _widest(
         return Widest(batch, length, count, length, batch * length - count)
     count = batch * sequences
     limit = resolved.config.data.max_length or DEFAULT_MAX_LENGTH
-    prompts, answer = _answers(resolved)
+    prompts, answer = answers_to_prompts(resolved)
     longest_prompt = min(limit, longest or limit)
     tokens = count * (-(-longest_prompt // prompts) + answer)
     if epoch is not None and (mode == "padding_free" or sequences == 1 or longest is None):
@@ -342,20 +344,6 @@ def _widest(
         targets = count
     shared = -(-count // prompts) if prompts > 1 else 0
     return Widest(rows, -(-tokens // rows), count, longest_prompt + answer, min(targets, tokens), shared)
-
-
-def _answers(resolved: Resolved) -> tuple[int, int]:
-    """(answers for which a prompt is computed once, tokens of the longest answer); 1 and 0 where nothing is sampled.
-
-    Answers to one prompt share it in joined rows, where our attention computes them; see `swift.rl.parts`.
-    """
-    config = resolved.config
-    if not config.rlhf.is_policy:
-        return 1, 0
-    joined = batch_mode(config.data) != "padded" and config.model.attn_impl in ("auto", "varlen")
-    shared = joined and config.policy.share_prompts and not config.tuner.longlora_group_size
-    each = min(config.training.per_device_train_batch_size, config.policy.num_generations) if shared else 1
-    return each, config.generation.max_new_tokens
 
 
 def _row_length(resolved: Resolved) -> int:

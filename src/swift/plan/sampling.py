@@ -10,11 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swift.config.schema import Resolved
+from swift.data.mode import batch_mode
 from swift.models.facts import ModelFacts
 from swift.rl.sizes import answers_of_a_rank, engine_limits
 from swift.tuners.registry import MOST_MERGED_BYTES
 
-__all__ = ["Sampling", "cache_bytes_per_token", "make_sampling", "merged_numbers", "sampling_moments"]
+__all__ = [
+    "Sampling",
+    "answers_to_prompts",
+    "cache_bytes_per_token",
+    "make_sampling",
+    "merged_numbers",
+    "sampling_moments",
+]
 
 
 @dataclass(frozen=True)
@@ -125,3 +133,17 @@ def merged_numbers(resolved: Resolved, adapted: Sequence[tuple[int, int]], compu
         return 0
     count = sum(inputs * outputs for inputs, outputs in adapted)
     return count if 4 * count <= MOST_MERGED_BYTES else 0
+
+
+def answers_to_prompts(resolved: Resolved) -> tuple[int, int]:
+    """(answers for which a prompt is computed once, tokens of the longest answer); 1 and 0 where nothing is sampled.
+
+    Answers to one prompt share it in joined rows, where our attention computes them; see `swift.rl.parts`.
+    """
+    config = resolved.config
+    if not config.rlhf.is_policy:
+        return 1, 0
+    joined = batch_mode(config.data) != "padded" and config.model.attn_impl in ("auto", "varlen")
+    shared = joined and config.policy.share_prompts and not config.tuner.longlora_group_size
+    each = min(config.training.per_device_train_batch_size, config.policy.num_generations) if shared else 1
+    return each, config.generation.max_new_tokens

@@ -82,9 +82,15 @@ def _tokens(batch: list[list[int]], schedule: BatchSchedule, mode: Mode, max_len
     return len(batch) * max(int(schedule.lengths[row].sum()) for row in batch)
 
 
-def step_counts(micro_batches: int, training: TrainingSection) -> tuple[int, int, int]:
-    """(steps of an epoch, all steps, warm-up steps). The last step of an epoch may be smaller than the others."""
-    per_epoch = math.ceil(micro_batches / (training.gradient_accumulation_steps or 1))
+def step_counts(
+    micro_batches: int, training: TrainingSection, per_epoch: int | None = None
+) -> tuple[int, int, int]:
+    """(steps of an epoch, all steps, warm-up steps).
+
+    ``per_epoch``: where it is known; else the last step of an epoch may be smaller than the others.
+    """
+    if per_epoch is None:
+        per_epoch = math.ceil(micro_batches / (training.gradient_accumulation_steps or 1))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     warmup = training.warmup_steps
     return per_epoch, total, math.ceil(total * training.warmup_ratio) if warmup is None else warmup

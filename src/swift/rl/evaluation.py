@@ -25,18 +25,26 @@ class RewardEvaluator:
     Args:
         dataset: of prompts.
         section: options of the data.
+        stands: optimizer steps done, and all of them; rewards may ask.
     """
 
     num_batches = 0
 
     def __init__(
-        self, dataset: TokenDataset, section: DataSection, sampler: Sampler, rewards: Rewards
+        self,
+        dataset: TokenDataset,
+        section: DataSection,
+        sampler: Sampler,
+        rewards: Rewards,
+        stands: Callable[[], tuple[int, int]],
     ) -> None:
+        self.stands = stands
         self.prompts, self.sampler, self.rewards = Prompts(dataset, section), sampler, rewards
 
     def run(self, engine: Any, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """Keys: eval_reward, eval_rewards/NAME, eval_mean_length, eval_seconds."""
         started = time.perf_counter()
+        step, max_steps = self.stands()
         answers = []
         for start in range(0, len(self.prompts), _AT_ONCE):
             if given_up():
@@ -47,7 +55,7 @@ class RewardEvaluator:
                 for number in numbers
             ]
             part = self.sampler.sample(jobs, 0, temperature=0.0)
-            rewarded(part, self.rewards, self.prompts, step=0, max_steps=0)
+            rewarded(part, self.rewards, self.prompts, step=step, max_steps=max_steps)
             answers += part
         totals = [one.reward for one in answers if one.is_used]
         metrics = {

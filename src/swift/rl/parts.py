@@ -105,7 +105,13 @@ def policy_parts(
         _remove_later(folder.path, source.updates)
     evaluator = None
     if data.validation is not None and sampler is not None and rewards is not None:
-        evaluator = RewardEvaluator(data.validation, config.data, sampler, rewards)
+        evaluator = RewardEvaluator(
+            data.validation,
+            config.data,
+            sampler,
+            rewards,
+            lambda: (source.updates, prepared.plan.total_steps),
+        )
     objective = PolicyObjective(settings.algorithm, config.generation.max_new_tokens)
     return _Parts(objective, source, evaluator, [_Measured(source)], source.save)
 

@@ -12,6 +12,7 @@ from swift.config.policy_rules import reward_name
 from swift.config.schema import Config
 from swift.core.errors import ConfigError, SwiftError, TransientError
 from swift.core.logging import get_logger
+from swift.core.registry import closest
 from swift.parallel.world import World
 from swift.rl.reward_functions import RewardBatch
 from swift.rl.reward_pool import START_SECONDS, RewardFailure, RewardPool, RewardResult
@@ -153,7 +154,13 @@ def reward_functions(config: Config) -> list[tuple[str, dict[str, Any]]]:
         names.append("soft_overlong")
     unused = set(policy.reward_args) - {*names, *map(reward_name, names)}
     if unused:
-        raise ConfigError(f"{min(unused)} is not among the rewards", where="--reward_args")
+        near = closest(min(unused), {*names, *map(reward_name, names)})
+        raise ConfigError(
+            f"{min(unused)} is not among the rewards",
+            where="--reward_args",
+            why=f"they are: {', '.join(names) or 'none'}",
+            fix=f"did you mean {near}?" if near else None,
+        )
     args: Mapping[str, Any] = policy.reward_args
     return [
         (name, {**own.get(name, {}), **args.get(name, args.get(reward_name(name), {}))}) for name in names
@@ -183,8 +190,12 @@ class _RewardModel:
         from swift.inference.engines.embedded_core import EmbeddedCore
 
         resolved = resolve("infer", values={"model": folder, "device": device})
-        context = find_context(resolved)
-        bundle = load_context(context, resolved)
+        try:
+            context = find_context(resolved)
+            bundle = load_context(context, resolved)
+        except SwiftError as error:
+            error.where = f"--reward_model {folder}" if error.where == "--model" else error.where
+            raise
         self.core = EmbeddedCore(bundle, resolved.config.engine, task=context.task_options)
         if self.core.writes_text:
             raise ConfigError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from swift.config.policy_rules import steps_of_prompts
 from swift.config.schema import Config, Resolved
 from swift.core.devices import pick_device, pick_dtype
 from swift.core.errors import ConfigError
@@ -227,12 +228,8 @@ def data_order(resolved: Resolved, checkpoint: Path | None) -> tuple[int, int, i
 
 def _policy_plan(config: Config, num_prompts: int, in_step: int) -> StepPlan:
     """Of policy optimisation: every batch of prompts gives a few steps; passes over the prompts join without a gap."""
-    policy, training = config.policy, config.training
-    sampled = policy.generation_batch_size
-    assert sampled is not None, "derived by swift.rl"
-    per_batch = sampled // (training.per_device_train_batch_size * in_step) * policy.num_iterations
-    prompts_at_once = sampled // policy.num_generations
-    per_epoch = max(1, num_prompts * per_batch // prompts_at_once)
+    training = config.training
+    per_epoch = steps_of_prompts(config.policy, num_prompts, training.per_device_train_batch_size * in_step)
     wanted = math.ceil(training.num_train_epochs * per_epoch)
     return StepPlan(training.max_steps if training.max_steps > 0 else wanted, per_epoch, in_step)
 
