@@ -1,8 +1,8 @@
 """The table of docs/en/parallelism.md, from the results of the parity tests.
 
     python benchmarks/parallel_table.py              run tests/parallel (slow ones too) and write the table
-    python benchmarks/parallel_table.py results.xml  write it from files of `pytest --junitxml`, later ones winning; rows
-                                                     of tests that none of them has stay as they are
+    python benchmarks/parallel_table.py results.xml  write it from files of `pytest --junitxml`, later ones winning;
+                                                     rows of tests that none of them has stay as they are
 
 A row is a test function; its cases are counted, and those that failed are named.
 """

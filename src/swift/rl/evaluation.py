@@ -59,7 +59,7 @@ class RewardEvaluator:
             answers += part
         totals = [one.reward for one in answers if one.is_used]
         metrics = {
-            "eval_reward": sum(totals) / len(totals),
+            "eval_reward": sum(totals) / len(totals) if totals else math.nan,  # nan: every answer was dropped
             "eval_mean_length": sum(len(one.tokens) for one in answers) / len(answers),
         }
         for name in self.rewards.names:
