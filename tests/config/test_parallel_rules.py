@@ -197,6 +197,11 @@ def test_a_deepspeed_file_is_taken_over(tmp_path: Path) -> None:
     assert "NVMe" in refused(*words[4:])
 
 
+def test_a_recorded_number_of_processes_is_read_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_text(resolve("sft", [*NEEDED, "--nproc_per_node", "2"])))
+    assert load_run_config(tmp_path).config.parallel.data_parallel_size == 2
+
+
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "NPROC_PER_NODE"])
 def test_a_recorded_layout_is_read_whatever_processes_there_are_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str

@@ -31,10 +31,9 @@ def settle_parallel(resolved: Resolved, *, recorded: bool) -> None:
     ``recorded``: no process is started; the environment may be that of a run which goes on in another layout.
     """
     section = resolved.config.parallel
-    processes, said_by = None, ""
     if not recorded:
         _take_environment(resolved)
-        processes, said_by = _processes(resolved)
+    processes, said_by = _processes(resolved, recorded=recorded)
     zero = _zero(resolved)
     _ring_over_all(resolved, processes, said_by)
     total, shard, copies = (
@@ -351,14 +350,14 @@ def _take_environment(resolved: Resolved) -> None:
             resolved.put(name, value, Source("derived", f"derived from {name.upper()} of the environment"))
 
 
-def _processes(resolved: Resolved) -> tuple[int | None, str]:
-    """How many processes there will be when somebody has said so, and who."""
+def _processes(resolved: Resolved, *, recorded: bool = False) -> tuple[int | None, str]:
+    """How many processes there will be when somebody has said so, and who; ``recorded``: there were."""
     section = resolved.config.parallel
-    started = processes_of_launcher()
+    started = None if recorded else processes_of_launcher()
     if started is not None:
         return started, f"WORLD_SIZE={started}"
     nodes = section.nnodes
-    typed, said = section.nproc_per_node, _asked("NPROC_PER_NODE")
+    typed, said = section.nproc_per_node, None if recorded else _asked("NPROC_PER_NODE")
     if typed is not None and resolved.sources["nproc_per_node"].kind in ("flag", "python"):
         return typed * nodes, resolved.place("nproc_per_node")
     if said is not None:
