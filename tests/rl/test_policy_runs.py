@@ -107,12 +107,12 @@ def test_answers_are_kept_as_they_were_sampled(run_policy, tiny_model_dir):
 def test_nothing_drifts_at_a_learning_rate_of_nothing(run_policy):
     run = run_policy(
         learning_rate=1e-30,
-        max_steps=6,
+        max_steps=40,
         rlhf_type="gspo",
         generation_batch_size=32,
         beta=0.1,
         val_dataset="task:reverse:seed=9#8",
-        eval_steps=1,
+        eval_steps=8,
         weight_decay=0,
     )
     for line in lines(run):
@@ -121,7 +121,7 @@ def test_nothing_drifts_at_a_learning_rate_of_nothing(run_policy):
     evaluated = [
         line["eval_reward"] for line in read_metrics(run.folder / "metrics.jsonl") if "eval_reward" in line
     ]
-    assert len(evaluated) == 6 and len(set(evaluated)) == 1
+    assert len(evaluated) == 5 and len(set(evaluated)) == 1
 
 
 @pytest.mark.parametrize("options", [{"rlhf_type": "dapo", "dynamic_sample": False, **ALL_LENGTHS}])
