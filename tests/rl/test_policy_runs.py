@@ -124,6 +124,22 @@ def test_nothing_drifts_at_a_learning_rate_of_nothing(run_policy):
     assert len(evaluated) == 5 and len(set(evaluated)) == 1
 
 
+def test_validation_prompts_are_answered_so_many_at_once(run_policy, tmp_path):
+    (tmp_path / "counting.py").write_text(
+        "from pathlib import Path\n\n\ndef count(completions, **columns):\n"
+        f"    with Path({str(tmp_path / 'sizes')!r}).open('a') as file:\n"
+        "        print(len(completions), file=file)\n    return [0.0] * len(completions)\n"
+    )
+    run_policy(
+        max_steps=1,
+        reward_funcs=[f"{tmp_path / 'counting.py'}:count"],
+        val_dataset="task:reverse:seed=9#8",
+        per_device_eval_batch_size=3,
+    )
+    sizes = [int(line) for line in (tmp_path / "sizes").read_text().split()]
+    assert sum(sizes) == 16 + 8 and sizes[-3:] == [3, 3, 2]
+
+
 @pytest.mark.parametrize("options", [{"rlhf_type": "dapo", "dynamic_sample": False, **ALL_LENGTHS}])
 def test_a_step_does_not_depend_on_how_it_is_split(run_policy, options):
     whole = run_policy(**options)

@@ -16,8 +16,6 @@ from swift.rl.source import rewarded
 
 __all__ = ["RewardEvaluator"]
 
-_AT_ONCE = 256
-
 
 class RewardEvaluator:
     """Answers the validation prompts greedily.
@@ -26,6 +24,7 @@ class RewardEvaluator:
         dataset: of prompts.
         section: options of the data.
         stands: optimizer steps done, and all of them; rewards may ask.
+        at_once: so many prompts are handed to the sampler together.
     """
 
     num_batches = 0
@@ -37,8 +36,9 @@ class RewardEvaluator:
         sampler: Sampler,
         rewards: Rewards,
         stands: Callable[[], tuple[int, int]],
+        at_once: int = 256,
     ) -> None:
-        self.stands = stands
+        self.stands, self.at_once = stands, at_once
         self.prompts, self.sampler, self.rewards = Prompts(dataset, section), sampler, rewards
 
     def run(self, engine: Any, given_up: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -46,10 +46,10 @@ class RewardEvaluator:
         started = time.perf_counter()
         step, max_steps = self.stands()
         answers = []
-        for start in range(0, len(self.prompts), _AT_ONCE):
+        for start in range(0, len(self.prompts), self.at_once):
             if given_up():
                 return None
-            numbers = range(start, min(start + _AT_ONCE, len(self.prompts)))
+            numbers = range(start, min(start + self.at_once, len(self.prompts)))
             jobs = [
                 SamplingJob(self.prompts.ids(number), self.prompts.place(number), number, 0, 0)
                 for number in numbers

@@ -111,9 +111,18 @@ def policy_parts(
             sampler,
             rewards,
             lambda: (source.updates, prepared.plan.total_steps),
+            **_eval_batch(prepared),
         )
     objective = PolicyObjective(settings.algorithm, config.generation.max_new_tokens)
     return _Parts(objective, source, evaluator, [_Measured(source)], source.save)
+
+
+def _eval_batch(prepared: Prepared) -> dict[str, int]:
+    """Where nobody set it, the sampler shares out its slots as it likes."""
+    size = prepared.resolved.config.evaluation.per_device_eval_batch_size
+    if size is None or not prepared.resolved.is_explicit("per_device_eval_batch_size"):
+        return {}
+    return {"at_once": size * prepared.world.size}
 
 
 def _sampler(settings: PolicySettings, prepared: Prepared, engine: PolicyEngine) -> Sampler:
