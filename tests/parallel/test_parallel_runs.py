@@ -88,7 +88,7 @@ def rows_of(folder):
 
 
 def same(found, expected, rel=2e-5):
-    assert len(found) == len(expected)
+    assert len(found) == len(expected) > 0
     for row, other in zip(found, expected, strict=True):
         assert row == pytest.approx(other, rel=rel, abs=1e-6)
 
@@ -210,8 +210,11 @@ def test_two_ranks_report_what_one_process_does(tiny_model_dir, data, tmp_path, 
 
 
 def _resumed(folder, target):
-    """Options of a copy of a run that goes on from its checkpoint of step 3."""
+    """The checkpoint of step 3 in a copy of a run that knows nothing of what came later."""
     shutil.copytree(folder, target, symlinks=True)
+    file = target / "metrics.jsonl"
+    known = [line for line in file.read_text().splitlines(True) if json.loads(line).get("step", 0) <= 3]
+    file.write_text("".join(known))
     return str(target / "checkpoint-3")
 
 

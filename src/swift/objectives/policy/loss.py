@@ -83,7 +83,7 @@ def policy_loss(
     Raises ConfigError for unknown names and for what is missing, ValueError for shapes that do not fit.
     """
     row = with_knobs(algo, knobs)
-    lookup(KL_ESTIMATORS, row.kl, "KL estimator")
+    _check_given(row, knobs, groups, ref_logprobs, sampler_logprobs)
     terms = policy_terms(
         logprobs,
         old_logprobs,
@@ -94,14 +94,6 @@ def policy_loss(
         sampler_logprobs=sampler_logprobs,
     )
     check_shapes(logprobs.shape, "[batch, tokens]", ref_logprobs=ref_logprobs, entropies=entropies)
-    if row.aggregation == "group_mean" and groups is None:
-        raise ConfigError("this loss compares the samples of a prompt", where="groups", fix="groups=")
-    if knobs.get("mismatch", "none") != "none" and sampler_logprobs is None:
-        raise ConfigError(
-            "a weight against the mismatch needs the sampler's log-probabilities",
-            where="mismatch",
-            fix="sampler_logprobs=",
-        )
     counts = denominators or policy_denominators([terms.mask], [terms.groups])
     surrogate = surrogate_of(row)
     taken = set(knobs_of(surrogate))
@@ -122,11 +114,30 @@ def policy_loss(
             how = "sequence_mean" if row.aggregation == "group_mean" else row.aggregation
             loss = loss + row.beta * _aggregate(how, kl, terms.mask, counts, max_completion_length)
         metrics["kl"] = _share(k3(terms.logprobs.detach(), reference), terms.mask, counts)
-    elif knobs.get("beta") and not row.kl_in_reward:
+    return loss, metrics
+
+
+def _check_given(
+    row: Algorithm,
+    knobs: dict[str, Any],
+    groups: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+) -> None:
+    """Raise ConfigError for a knob whose tensors are missing, and for an unknown KL estimator."""
+    lookup(KL_ESTIMATORS, row.kl, "KL estimator")
+    if row.aggregation == "group_mean" and groups is None:
+        raise ConfigError("this loss compares the samples of a prompt", where="groups", fix="groups=")
+    if knobs.get("mismatch", "none") != "none" and sampler_logprobs is None:
+        raise ConfigError(
+            "a weight against the mismatch needs the sampler's log-probabilities",
+            where="mismatch",
+            fix="sampler_logprobs=",
+        )
+    if knobs.get("beta") and not row.kl_in_reward and ref_logprobs is None:
         raise ConfigError(
             "a KL term needs the log-probabilities of the reference", where="beta", fix="ref_logprobs="
         )
-    return loss, metrics
 
 
 def _weights(row: Algorithm, terms: PolicyTerms, entropies: Tensor | None, *, whole: bool) -> Tensor | None:
